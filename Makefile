@@ -1,0 +1,39 @@
+# Everything to set up and run the project. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test ui clean
+
+# The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
+PYTHON ?= python3
+
+# Stages call `python`, so the environment comes first on the path; the path may have spaces.
+ACTIVATE := PATH="$(CURDIR)/.venv/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv"
+
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 14
+
+setup: .venv/ready ## make .venv and install the locked dependencies
+repro: .venv/ready ## run the pipeline: only what changed reruns
+	$(ACTIVATE) python -m dvc repro
+
+test: .venv/ready ## lint, then all tests
+	$(ACTIVATE) ruff check .
+	$(ACTIVATE) ruff format --check .
+	$(ACTIVATE) python -m pytest
+
+ui: .venv/ready ## serve the MLflow UI on 127.0.0.1:5000
+	$(ACTIVATE) python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+clean: ## remove .venv; data, models, runs and the DVC cache stay
+	rm -rf .venv
+
+# Written last, so a set-up that was stopped half-way is made anew.
+.venv/ready: requirements.lock requirements-imgaug.lock
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    f"error: $(PYTHON) is Python {sys.version.split()[0]}, expected 3.11 or newer: make PYTHON=...")'
+	rm -rf .venv
+	"$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements.lock
+	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements-imgaug.lock
+	touch .venv/ready
