@@ -1,0 +1,24 @@
+"""The boundary of a stage: an expected fault becomes one line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+
+class StageError(Exception):
+    """A fault that a user can act on; its message names the thing, the value and what was expected."""
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Call `main`; on a fault that is not a bug, say so in one line and exit with code 1.
+
+    Ctrl-C exits with code 130. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except StageError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a missing file, a read-only folder
+        sys.exit(f"error: {error.filename or 'file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
