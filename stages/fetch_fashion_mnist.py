@@ -1,0 +1,15 @@
+"""Fetch Fashion-MNIST: four verified IDX files in data/FashionMNIST/raw/."""
+
+from lib.errors import run_stage
+from lib.idx import RAW_DIR
+from lib.params import load_params
+from lib.sources import fetch
+
+
+def main() -> None:
+    params = load_params("fetch")
+    fetch(params.fetch.sources, RAW_DIR)
+
+
+if __name__ == "__main__":
+    run_stage(main)
