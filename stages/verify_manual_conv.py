@@ -1,0 +1,90 @@
+"""Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import StageError, run_stage
+from lib.files import read_tensors, sha256_of, write_json, write_text
+from lib.idx import TRAIN_IMAGES, read_idx
+from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, load_weights
+from lib.params import load_params
+from lib.runtime import prepare_torch
+from lib.tracking import attach
+from lib.verification import compare_counts, compare_gradients, compare_layers
+from lib.walkthrough import matrix, parameters_table, write_out
+
+WEIGHTS = Path("models/toy_cnn.safetensors")
+METRICS = Path("metrics/verify_manual_conv.json")
+WALKTHROUGH = Path("metrics/verify_manual_conv.md")
+
+
+def main() -> None:
+    params = load_params("verify_manual_conv").verify_manual_conv
+    prepare_torch("cpu", threads=1)  # one order of summation on every machine
+    toy = read_tensors(Path("data/toy.safetensors"))
+    toy_model = load_weights(build_toy_cnn(), WEIGHTS)
+    cnn = fresh(build_cnn, params.seed)
+    images = read_idx(TRAIN_IMAGES)[: params.images, None].astype(np.float32) / 255  # (n, 1, 28, 28)
+
+    toy_rows = [compare_layers(toy_model, image[None]) for image in toy["images"]]
+    cnn_rows = compare_layers(cnn, images)
+    errors = {
+        "max_abs_error_toy_forward": _largest("toy, both images", toy_rows[0] + toy_rows[1]),
+        "max_abs_error_cnn_conv": _largest("CNN", cnn_rows, "Conv2d"),
+        "max_abs_error_cnn_pool": _largest("CNN", cnn_rows, "MaxPool2d"),
+        "max_abs_error_cnn_linear": _largest("CNN", cnn_rows, "Linear"),
+        "max_abs_error_conv_gradients": _gradient_error(cnn, images, cnn_rows, params.seed),
+    }
+    counts = {"toy_cnn": compare_counts(toy_model, TOY_SHAPE), "cnn": compare_counts(cnn, CNN_SHAPE)}
+    _check(errors, counts, params.tolerance)
+
+    totals = {f"parameters_{name}": sum(row["by_formula"] for row in rows) for name, rows in counts.items()}
+    metrics = {name: error for name, (error, _) in errors.items()} | totals
+    write_json(METRICS, metrics)
+    write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
+    attach("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [WALKTHROUGH])
+
+
+def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:
+    """The largest error among the layers whose names begin with `layer`, and where it is."""
+    row = max((row for row in rows if row["layer"].startswith(layer)), key=lambda row: row["error"])
+    return row["error"], f"{model}, {row['layer']}"
+
+
+def _gradient_error(cnn, images: np.ndarray, rows: list[dict], seed: int) -> tuple[float, str]:
+    """Both convolutions, on the first image: the second reads what torch's layers before it give."""
+    rng = np.random.default_rng(seed)
+    inputs = {0: images[:1], 3: rows[2]["by_torch"][:1]}  # layer number: (1, C, H, W)
+    return max((compare_gradients(cnn[n], x, rng), f"CNN, Conv2d-{n + 1}") for n, x in inputs.items())
+
+
+def _check(errors: dict, counts: dict, tolerance: float) -> None:
+    for name, (error, where) in errors.items():
+        if not error <= tolerance:  # true for NaN, too
+            raise StageError(f"{name} is {error:.3g} at {where}, expected at most {tolerance:g}")
+    for name, rows in counts.items():
+        for row in rows:
+            if row["by_formula"] != row["by_summary"]:
+                raise StageError(
+                    f"{name}, {row['layer']}: {row['by_formula']} parameters by the formula, "
+                    f"torchsummary counts {row['by_summary']}"
+                )
+
+
+def _walkthrough(toy: dict, model, rows: list[list[dict]], counts: dict) -> str:
+    kernel, bias = model[0].weight.detach().numpy()[0, 0], model[0].bias.item()
+    text = (
+        "# The toy CNN by hand\n\nEvery intermediate value of both images, by loops and by torch; "
+        "written by `verify_manual_conv`.\n\n"
+        f"The trained kernel, with bias {bias:+.4f}:\n\n{matrix(kernel)}\n"
+    )
+    for number, (image, label) in enumerate(zip(toy["images"], toy["labels"], strict=True)):
+        text += f"\n## Image {number}\n\n" + write_out(image[0], kernel, bias, rows[number], label)
+    for name, title in (("toy_cnn", "The toy's parameters"), ("cnn", "The Fashion-MNIST CNN's parameters")):
+        text += f"\n## {title}\n\n" + parameters_table(counts[name])
+    return text
+
+
+if __name__ == "__main__":
+    run_stage(main)
