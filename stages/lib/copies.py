@@ -1,0 +1,33 @@
+"""data/augmented/: the copies that augment_images makes and train_cnn reads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import StageError
+from lib.files import write_array
+
+AUGMENTED_DIR = Path("data/augmented")
+
+
+def save_copies(copies: Iterable[np.ndarray], labels: np.ndarray, folder: Path = AUGMENTED_DIR) -> None:
+    """Write each array of `copies` as copy_01.npy, … and `labels` (N,) of their rows as labels.npy."""
+    written = {folder / "labels.npy"}
+    write_array(folder / "labels.npy", labels)
+    for number, copy in enumerate(copies, start=1):
+        written.add(path := folder / f"copy_{number:02d}.npy")
+        write_array(path, copy)
+    for stale in set(folder.glob("*.npy")) - written:  # of an earlier run with more copies
+        stale.unlink()
+
+
+def load_copies(folder: Path = AUGMENTED_DIR) -> tuple[list[np.ndarray], np.ndarray]:
+    """What save_copies wrote: the copies, memory-mapped, and the labels."""
+    paths = sorted(folder.glob("copy_*.npy"))
+    if not paths:
+        raise StageError(f"{folder}: no copies found; `dvc repro augment_images` makes them")
+    try:
+        return [np.load(path, mmap_mode="r") for path in paths], np.load(folder / "labels.npy")
+    except ValueError as error:  # not .npy, or cut short
+        raise StageError(f"{folder}: a file is damaged: {error}") from None
