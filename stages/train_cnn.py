@@ -1,0 +1,70 @@
+"""Train the CNN on Fashion-MNIST: models/cnn_<images>.safetensors.
+
+Usage: python stages/train_cnn.py original|augmented
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.arguments import images_argument
+from lib.copies import load_copies
+from lib.errors import run_stage
+from lib.files import sha256_of, write_csv, write_json
+from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.lineage import digest
+from lib.models import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
+from lib.params import leaves, load_params
+from lib.runtime import prepare_torch
+from lib.splits import split_indices
+from lib.tracking import training_run
+from lib.training import train_cnn
+
+
+def main() -> None:
+    images = images_argument()
+    params = load_params("split", "train_cnn")
+    device = prepare_torch(params.train_cnn.device, params.train_cnn.threads)
+    pool, labels = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
+    train_index, val_index = split_indices(
+        len(labels), params.split.val_size, params.split.train_size, params.split.seed
+    )
+
+    with training_run(f"train_cnn@{images}", leaves(params)) as run:
+        sizes = {"train_images": len(train_index), "val_images": len(val_index), "variants": len(pool)}
+        run.log_dataset(images, digest(pool, labels, train_index, val_index), "data", sizes)
+        model = fresh(build_cnn, params.train_cnn.seed)
+        rows = train_cnn(
+            model,
+            pool,
+            labels,
+            train_index,
+            val_index,
+            epochs=params.train_cnn.epochs,
+            batch_size=params.train_cnn.batch_size,
+            learning_rate=params.train_cnn.learning_rate,
+            seed=params.train_cnn.seed,
+            device=device,
+            on_epoch=run.log_epoch,
+        )
+        weights = Path(f"models/cnn_{images}.safetensors")
+        save_weights(model, weights)
+        write_csv(Path(f"metrics/train_cnn/{images}.csv"), rows)
+        last = {name: value for name, value in rows[-1].items() if name != "epoch"}
+        # In a list, so that `dvc metrics show` leaves the digest out of its table.
+        write_json(Path(f"metrics/train_cnn/{images}.json"), {**last, "weights_sha256": [sha256_of(weights)]})
+        example = pool[0, val_index[:2], None].astype(np.float32) / 255  # (2, 1, 28, 28)
+        run.log_model(model, weights, summarize(model, CNN_SHAPE), example)
+
+
+def load_pool(images: str) -> tuple[np.ndarray, np.ndarray]:
+    """All variants of every train image, the original first, and the labels; uint8."""
+    originals = read_idx(TRAIN_IMAGES)[None]
+    if images == "original":
+        return originals, read_idx(TRAIN_LABELS)
+    copies, labels = load_copies()
+    return np.concatenate([originals, *(copy[None] for copy in copies)]), labels
+
+
+if __name__ == "__main__":
+    run_stage(main)
