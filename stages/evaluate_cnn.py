@@ -1,0 +1,55 @@
+"""Evaluate a trained CNN on the test split, as it is, shifted and rotated.
+
+The only stage that reads the test split. Usage: python stages/evaluate_cnn.py original|augmented
+"""
+
+from pathlib import Path
+
+from lib import evaluation
+from lib.arguments import images_argument
+from lib.errors import run_stage
+from lib.files import sha256_of, write_csv, write_json
+from lib.idx import TEST_IMAGES, TEST_LABELS, read_idx
+from lib.inference import loss_and_accuracy, predict, to_device
+from lib.models import build_cnn, load_weights
+from lib.params import load_params
+from lib.runtime import prepare_torch
+from lib.tracking import attach
+
+
+def main() -> None:
+    name = images_argument()
+    params = load_params("evaluate_cnn").evaluate_cnn
+    device = prepare_torch(params.device, params.threads)
+    images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
+    weights = Path(f"models/cnn_{name}.safetensors")
+    model = to_device(load_weights(build_cnn(), weights), device)
+
+    logits = predict(model, images, device)
+    predictions = logits.argmax(1).numpy()
+    loss, accuracy = loss_and_accuracy(logits, labels)
+    n = params.robustness_images
+    moved = evaluation.robustness(model, images[:n], labels[:n], device)
+    metrics = {
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "test_accuracy_shift_3px": evaluation.mean_accuracy(moved, ("shift_x", "shift_y"), 3),
+        "test_accuracy_rotation_15deg": evaluation.mean_accuracy(moved, ("rotation",), 15),
+    }
+
+    folder = Path("metrics/evaluate_cnn")
+    tables = {
+        "per_class": evaluation.per_class(labels, predictions),
+        "confusion": evaluation.confusion(labels, predictions),
+        "robustness": moved,
+        "mistakes": evaluation.mistakes(images, labels, logits, params.mistakes),
+    }
+    paths = [folder / f"{name}_{table}.csv" for table in tables]
+    for path, rows in zip(paths, tables.values(), strict=True):
+        write_csv(path, rows)
+    write_json(folder / f"{name}.json", metrics)
+    attach("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
+
+
+if __name__ == "__main__":
+    run_stage(main)

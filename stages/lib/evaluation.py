@@ -1,0 +1,79 @@
+"""What a model gets right and wrong on the test split, as it is and shifted or rotated."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.files import pixels_to_text
+from lib.idx import CLASSES
+from lib.inference import loss_and_accuracy, predict
+from lib.repairs import import_torchvision
+
+SHIFTS = range(-5, 6)  # pixels; positive is right and down
+ANGLES = range(-30, 31, 5)  # degrees; positive is counterclockwise
+
+
+def per_class(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
+    """Precision and recall of each class; precision is 0 for a class that is never predicted."""
+    rows = []
+    for number, name in enumerate(CLASSES):
+        actual, predicted = labels == number, predictions == number
+        hits = int((actual & predicted).sum())
+        precision, recall = hits / max(int(predicted.sum()), 1), hits / max(int(actual.sum()), 1)
+        rows.append({"class": name, "precision": precision, "recall": recall, "n": int(actual.sum())})
+    return rows
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
+    """One row an image, the form from which `dvc plots` counts its confusion template."""
+    return [
+        {"actual": CLASSES[label], "predicted": CLASSES[prediction]}
+        for label, prediction in zip(labels, predictions, strict=True)
+    ]
+
+
+def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count: int) -> list[dict]:
+    """The `count` wrong predictions of which the model is surest, surest first."""
+    confidences, predictions = logits.softmax(1).max(1)
+    wrong = np.flatnonzero(predictions.numpy() != labels)
+    order = wrong[np.argsort(-confidences.numpy()[wrong], kind="stable")][:count]
+    return [
+        {
+            "image": int(index),
+            "label": CLASSES[labels[index]],
+            "prediction": CLASSES[predictions[index]],
+            "confidence": confidences[index].item(),
+            "pixels": pixels_to_text(images[index]),
+        }
+        for index in order
+    ]
+
+
+def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> list[dict]:
+    """Accuracy on `images` (N, 28, 28) uint8 shifted along either axis and rotated; one row each."""
+    rows = []
+    for transform, amounts in (("shift_x", SHIFTS), ("shift_y", SHIFTS), ("rotation", ANGLES)):
+        for amount in amounts:
+            moved = move(images, transform, amount)
+            _, accuracy = loss_and_accuracy(predict(model, moved, device), labels)
+            rows.append({"transform": transform, "amount": amount, "accuracy": accuracy, "n": len(labels)})
+    return rows
+
+
+def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
+    """`images` (N, 28, 28) uint8 by "shift_x" or "shift_y" (pixels) or "rotation" (degrees).
+
+    What comes into view is black; rotation interpolates bilinearly.
+    """
+    functional = import_torchvision().transforms.functional
+    tensor = torch.from_numpy(images)
+    if transform == "rotation":
+        return functional.rotate(tensor, amount, functional.InterpolationMode.BILINEAR).numpy()
+    translate = [amount, 0] if transform == "shift_x" else [0, amount]
+    return functional.affine(tensor, 0, translate, scale=1, shear=[0]).numpy()
+
+
+def mean_accuracy(rows: list[dict], transforms: tuple[str, ...], distance: int) -> float:
+    """Mean accuracy of `rows` from `robustness` at ±distance, over `transforms`."""
+    chosen = [row for row in rows if row["transform"] in transforms and abs(row["amount"]) == distance]
+    return float(np.mean([row["accuracy"] for row in chosen]))
