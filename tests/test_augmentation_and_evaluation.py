@@ -1,0 +1,103 @@
+"""Augmented copies, and what evaluation makes of known inputs."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib import augmentation, evaluation
+from lib.idx import CLASSES
+
+SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, workers):
+    monkeypatch.setattr(augmentation, "BLOCK", 4)  # four blocks of the sixteen images
+    copies = np.stack(list(augmentation.augment(images, **SETTINGS, workers=workers)))
+    assert copies.shape == (2, *images.shape)
+    assert copies.dtype == np.uint8
+    assert hashlib.sha256(copies).hexdigest().startswith("07ee61c2b2b0cf50")
+
+
+def test_copies_differ_from_their_image_from_each_other_and_with_the_seed(images):
+    first, second = augmentation.augment(images, **SETTINGS)
+    other, _ = augmentation.augment(images, **{**SETTINGS, "seed": 1})
+    for one, two in ((first, images), (first, second), (first, other)):
+        assert (one != two).any(axis=(1, 2)).all()
+
+
+def test_row_i_is_made_from_image_i():
+    # Image i is a block of brightness 10·(i + 1) in the middle, which no shift of 2 px can lose.
+    images = np.zeros((16, 28, 28), np.uint8)
+    images[:, 8:20, 8:20] = 10 * (np.arange(16)[:, None, None] + 1)
+    [copy] = augmentation.augment(images, copies=1, max_shift=2, max_rotation=0.0, seed=0)
+    assert copy.max(axis=(1, 2)).tolist() == images.max(axis=(1, 2)).tolist()
+    assert (copy.sum((1, 2), dtype=int) == images.sum((1, 2), dtype=int)).all()
+
+
+def test_no_shift_and_no_rotation_change_nothing(images):
+    [copy] = augmentation.augment(images, copies=1, max_shift=0, max_rotation=0.0, seed=0)
+    assert (copy == images).all()
+
+
+def test_shifts_move_by_whole_pixels_and_bring_in_black(images):
+    right = evaluation.move(images, "shift_x", 3)
+    assert (right[:, :, 3:] == images[:, :, :-3]).all()
+    assert not right[:, :, :3].any()
+    up = evaluation.move(images, "shift_y", -2)
+    assert (up[:, :-2] == images[:, 2:]).all()
+    assert not up[:, -2:].any()
+
+
+def test_rotation_is_counterclockwise_and_none_is_none(images):
+    assert (evaluation.move(images, "rotation", 0) == images).all()
+    assert (evaluation.move(images, "rotation", 90) == np.rot90(images, axes=(1, 2))).all()
+
+
+def test_per_class_in_the_head():
+    labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    rows = evaluation.per_class(labels, predictions)
+    assert [row["class"] for row in rows] == list(CLASSES)
+    assert rows[0] == {"class": CLASSES[0], "precision": 1.0, "recall": 2 / 3, "n": 3}
+    assert rows[1] == {"class": CLASSES[1], "precision": 0.5, "recall": 1.0, "n": 1}
+    assert rows[2]["precision"] == rows[2]["recall"] == 0
+
+
+def test_confusion_has_a_row_an_image():
+    rows = evaluation.confusion(np.array([0, 9]), np.array([6, 9]))
+    assert rows == [
+        {"actual": "T-shirt/top", "predicted": "Shirt"},
+        {"actual": "Ankle boot", "predicted": "Ankle boot"},
+    ]
+
+
+def test_mistakes_are_the_surest_first_and_only_mistakes(images):
+    logits = torch.zeros(4, 10)
+    logits[torch.arange(4), torch.tensor([1, 1, 2, 3])] = torch.tensor([1.0, 5.0, 9.0, 3.0])
+    rows = evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=12)
+    assert [(row["image"], row["label"], row["prediction"]) for row in rows] == [
+        (1, "T-shirt/top", "Trouser"),
+        (3, "T-shirt/top", "Dress"),
+    ]
+
+
+class LeftOrRight(nn.Module):
+    """Class 0 where the left half is brighter, 1 otherwise."""
+
+    def forward(self, images):
+        left, right = images[..., :14].sum((1, 2, 3)), images[..., 14:].sum((1, 2, 3))
+        return torch.stack([left - right, right - left, *[torch.full_like(left, -1e9)] * 8], dim=1)
+
+
+def test_robustness_sees_what_a_shift_does():
+    images = np.zeros((4, 28, 28), np.uint8)
+    images[:, 14, 12] = 255  # two pixels left of the middle: a shift right by 2 moves it over
+    rows = evaluation.robustness(LeftOrRight(), images, np.zeros(4, np.uint8), torch.device("cpu"))
+    shifts = {row["amount"]: row["accuracy"] for row in rows if row["transform"] == "shift_x"}
+    assert shifts == {amount: float(amount < 2) for amount in range(-5, 6)}
+    assert {row["amount"] for row in rows if row["transform"] == "rotation"} == set(range(-30, 31, 5))
+    assert {row["n"] for row in rows} == {4}
+    assert evaluation.mean_accuracy(rows, ("shift_x", "shift_y"), 3) == (1 + 0 + 1 + 1) / 4

@@ -1,0 +1,73 @@
+"""The layers by loops: first with numbers to check in the head, then against torch."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib import manual_conv
+from lib.models import build_cnn, build_toy_cnn, fresh
+from lib.verification import compare_counts, compare_gradients, compare_layers
+
+ONES = np.ones((1, 1, 3, 3))
+
+
+def test_ones_over_padded_ones_count_their_neighbours():
+    padded = np.pad(np.ones((1, 1, 5, 5)), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    counts = manual_conv.conv2d(padded, ONES, np.zeros(1))[0, 0]
+    assert counts.tolist() == [[4, 6, 6, 6, 4], *([[6, 9, 9, 9, 6]] * 3), [4, 6, 6, 6, 4]]
+
+
+def test_bias_is_added_once_and_channels_are_summed():
+    images = np.stack([np.full((3, 3), 1.0), np.full((3, 3), 10.0)])[None]  # (1, 2, 3, 3)
+    assert manual_conv.conv2d(images, np.ones((1, 2, 3, 3)), np.array([0.5])).item() == 9 + 90 + 0.5
+
+
+def test_pooling_takes_the_largest_and_drops_the_border():
+    images = np.arange(25.0).reshape(1, 1, 5, 5)
+    assert manual_conv.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
+
+
+def test_linear_relu_and_sigmoid_in_the_head():
+    assert manual_conv.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([5.0])).item() == 16
+    assert manual_conv.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
+    assert manual_conv.sigmoid(np.zeros(1)).item() == 0.5
+
+
+def test_gradients_in_the_head():
+    images = np.arange(9.0).reshape(1, 1, 3, 3)
+    by_image, by_kernel, by_bias = manual_conv.conv2d_gradients(images, 2 * ONES, np.full((1, 1, 1, 1), 3.0))
+    assert by_image.tolist() == (6 * ONES).tolist()
+    assert by_kernel.tolist() == (3 * images).tolist()
+    assert by_bias.tolist() == [3]
+
+
+def test_random_layers_and_gradients_agree_with_torch():
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 3, 7, 6), np.float32)
+    layer = nn.Conv2d(3, 4, kernel_size=(2, 3))
+    rows = compare_layers(nn.Sequential(layer, nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()), images)
+    assert [row["layer"] for row in rows] == ["Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4"]
+    assert max(row["error"] for row in rows) < 1e-5
+    assert compare_gradients(layer, images, rng) < 1e-4
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_wrong_layer_shows(number, monkeypatch):
+    wrong = {0: "conv2d", 1: "max_pool2d"}[number]
+    right = getattr(manual_conv, wrong)
+    monkeypatch.setattr(manual_conv, wrong, lambda *args: right(*args) + 0.01)
+    rows = compare_layers(fresh(build_toy_cnn, 0), np.ones((1, 1, 4, 4), np.float32))
+    assert rows[number]["error"] > 0.009
+    assert all(row["error"] < 1e-5 for row in rows[:number])
+
+
+def test_an_unknown_layer_is_an_error():
+    with pytest.raises(TypeError, match="Tanh"):
+        compare_layers(nn.Sequential(nn.Tanh()), np.ones((1, 1), np.float32))
+
+
+def test_counts_are_compared_layer_by_layer():
+    rows = compare_counts(build_cnn(), (1, 28, 28))
+    assert sum(row["by_formula"] for row in rows) == sum(row["by_summary"] for row in rows) == 896_522
+    assert torch.tensor([row["by_formula"] == row["by_summary"] for row in rows]).all()

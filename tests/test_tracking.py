@@ -1,0 +1,146 @@
+"""MLflow: one training one run, attaching leaves it alone, and the store is where it should be."""
+
+import subprocess
+import sys
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from lib.files import sha256_of
+from lib.lineage import digest, dvc_tags, git_tags
+from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
+from lib.tracking import attach, connect, training_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torch warn about themselves
+
+
+def all_runs():
+    client, experiment_id = connect()
+    return client.search_runs([experiment_id])
+
+
+@pytest.fixture
+def trained(workspace):
+    """The run of a finished toy training and its weights' digest."""
+    model, weights = fresh(build_toy_cnn, 0), workspace / "toy.safetensors"
+    save_weights(model, weights)
+    with training_run("train_toy_cnn", {"train_toy_cnn.epochs": 2, "split.train_size": None}) as run:
+        run.log_dataset("toy", digest(np.zeros(3)), "data/toy.safetensors", {"train_images": 2})
+        run.log_epoch({"epoch": 1, "train_loss": 0.5}, images_per_second=10)
+        run.log_epoch({"epoch": 2, "train_loss": 0.25}, images_per_second=11)
+        run.log_metrics({"dead_relu": 0})
+        run.log_model(model, weights, summarize(model, TOY_SHAPE), np.zeros((2, *TOY_SHAPE), np.float32))
+    return run.run_id, sha256_of(weights)
+
+
+def test_a_training_is_one_whole_run(trained, workspace):
+    run_id, weights_sha256 = trained
+    [run] = all_runs()
+    assert run.info.run_id == run_id
+    assert run.info.run_name == "train_toy_cnn"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train_toy_cnn.epochs": "2", "split.train_size": "None"}
+    client, _ = connect()
+    history = client.get_metric_history(run_id, "train_loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
+    assert run.data.tags["weights_sha256"] == weights_sha256
+    assert run.data.tags["dvc_stage"] == "train_toy_cnn"
+    [dataset] = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == digest(np.zeros(3))
+    assert run.info.artifact_uri.startswith((workspace / "mlruns").as_uri())
+    assert (workspace / "mlflow.db").exists()
+
+
+def test_the_model_is_logged_without_pickle_and_takes_any_batch(trained, workspace):
+    [run] = all_runs()
+    [model] = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+    assert model.source_run_id == run.info.run_id
+    names = {path.name for path in (workspace / "mlruns").rglob("*") if path.is_file()}
+    assert "model.pt2" in names
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth", ".pt"))]
+    loaded = mlflow.pyfunc.load_model(model.model_uri)
+    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, *TOY_SHAPE)
+    images = np.random.default_rng(0).standard_normal((5, *TOY_SHAPE)).astype(np.float32)
+    expected = fresh(build_toy_cnn, 0)(torch.from_numpy(images)).detach().numpy()
+    assert loaded.predict(images) == pytest.approx(expected, abs=1e-6)
+
+
+def test_attaching_leaves_status_and_times_alone(trained, workspace):
+    run_id, weights_sha256 = trained
+    [before] = all_runs()
+    table = workspace / "table.csv"
+    table.write_text("a,b\n1,2\n")
+    attach("evaluate_cnn", "train_toy_cnn", weights_sha256, {"test_loss": 0.3}, [table])
+    [after] = all_runs()
+    assert after.data.metrics["test_loss"] == 0.3
+    assert (after.info.status, after.info.start_time, after.info.end_time) == (
+        before.info.status,
+        before.info.start_time,
+        before.info.end_time,
+    )
+    client, _ = connect()
+    assert [file.path for file in client.list_artifacts(run_id, "evaluate_cnn")] == ["evaluate_cnn/table.csv"]
+
+
+def test_a_fault_while_attaching_does_not_touch_the_training(trained, workspace):
+    with pytest.raises(OSError, match="absent"):
+        attach("evaluate_cnn", "train_toy_cnn", trained[1], {"test_loss": 0.3}, [workspace / "absent.csv"])
+    [run] = all_runs()
+    assert run.info.status == "FINISHED"
+
+
+def test_weights_unknown_to_the_store_get_a_run_that_says_so(workspace):
+    attach("evaluate_cnn", "train_cnn@original", "ab" * 32, {"test_accuracy": 0.9})
+    attach("plot_results", "train_cnn@original", "ab" * 32, {"more": 1.0})
+    [run] = all_runs()
+    assert run.info.run_name == "train_cnn@original"
+    assert run.data.tags["stand_in"] == "true"
+    assert "not trained into this store" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics == {"test_accuracy": 0.9, "more": 1.0}
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("fault", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_training_that_stops_is_marked_as_such(workspace, fault, status):
+    with pytest.raises(fault), training_run("train_toy_cnn", {}):
+        raise fault
+    [run] = all_runs()
+    assert run.info.status == status
+
+
+def test_a_run_id_in_the_environment_hijacks_nothing(trained, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", trained[0])
+    with training_run("train_toy_cnn", {}):
+        pass
+    assert len(all_runs()) == 2
+
+
+def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from lib.tracking import connect; print(connect()[1])"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "stages")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(set(printed)) == 1
+
+
+def test_git_and_dvc_tags(workspace, monkeypatch):
+    assert git_tags() == {}
+    for arguments in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *arguments], check=True)
+    assert git_tags()["git_dirty"] == "false"
+    (workspace / "params.yaml").write_text("changed by -S")
+    assert git_tags()["git_dirty"] == "false"
+    (workspace / "code.py").write_text("new")
+    assert git_tags()["git_dirty"] == "true"
+    monkeypatch.setenv("DVC_EXP_NAME", "puffy-owl")
+    assert dvc_tags("train_cnn@original") == {"dvc_stage": "train_cnn@original", "dvc_exp_name": "puffy-owl"}
