@@ -35,7 +35,10 @@ def toy_loss(rows: Rows) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(_column(rows, "epoch"), _column(rows, "train_loss"), color=COLORS["original"])
     axes.axhline(np.log(2), color="grey", linestyle=":", linewidth=1)
-    axes.annotate("ln 2: both outputs 0.5", (1, np.log(2)), (0, 3), textcoords="offset points", color="grey")
+    axes.annotate(
+        "ln 2: both outputs 0.5", (1, np.log(2)), (0, -3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", color="grey", ha="right", va="top",
+    )  # fmt: skip
     axes.set(title="Toy CNN: training loss", xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, None))
     return figure
 
@@ -51,6 +54,7 @@ def training_curves(curves: dict[str, Rows]) -> Figure:
     top.set(title="CNN on Fashion-MNIST", ylabel="cross-entropy", ylim=(0, None))
     bottom.set(xlabel="epoch", ylabel="accuracy")
     bottom.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bottom.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.legend(ncols=2)
     return figure
@@ -66,7 +70,7 @@ def confusion(tables: dict[str, Rows]) -> Figure:
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1) * 100
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         for (actual, predicted), share in np.ndenumerate(shares):
-            if share >= 0.5:
+            if share > 0.5:
                 color = "white" if share > 50 else "black"
                 axes.text(
                     predicted, actual, f"{share:.0f}", ha="center", va="center", color=color, fontsize=9
@@ -76,7 +80,7 @@ def confusion(tables: dict[str, Rows]) -> Figure:
         axes.set_yticks(range(len(CLASSES)), CLASSES)
         axes.grid(False)
     columns[0].set_ylabel("actual")
-    figure.suptitle("Test images: predicted class, % of the actual class (under 0.5 % left out)")
+    figure.suptitle("Test images: predicted class, % of the actual class (0.5 % and less left out)")
     return figure
 
 

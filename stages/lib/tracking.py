@@ -26,6 +26,10 @@ class TrainingRun:
     def __init__(self, client, run_id: str):
         self.client, self.run_id = client, run_id
 
+    def log_epoch(self, row: dict, images_per_second: float) -> None:
+        """Log one epoch in one call; `row` has the epoch's number and metrics."""
+        self.log_epochs([{**row, "images_per_second": images_per_second}])
+
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Log final metrics, those without an epoch."""
         self.log_epochs([{"epoch": 0, **metrics}])
@@ -147,10 +151,10 @@ def connect():
     root = repository_root()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
     # Without the lock, stages that meet a new store at once crash while they create its tables.
     with FileLock(root / "mlflow.db.lock"):
         try:
+            client = mlflow.MlflowClient()
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment:
                 return client, experiment.experiment_id

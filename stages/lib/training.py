@@ -26,14 +26,14 @@ def train_cnn(
     learning_rate: float,
     seed: int,
     device: torch.device,
-    on_epoch: Callable[[int, dict, float], None],
+    on_epoch: Callable[[dict, float], None],
 ) -> list[dict]:
     """Train `model` in place with Adam and cross-entropy; return one row of metrics an epoch.
 
     `pool` (V, N, 28, 28) uint8 holds V variants of each of N images, the original first; `labels`
     (N,) uint8. An epoch takes each image of `train_index` once, in a fresh order, as one of its
     variants, uniformly. Validation reads the originals of `val_index`. `on_epoch` is called with
-    the epoch, its row and its images per second. Everything random comes from (seed, epoch).
+    each row and its images per second. Everything random comes from (seed, epoch).
     """
     # The whole set stays on the device as uint8, a quarter of its size as float32; a step cuts
     # its batch from there, where the lesson's Dataset fetches image by image (55 to 36 ms a step).
@@ -58,7 +58,7 @@ def train_cnn(
             row["val_loss"], row["val_accuracy"] = loss_and_accuracy(val_logits, labels[val_index])
             rows.append(row)
             tqdm.write(_describe(row, epochs, speed))
-            on_epoch(epoch, row, speed)
+            on_epoch(row, speed)
     return rows
 
 
