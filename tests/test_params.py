@@ -28,7 +28,7 @@ def written(tmp_path):
     return write
 
 
-def message(path, capsys=None) -> str:
+def message(path) -> str:
     with pytest.raises(StageError) as raised:
         load_params("split", path=path)
     assert "\n" not in str(raised.value)

@@ -84,5 +84,5 @@ def test_device_and_threads_are_what_was_asked_for():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_says_what_to_do():
-    with pytest.raises(StageError, match="device is cuda, but .* expected auto or cpu"):
+    with pytest.raises(StageError, match=r"device is cuda, but .* expected auto or cpu"):
         prepare_torch("cuda", threads=1)
