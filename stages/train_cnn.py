@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from lib.arguments import images_argument
+from lib.checkpoints import Checkpoint
 from lib.copies import load_copies
 from lib.errors import run_stage
 from lib.files import sha256_of, write_csv, write_json
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from lib.lineage import digest
+from lib.lineage import digest, result_key
 from lib.models import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
 from lib.params import leaves, load_params
 from lib.runtime import prepare_torch
@@ -23,16 +24,21 @@ from lib.training import train_cnn
 
 def main() -> None:
     images = images_argument()
-    params = load_params("split", "train_cnn")
+    params = load_params("split", "train_cnn", "tracking")
     device = prepare_torch(params.train_cnn.device, params.train_cnn.threads)
     pool, labels = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
     train_index, val_index = split_indices(
         len(labels), params.split.val_size, params.split.train_size, params.split.seed
     )
 
-    with training_run(f"train_cnn@{images}", leaves(params)) as run:
+    stage, data_digest = f"train_cnn@{images}", digest(pool, labels, train_index, val_index)
+    checkpoint = Checkpoint(result_key(stage, leaves(params), data_digest))
+
+    with training_run(stage, leaves(params), params.tracking.if_unreachable, checkpoint.run_id) as run:
+        run.catch_up(checkpoint.rows)
+        checkpoint.run_id = run.run_id
         sizes = {"train_images": len(train_index), "val_images": len(val_index), "variants": len(pool)}
-        run.log_dataset(images, digest(pool, labels, train_index, val_index), "data", sizes)
+        run.log_dataset(images, data_digest, "data", sizes)
         model = fresh(build_cnn, params.train_cnn.seed)
         rows = train_cnn(
             model,
@@ -45,6 +51,7 @@ def main() -> None:
             learning_rate=params.train_cnn.learning_rate,
             seed=params.train_cnn.seed,
             device=device,
+            checkpoint=checkpoint,
             on_epoch=run.log_epoch,
         )
         weights = Path(f"models/cnn_{images}.safetensors")
@@ -55,6 +62,7 @@ def main() -> None:
         write_json(Path(f"metrics/train_cnn/{images}.json"), {**last, "weights_sha256": [sha256_of(weights)]})
         example = pool[0, val_index[:2], None].astype(np.float32) / 255  # (2, 1, 28, 28)
         run.log_model(model, weights, summarize(model, CNN_SHAPE), example)
+    checkpoint.delete()
 
 
 def load_pool(images: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,56 +4,60 @@ import numpy as np
 import pytest
 import torch
 
+from lib.checkpoints import Checkpoint
+from lib.cuda_graph import GraphedStep
 from lib.errors import StageError
 from lib.models import build_cnn, fresh
 from lib.runtime import prepare_torch
-from lib.training import train_cnn
+from lib.training import TrainStep, train_cnn
 
 CPU = torch.device("cpu")
 LABELS = np.arange(16, dtype=np.uint8) % 4
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
 
 
-def train(pool, **changes):
-    settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "device": CPU} | changes
-    model = fresh(build_cnn, 0)
-    heard = []
-    rows = train_cnn(
-        model, pool, LABELS, TRAIN, VAL, **settings, on_epoch=lambda row, speed: heard.append((row, speed))
-    )
-    assert [row for row, _ in heard] == rows
-    return model, rows
+@pytest.fixture
+def train(tmp_path):
+    """Train on the first twelve of sixteen images; every training has a checkpoint of its own."""
+
+    def run(pool, model=None, checkpoint=None, on_epoch=lambda row, speed: None, **changes):
+        settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "device": CPU} | changes
+        model = model or fresh(build_cnn, 0)
+        checkpoint = checkpoint or Checkpoint(f"{len(list(tmp_path.iterdir()))}", tmp_path)
+        rows = train_cnn(
+            model, pool, LABELS, TRAIN, VAL, **settings, checkpoint=checkpoint, on_epoch=on_epoch
+        )
+        return model, rows
+
+    return run
 
 
-def test_it_learns_twelve_images_by_heart(images):
+def test_it_learns_twelve_images_by_heart(train, images):
     _, rows = train(images[None], epochs=30)
     assert rows[-1]["train_accuracy"] == 1
     assert rows[-1]["train_loss"] < 0.5 < rows[0]["train_loss"]
     assert [row["epoch"] for row in rows] == list(range(1, 31))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(images):
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(train, images):
     first, second, other = (train(images[None], seed=seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first[9].weight, second[9].weight)
     assert not torch.equal(first[9].weight, other[9].weight)
 
 
-def test_an_epoch_takes_every_train_image_once_and_no_other(images, monkeypatch):
+def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
     seen = []
-    watched = fresh(build_cnn, 0)
-    watched.register_forward_pre_hook(
+    model = fresh(build_cnn, 0)
+    model.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].clone()) if module.training else None
     )
-    train_cnn(
-        watched, images[None], LABELS, TRAIN, VAL,
-        epochs=1, batch_size=5, learning_rate=0.001, seed=0, device=CPU, on_epoch=lambda *_: None,
-    )  # fmt: skip
+    train(images[None], model, epochs=1)
     assert [len(batch) for batch in seen] == [5, 5, 2]
     given = (torch.cat(seen)[:, 0] * 255).round().to(torch.uint8).numpy()
     assert sorted(image.tobytes() for image in given) == sorted(image.tobytes() for image in images[TRAIN])
 
 
-def test_variants_are_drawn_uniformly_for_training_and_never_for_validation():
+def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(train):
     # Variant v of every image is filled with v, so a batch tells which variants it drew.
     pool = np.stack([np.full((16, 28, 28), variant, np.uint8) for variant in range(4)])
     drawn, validated = [], []
@@ -64,15 +68,95 @@ def test_variants_are_drawn_uniformly_for_training_and_never_for_validation():
 
     model = fresh(build_cnn, 0)
     model.register_forward_pre_hook(watch)
-    train_cnn(
-        model, pool, LABELS, TRAIN, VAL,
-        epochs=100, batch_size=12, learning_rate=0.001, seed=0, device=CPU, on_epoch=lambda *_: None,
-    )  # fmt: skip
+    train(pool, model, epochs=100, batch_size=12)
     assert set(validated) == {0}
     counts = np.bincount(drawn)
     # 1,200 draws: 300 expected of each; five standard deviations are 75.
     assert counts.sum() == 1200
     assert (abs(counts - 300) < 75).all()
+
+
+class Killed(Exception):
+    """Stands for a kill between two epochs."""
+
+
+def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, tmp_path):
+    whole, whole_rows = train(images[None], epochs=4)
+
+    def kill(row, speed):
+        if row["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(images[None], epochs=4, checkpoint=Checkpoint("k", tmp_path), on_epoch=kill)
+    heard = []
+    resumed, rows = train(
+        images[None],
+        model=fresh(build_cnn, 1),  # other initial weights: all must come from the checkpoint
+        epochs=4,
+        checkpoint=Checkpoint("k", tmp_path),
+        on_epoch=lambda row, speed: heard.append(row["epoch"]),
+    )
+    assert heard == [3, 4]
+    assert rows == whole_rows
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b""])
+def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damage):
+    _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path))
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert train(images[None], checkpoint=Checkpoint("k", tmp_path))[1] == rows
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_deleted_checkpoint_is_gone(tmp_path):
+    checkpoint = Checkpoint("k", tmp_path)
+    model = fresh(build_cnn, 0)
+    checkpoint.save(model, torch.optim.Adam(model.parameters()), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["k.safetensors"]
+    checkpoint.delete()
+    assert not list(tmp_path.iterdir())
+
+
+class StandInGraph:
+    """What CapturedGraph does, without a GPU: a replay calls what was captured."""
+
+    def __init__(self):
+        self.warm_ups = self.captures = self.replays = 0
+
+    def warm_up(self, call):
+        self.warm_ups += 1
+        call()
+
+    def capture(self, call):
+        self.captures += 1
+        self.call = call
+
+    def replay(self):
+        self.replays += 1
+        self.call()
+
+
+def test_the_graphed_step_trains_as_the_plain_one(images):
+    def run(wrap):
+        model = fresh(build_cnn, 0)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        step = TrainStep(model, optimizer, torch.from_numpy(images[None]), torch.from_numpy(LABELS).long())
+        run_step = wrap(step)
+        for _ in range(3):
+            for index in torch.arange(12).split(5):  # 5, 5 and 2 images
+                run_step(torch.zeros_like(index), index)
+        return model[9].weight, step.loss_sum.item(), step.correct.item()
+
+    graph = StandInGraph()
+    graphed = run(lambda step: GraphedStep(step, 5, CPU, graph))
+    plain = run(lambda step: step)
+    assert torch.equal(graphed[0], plain[0])
+    assert graphed[1:] == plain[1:]
+    assert (graph.warm_ups, graph.captures, graph.replays) == (3, 1, 3)
 
 
 def test_device_and_threads_are_what_was_asked_for():

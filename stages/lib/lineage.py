@@ -1,9 +1,11 @@
 """What ties a run to the code and the machine that made it."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,12 @@ def git_tags() -> dict[str, str]:
     return {"git_commit": commit, "git_dirty": str(dirty).lower()}
 
 
+def git_diff() -> str:
+    """What a dirty tree holds beyond its commit: the diff of tracked code, and the names of new files."""
+    new = _git("ls-files", "--others", "--exclude-standard") or ""
+    return f"{_git('diff', 'HEAD', '--', '.', *NOT_CODE)}\n\nfiles that are not in git:\n{new}\n"
+
+
 def dvc_tags(stage: str) -> dict[str, str]:
     """The stage, and the experiment when DVC runs one."""
     tags = {"dvc_stage": stage}
@@ -42,6 +50,7 @@ def machine_tags() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
@@ -51,6 +60,16 @@ def digest(*arrays: np.ndarray) -> str:
     for array in arrays:
         hasher.update(np.ascontiguousarray(array))
     return hasher.hexdigest()[:32]
+
+
+def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
+    """Digest of everything that determines a training's result: code, params, data, machine."""
+    hasher = hashlib.sha256(json.dumps([stage, params, data_digest, machine_tags()]).encode())
+    stages = str(Path(__file__).resolve().parents[1])
+    for path in sorted(str(getattr(module, "__file__", None)) for module in list(sys.modules.values())):
+        if path.startswith(stages):
+            hasher.update(Path(path).read_bytes())
+    return hasher.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

@@ -28,7 +28,9 @@ def prepare_torch(device: str, threads: int):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    # Warns on CUDA: torch knows its pooling gradient as not deterministic, which it is only for
+    # windows that overlap.
+    torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
     # Guards against reads of uninitialised memory, at 5 % of a step; no layer here has any.
     torch.utils.deterministic.fill_uninitialized_memory = False
     _keep_freed_memory()

@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lib.checkpoints import Checkpoint
+from lib.cuda_graph import GraphedStep
+from lib.files import round_float
 from lib.inference import loss_and_accuracy, predict, to_device, to_input
 
 REFRESH = 50  # steps between two readings of loss and accuracy for the progress bar
@@ -26,6 +29,7 @@ def train_cnn(
     learning_rate: float,
     seed: int,
     device: torch.device,
+    checkpoint: Checkpoint,
     on_epoch: Callable[[dict, float], None],
 ) -> list[dict]:
     """Train `model` in place with Adam and cross-entropy; return one row of metrics an epoch.
@@ -33,65 +37,92 @@ def train_cnn(
     `pool` (V, N, 28, 28) uint8 holds V variants of each of N images, the original first; `labels`
     (N,) uint8. An epoch takes each image of `train_index` once, in a fresh order, as one of its
     variants, uniformly. Validation reads the originals of `val_index`. `on_epoch` is called with
-    each row and its images per second. Everything random comes from (seed, epoch).
+    each row and its images per second. Everything random comes from (seed, epoch), so a training
+    that goes on from `checkpoint` ends in the same weights.
     """
-    # The whole set stays on the device as uint8, a quarter of its size as float32; a step cuts
-    # its batch from there, where the lesson's Dataset fetches image by image (55 to 36 ms a step).
+    # The whole set stays on the device as uint8, a quarter of its size as float32; a step cuts its
+    # batch from there, where the lesson's Dataset fetches image by image (a third of its step).
     images = torch.from_numpy(pool).to(device)  # (V, N, 28, 28)
     targets = torch.from_numpy(labels).to(device, torch.int64)  # (N,)
     to_device(model, device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=learning_rate, fused=True
-    )  # one pass over all weights
-    rows = []
-    with tqdm(total=epochs * len(train_index), unit=" images", disable=None) as bar:
-        for epoch in range(1, epochs + 1):
+    on_cuda = device.type == "cuda"
+    # fused: one pass over all weights instead of several for each.
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True, capturable=on_cuda)
+    step = TrainStep(model, optimizer, images, targets)
+    run_step = GraphedStep(step, batch_size, device) if on_cuda else step
+    rows = checkpoint.load(model, optimizer)
+    checkpoint.save(model, optimizer, rows)  # from now on, a killed training has its MLflow run
+    done = len(rows) * len(train_index)
+    with tqdm(total=epochs * len(train_index), initial=done, unit=" images", disable=None) as bar:
+        for epoch in range(len(rows) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             began = time.perf_counter()
             rng = np.random.default_rng([seed, epoch])
             order = rng.permutation(train_index)
             variants = rng.integers(len(pool), size=len(order))
-            batches = _batches(order, variants, batch_size, device)
-            row = {"epoch": epoch, **_train_epoch(model, optimizer, images, targets, batches, bar)}
+            train_loss, train_accuracy = train_epoch(step, run_step, order, variants, batch_size, bar)
             speed = len(order) / (time.perf_counter() - began)
-            val_logits = predict(model, pool[0, val_index], device)
-            row["val_loss"], row["val_accuracy"] = loss_and_accuracy(val_logits, labels[val_index])
+            val_loss, val_accuracy = loss_and_accuracy(
+                predict(model, pool[0, val_index], device), labels[val_index]
+            )
+            row = {
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+            }
+            # Rounded here, so that every place that shows a value shows the same one.
+            row = {"epoch": epoch} | {name: round_float(value) for name, value in row.items()}
             rows.append(row)
+            checkpoint.save(model, optimizer, rows)
             tqdm.write(_describe(row, epochs, speed))
             on_epoch(row, speed)
     return rows
 
 
-def _batches(order: np.ndarray, variants: np.ndarray, batch_size: int, device: torch.device):
-    """Pairs (variant, image) of index tensors, each (batch_size,); the last may be shorter."""
-    return zip(
+class TrainStep:
+    """One step on a batch; sums loss and hits on the device, where reading them costs no wait."""
+
+    def __init__(self, model: nn.Module, optimizer, images: torch.Tensor, targets: torch.Tensor):
+        self.model, self.optimizer, self.images, self.targets = model, optimizer, images, targets
+        self.loss_sum = torch.zeros((), device=images.device)
+        self.correct = torch.zeros((), device=images.device, dtype=torch.int64)
+
+    def __call__(self, variant: torch.Tensor, index: torch.Tensor) -> None:
+        """Update the weights with the images `index` (B,), each in its variant `variant` (B,)."""
+        label = self.targets[index]  # (B,)
+        logits = self.model(to_input(self.images[variant, index]))  # (B, 10)
+        loss = F.cross_entropy(logits, label)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        # Those of the batch before its own step. Accuracy reuses the logits: the lesson runs a second
+        # forward pass (a sixth of its step).
+        self.loss_sum += loss.detach() * len(index)
+        self.correct += (logits.detach().argmax(1) == label).sum()
+
+
+def train_epoch(step, run_step, order, variants, batch_size, bar) -> tuple[float, float]:
+    """One pass over the images `order` in their `variants`; mean loss, and accuracy."""
+    step.model.train()
+    step.loss_sum.zero_()
+    step.correct.zero_()
+    device = step.images.device
+    batches = zip(
         torch.from_numpy(variants).to(device).split(batch_size),
-        torch.from_numpy(order).to(device).split(batch_size),
+        torch.from_numpy(order).to(device).split(batch_size),  # the last may be shorter
         strict=True,
     )
-
-
-def _train_epoch(model, optimizer, images, targets, batches, bar) -> dict:
-    """One pass; loss and accuracy are those of each batch before its own step, as in the lesson."""
-    model.train()
-    loss_sum = torch.zeros((), device=images.device)
-    correct = torch.zeros((), device=images.device, dtype=torch.int64)
     seen = 0
-    for step, (variant, index) in enumerate(batches, start=1):
-        label = targets[index]  # (B,)
-        logits = model(to_input(images[variant, index]))  # (B, 10)
-        loss = F.cross_entropy(logits, label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        # Sums stay on the device, and accuracy reuses the logits: the lesson runs a second forward.
-        loss_sum += loss.detach() * len(index)
-        correct += (logits.detach().argmax(1) == label).sum()
+    for number, (variant, index) in enumerate(batches, start=1):
+        run_step(variant, index)
         seen += len(index)
         bar.update(len(index))
-        if step % REFRESH == 0 and not bar.disable:
-            bar.set_postfix(loss=f"{loss_sum.item() / seen:.4f}", accuracy=f"{correct.item() / seen:.2%}")
-    return {"train_loss": loss_sum.item() / seen, "train_accuracy": correct.item() / seen}
+        # Not on a GPU, which this would make wait for.
+        if number % REFRESH == 0 and not bar.disable and device.type == "cpu":
+            loss, accuracy = step.loss_sum.item() / seen, step.correct.item() / seen
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
+    return step.loss_sum.item() / seen, step.correct.item() / seen
 
 
 def _describe(row: dict, epochs: int, speed: float) -> str:
