@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+from lib.process import die_with_parent
 from lib.repairs import import_imgaug_augmenters
 from lib.runtime import usable_cores
 
@@ -36,7 +37,7 @@ def augment(
     blocks = [images[start : start + BLOCK] for start in starts]
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     with (
-        ProcessPoolExecutor(workers or usable_cores(), context) as pool,
+        ProcessPoolExecutor(workers or usable_cores(), context, initializer=die_with_parent) as pool,
         tqdm(total=copies * len(images), unit=" images", desc="augment", disable=None) as bar,
     ):
         for copy in range(copies):

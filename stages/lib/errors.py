@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from lib.process import behave
+
 
 class StageError(Exception):
     """A fault that a user can act on; its message names the thing, the value and what was expected."""
@@ -11,14 +13,15 @@ class StageError(Exception):
 def run_stage(main: Callable[[], None]) -> None:
     """Call `main`; on a fault that is not a bug, say so in one line and exit with code 1.
 
-    Ctrl-C exits with code 130. Anything else is a bug and keeps its traceback.
+    Ctrl-C and SIGTERM exit with code 130. Anything else is a bug and keeps its traceback.
     """
+    behave()
     try:
         main()
     except StageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a missing file, a read-only folder
-        sys.exit(f"error: {error.filename or 'file'}: {error.strerror or error}")
+        sys.exit(f"error: {error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        print("stopped on request", file=sys.stderr)
         sys.exit(130)
