@@ -19,7 +19,8 @@ from lib.tracking import attach
 
 def main() -> None:
     name = images_argument()
-    params = load_params("evaluate_cnn").evaluate_cnn
+    sections = load_params("evaluate_cnn", "tracking")
+    params = sections.evaluate_cnn
     device = prepare_torch(params.device, params.threads)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     weights = Path(f"models/cnn_{name}.safetensors")
@@ -47,8 +48,15 @@ def main() -> None:
     paths = [folder / f"{name}_{table}.csv" for table in tables]
     for path, rows in zip(paths, tables.values(), strict=True):
         write_csv(path, rows)
-    write_json(folder / f"{name}.json", metrics)
-    attach("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
+    metrics = write_json(folder / f"{name}.json", metrics)
+    attach(
+        "evaluate_cnn",
+        f"train_cnn@{name}",
+        sha256_of(weights),
+        metrics,
+        paths,
+        sections.tracking.if_unreachable,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FIGURES = METRICS / "figures"
 
 
 def main() -> None:
-    params = load_params("plot_results").plot_results
+    params = load_params("plot_results", "tracking")
 
     def evaluation_tables(table: str) -> dict:
         return {name: read_csv(METRICS / "evaluate_cnn" / f"{name}_{table}.csv") for name in IMAGES}
@@ -29,19 +29,15 @@ def main() -> None:
         "augmentation": figures.augmentation(read_csv(METRICS / "augment_images.csv")),
     }
     for name, figure in (toy | cnn).items():
-        figures.save(figure, FIGURES / f"{name}.png", params.dpi)
+        figures.save(figure, FIGURES / f"{name}.png", params.plot_results.dpi)
 
     # Each training's figures go to its own run; those of both CNNs together go to both.
-    attach_figures("train_toy_cnn", METRICS / "train_toy_cnn.json", toy)
-    for name in IMAGES:
-        attach_figures(f"train_cnn@{name}", METRICS / "train_cnn" / f"{name}.json", cnn)
-
-
-def attach_figures(training_stage: str, metrics: Path, names: dict) -> None:
-    [weights_sha256] = read_json(metrics)["weights_sha256"]
-    attach(
-        "plot_results", training_stage, weights_sha256, artifacts=[FIGURES / f"{name}.png" for name in names]
-    )
+    trainings = [("train_toy_cnn", METRICS / "train_toy_cnn.json", toy)]
+    trainings += [(f"train_cnn@{name}", METRICS / "train_cnn" / f"{name}.json", cnn) for name in IMAGES]
+    for training, metrics, drawn in trainings:
+        [weights_sha256] = read_json(metrics)["weights_sha256"]
+        paths = [FIGURES / f"{name}.png" for name in drawn]
+        attach("plot_results", training, weights_sha256, None, paths, params.tracking.if_unreachable)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ WEIGHTS = Path("models/toy_cnn.safetensors")
 
 
 def main() -> None:
-    params = load_params("train_toy_cnn")
+    params = load_params("train_toy_cnn", "tracking")
     prepare_torch("cpu", threads=1)  # for 4×4 images a second thread costs more than it computes
     toy = read_tensors(TENSORS)  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 
-    with training_run("train_toy_cnn", leaves(params)) as run:
+    with training_run("train_toy_cnn", leaves(params), params.tracking.if_unreachable) as run:
         run.log_dataset("toy", digest(images, labels), TENSORS, {"train_images": len(images)})
         model, losses = train_toy(
             images,
@@ -46,11 +46,11 @@ def main() -> None:
         print(f"outputs {probabilities[0]:.6f} and {probabilities[1]:.6f} for labels 0 and 1")
 
         save_weights(model, WEIGHTS)
-        write_csv(Path("metrics/train_toy_cnn.csv"), rows)
+        run.log_epochs(write_csv(Path("metrics/train_toy_cnn.csv"), rows))
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
-        write_json(Path("metrics/train_toy_cnn.json"), {**metrics, "weights_sha256": [sha256_of(WEIGHTS)]})
-        run.log_epochs(rows)
-        run.log_metrics(metrics)
+        digests = {"weights_sha256": [sha256_of(WEIGHTS)]}
+        written = write_json(Path("metrics/train_toy_cnn.json"), metrics | digests)
+        run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # that is a curve
         run.log_model(model, WEIGHTS, summarize(model, TOY_SHAPE), images)
 
 

@@ -11,8 +11,8 @@ from conftest import ROOT, STAGES, code_deps, stage_definitions
 from lib.params import Params
 
 SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
-# Two sections are not named after a stage: the first is short for fetch_fashion_mnist, the second shared.
-SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None}
+# Not named after a stage: the first is short for fetch_fashion_mnist, the others are shared.
+SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None, "tracking": None}
 
 
 def test_scripts_stages_and_readme_table_are_the_same_list():

@@ -12,7 +12,8 @@ from conftest import ROOT
 from lib.files import sha256_of
 from lib.lineage import digest, dvc_tags, git_tags
 from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
-from lib.tracking import attach, connect, training_run
+from lib.store import connect
+from lib.tracking import attach, training_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torch warn about themselves
 
@@ -119,9 +120,7 @@ def test_a_run_id_in_the_environment_hijacks_nothing(trained, monkeypatch):
 
 
 def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from lib.tracking import connect; print(connect()[1])"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lib.store import connect; print(connect()[1])"
     command = [sys.executable, "-c", code, str(ROOT / "stages")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = [process.communicate()[0] for process in processes]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from lib.errors import StageError
 
@@ -38,9 +38,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(path: Path, metrics: dict) -> None:
-    """Write metrics; floats keep six significant digits, enough to read and to compare."""
-    write_text(path, json.dumps({key: _round(value) for key, value in metrics.items()}, indent=2) + "\n")
+def write_json(path: Path, metrics: dict) -> dict:
+    """Write metrics; floats keep six significant digits. Returns them as written, to be logged so."""
+    metrics = {key: round_float(value) for key, value in metrics.items()}
+    write_text(path, json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def read_json(path: Path) -> dict:
@@ -48,12 +50,14 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows that share the keys of the first; floats keep six significant digits."""
+def write_csv(path: Path, rows: list[dict]) -> list[dict]:
+    """Write rows with the keys of the first; floats keep six significant digits. Returns them as written."""
+    rows = [{key: round_float(value) for key, value in row.items()} for row in rows]
     with replace_atomically(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _round(value) for key, value in row.items()} for row in rows)
+        writer.writerows(rows)
+    return rows
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -70,17 +74,15 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write arrays as safetensors: the same bytes for the same content, and no pickle."""
+    content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     with replace_atomically(path) as partial:
-        try:
-            save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial)
-        except SafetensorError as error:  # safetensors' own word for a full disk and the like
-            raise StageError(f"{path}: cannot be written: {error}") from None
+        partial.write_bytes(content)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Read a safetensors file. Raises StageError where it is missing or damaged."""
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except FileNotFoundError:
         raise StageError(f"{path}: not found, expected a safetensors file; `dvc repro` makes it") from None
     except SafetensorError as error:
@@ -97,5 +99,6 @@ def pixels_from_text(text: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(28, 28)
 
 
-def _round(value: object) -> object:
+def round_float(value: object) -> object:
+    """A float to six significant digits; anything else as it is."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -92,8 +92,14 @@ class PlotResults(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
 
 
+class Tracking(Section):
+    """What to do without the MLflow store."""
+
+    if_unreachable: Literal["stop", "continue"]
+
+
 class Params(Section):
-    """All of params.yaml, one section a stage; `split` is shared."""
+    """All of params.yaml, one section a stage; `split` and `tracking` are shared."""
 
     fetch: Fetch
     split: Split
@@ -103,6 +109,7 @@ class Params(Section):
     train_cnn: TrainCnn
     evaluate_cnn: EvaluateCnn
     plot_results: PlotResults
+    tracking: Tracking
 
 
 class _Loader(yaml.SafeLoader):

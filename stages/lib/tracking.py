@@ -1,106 +1,113 @@
 """What joins the stages to MLflow: one training is one run, and later stages attach to it."""
 
-import json
-import logging
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
-from torch import nn
 
-from lib.errors import StageError
-from lib.files import sha256_of
-from lib.lineage import dvc_tags, git_tags, machine_tags, repository_root
+from lib import mlflow_log
+from lib.files import sha256_of, write_json
+from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags
+from lib.store import StoreError, connect, reason, store_faults
 
-EXPERIMENT = "fashion-cnn"
+AWAY = "training goes on without it, and `make sync` sends later what it missed"
 
 
 class TrainingRun:
-    """The MLflow run of a training in progress."""
+    """The MLflow run of a training; where the store goes away, the training goes on.
 
-    def __init__(self, client, run_id: str):
+    `client` is None when the store was away from the start. What could not be sent is sent with the
+    next epoch; what is left at the end is written down for `make sync`.
+    """
+
+    def __init__(self, client, run_id: str | None, rows: list[dict] = ()):
         self.client, self.run_id = client, run_id
+        self.rows, self.sent, self.missed = list(rows), 0, False
+        self.weights_sha256 = None
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
-        """Log one epoch in one call; `row` has the epoch's number and metrics."""
+        """Log one epoch, in one call; `row` has the epoch's number and metrics."""
         self.log_epochs([{**row, "images_per_second": images_per_second}])
+
+    def log_epochs(self, rows: list[dict]) -> None:
+        """Log the metrics of epochs, and of those before that could not be sent."""
+        self.rows += rows
+        if self._send("metrics", mlflow_log.log_rows, self.run_id, self.rows[self.sent :]):
+            self.sent = len(self.rows)
+
+    def catch_up(self, rows: list[dict]) -> None:
+        """Log those of a resumed training's epochs that its run lacks."""
+        if self.client is not None:
+            history = self.client.get_metric_history(self.run_id, "train_loss")
+            logged = {metric.step for metric in history}
+            self.log_epochs([row for row in rows if row["epoch"] not in logged])
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Log final metrics, those without an epoch."""
         self.log_epochs([{"epoch": 0, **metrics}])
 
-    def log_epochs(self, rows: list[dict]) -> None:
-        """Log the metrics of many epochs in calls of at most 1,000, MLflow's limit."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, value, now, row["epoch"])
-            for row in rows
-            for name, value in row.items()
-            if name != "epoch"
-        ]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(self.run_id, metrics[start : start + 1000])
-
-    def log_dataset(self, name: str, digest: str, source: Path, sizes: dict[str, int]) -> None:
+    def log_dataset(self, name: str, digest: str, source: str | Path, sizes: dict[str, int]) -> None:
         """Log which data the run trains on: `digest` of at most 36 characters, and its sizes."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        self._send("dataset", mlflow_log.log_dataset, self.run_id, name, digest, source, sizes)
 
-        dataset = Dataset(name, digest, "local", json.dumps({"uri": str(source)}), profile=json.dumps(sizes))
-        self.client.log_inputs(
-            self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])]
-        )
-
-    def log_model(self, model: nn.Module, weights: Path, summary: str, example: np.ndarray) -> None:
+    def log_model(self, model, weights: Path, summary: str, example: np.ndarray) -> None:
         """Log the trained model without pickle, its layer summary and its weights' SHA-256.
 
         `example` (2 or more, C, H, W) float32 becomes the input example; a batch of one would be
         exported as a fixed batch size.
         """
-        import mlflow
-        import torch
-        from mlflow.models import infer_signature
+        self.weights_sha256 = sha256_of(weights)
+        if self._send("weights", mlflow_log.log_weights, self.run_id, self.weights_sha256, summary):
+            self._send("model", mlflow_log.log_model, self.run_id, model, example)
 
-        model = model.cpu().to(memory_format=torch.contiguous_format).eval()
-        with torch.inference_mode():
-            outputs = model(torch.from_numpy(example)).numpy()
-        self.client.log_text(self.run_id, summary, "layers.txt")
-        mlflow.pytorch.log_model(
-            model,
-            name="model",
-            serialization_format="pt2",
-            input_example=example,
-            signature=infer_signature(example, outputs),
-            # Given, since inferring them takes 5 s; without the "+cpu" of a local build.
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy")],
-        )
-        self.client.set_tag(self.run_id, "weights_sha256", sha256_of(weights))
+    def _send(self, what: str, call, *arguments) -> bool:
+        if self.client is None:
+            return False
+        try:
+            call(self.client, *arguments)
+        except store_faults() as error:
+            print(f"MLflow: {what} not sent: {reason(error)}; {AWAY}")
+            self.missed = True
+            return False
+        return True
 
 
 @contextmanager
-def training_run(stage: str, params: dict[str, object]) -> Iterator[TrainingRun]:
-    """Open the run of one training; it ends FINISHED, or FAILED, or KILLED by Ctrl-C."""
-    client, experiment_id = connect()
+def training_run(
+    stage: str, params: dict[str, object], if_unreachable: str = "stop", resume: str | None = None
+) -> Iterator[TrainingRun]:
+    """Open the run of one training; it ends FINISHED, or FAILED, or KILLED when asked to stop.
+
+    `resume` is the run of a training that was stopped; where the store has it, it goes on. A store
+    that is away at the start raises StoreError, or is done without if `if_unreachable` is "continue".
+    """
+    try:
+        client, experiment_id = connect()
+    except StoreError as error:
+        if if_unreachable == "stop":
+            raise
+        print(f"{error}; {AWAY}")
+        yield TrainingRun(None, None)
+        return
     import mlflow
 
+    if resume and not client.search_runs([experiment_id], f"attributes.run_id = '{resume}'"):
+        resume = None
     tags = {**git_tags(), **dvc_tags(stage), **machine_tags()}
-    run = mlflow.start_run(experiment_id=experiment_id, run_name=stage, tags=tags)
+    run = TrainingRun(client, mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags).info.run_id)
     status = "FAILED"
     try:
         mlflow.log_params(params)
-        yield TrainingRun(client, run.info.run_id)
+        if tags.get("git_dirty") == "true":
+            client.log_text(run.run_id, git_diff(), "uncommitted.diff")
+        yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        mlflow.end_run(status)
+        _end(run, status)
 
 
 def attach(
@@ -109,71 +116,37 @@ def attach(
     weights_sha256: str,
     metrics: dict[str, float] | None = None,
     artifacts: list[Path] = (),
+    if_unreachable: str = "stop",
 ) -> None:
     """Add metrics and files to the newest run of the training that made these weights.
 
-    Goes through the client alone, which leaves the run's status and times as they are. Where the
-    store has no such run, one is made that says so.
+    Goes through the client alone, which leaves the run's status and times as they are; a value that
+    the run has already is left. Where the store has no such run, one is made that says so.
     """
-    client, experiment_id = connect()
-    from mlflow.entities import Metric
-
-    found = client.search_runs(
-        [experiment_id],
-        f"tags.weights_sha256 = '{weights_sha256}' and tags.dvc_stage = '{training_stage}'",
-        max_results=1,
-        order_by=["attributes.start_time DESC"],
-    )
-    run_id = (
-        found[0].info.run_id if found else _stand_in(client, experiment_id, training_stage, weights_sha256)
-    )
-    now = int(time.time() * 1000)
-    client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in (metrics or {}).items()])
+    try:
+        client, experiment_id = connect()
+    except StoreError as error:
+        if if_unreachable == "stop":
+            raise
+        print(f"{error}; `make sync` sends the results later")
+        return
+    run_id = mlflow_log.find_run(client, experiment_id, training_stage, weights_sha256)
+    run_id = run_id or mlflow_log.stand_in(client, experiment_id, training_stage, weights_sha256)
+    has = client.get_run(run_id).data.metrics
+    new = {name: value for name, value in (metrics or {}).items() if has.get(name) != value}
+    mlflow_log.log_rows(client, run_id, [{"epoch": 0, **new}])
     for path in artifacts:
         client.log_artifact(run_id, path, artifact_path=stage)
 
 
-def connect():
-    """Return (MlflowClient, experiment id), creating store and experiment where there are none.
-
-    The store is MLFLOW_TRACKING_URI, or SQLite in the repository root. Raises StageError where it
-    cannot be reached.
-    """
-    # A run id in the environment would make every start_run resume that one run.
-    os.environ.pop("MLFLOW_RUN_ID", None)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default waits for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+def _end(run: TrainingRun, status: str) -> None:
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    root = repository_root()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with FileLock(root / "mlflow.db.lock"):
-        try:
-            client = mlflow.MlflowClient()
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment:
-                return client, experiment.experiment_id
-            # Left out, it would be the folder that the process happens to stand in; a server knows its own.
-            location = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-            return client, client.create_experiment(EXPERIMENT, artifact_location=location)
-        except mlflow.MlflowException as error:
-            reason = " ".join(error.message.split())[:300]
-            raise StageError(f"MLflow store {uri}: {reason}; see MLFLOW_TRACKING_URI") from None
-
-
-def _stand_in(client, experiment_id: str, training_stage: str, weights_sha256: str) -> str:
-    note = (
-        "Made to hold results of weights that were not trained into this store: "
-        "they came from the DVC cache, or the store is new."
-    )
-    tags = {"mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true"}
-    run = client.create_run(
-        experiment_id, run_name=training_stage, tags={**tags, **git_tags(), **dvc_tags(training_stage)}
-    )
-    client.set_terminated(run.info.run_id)
-    return run.info.run_id
+    run.log_epochs([])
+    try:
+        mlflow.end_run(status)
+    except store_faults():
+        run.missed = True
+    if run.missed:
+        record = {"status": status, "weights_sha256": run.weights_sha256, "rows": run.rows}
+        write_json(mlflow_log.unsent_dir() / f"{run.run_id}.json", record)
