@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test ui clean
+.PHONY: help setup repro test ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -21,6 +21,9 @@ test: .venv/ready ## lint, then all tests
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) python -m pytest
+
+bench: .venv/ready ## measure beside the lesson's own loops (20 minutes, quiet machine): benchmarks/results.md
+	$(ACTIVATE) python benchmarks/run.py
 
 ui: .venv/ready ## serve the MLflow UI on 127.0.0.1:5000
 	$(ACTIVATE) python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

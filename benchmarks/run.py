@@ -1,0 +1,224 @@
+"""Measure the project beside the lesson's own loops, and write benchmarks/results.md.
+
+Usage, after `make repro`: make bench. Takes about 20 minutes; the two sides run in turn, A B A B,
+so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results.md"
+STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+class Side:
+    """A worker process for one side of a comparison."""
+
+    def __init__(self, name: str):
+        command = [sys.executable, str(ROOT / "benchmarks/worker.py"), name]
+        # What the worker's libraries print before it is ready goes past; after that, one line an answer.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self.process.stdout.readline() != "ready\n":
+            pass
+
+    def ask(self, case: str, argument=None) -> tuple[float, object]:
+        """Run one case; returns (seconds, result)."""
+        self.process.stdin.write(json.dumps([case, argument]) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the worker."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Report:
+    """The lines of results.md."""
+
+    def __init__(self):
+        self.lines = ["# Benchmark results", "", "Written by `make bench`.", ""]
+
+    def heading(self, title: str, note: str = "") -> None:
+        """Begin a section."""
+        print(f"\n## {title}", flush=True)
+        self.lines += [f"## {title}", ""] + ([note, ""] if note else [])
+
+    def table(self, header: str, rows: list[str]) -> None:
+        """Add a table; rows are already joined by |."""
+        columns = header.count("|") + 1
+        self.lines += [f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows), ""]
+        print("\n".join(rows), flush=True)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median, with minimum and maximum."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def compare(lesson: Side, project: Side, case: str, argument, rounds: int) -> tuple[list, list]:
+    """Run a case on both sides in turn, after one round that does not count for short cases."""
+    times = ([], [])
+    for _ in range(rounds):
+        for side, seconds in zip((lesson, project), times, strict=True):
+            seconds.append(side.ask(case, argument)[0])
+    return times
+
+
+@contextmanager
+def a_core_taken():
+    """Keep one core busy with another process."""
+    process = subprocess.Popen(BUSY)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def timed(*command: str) -> float:
+    """Seconds that a command takes; it must succeed."""
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def comparison_rows(report: Report, quick: bool) -> None:
+    """Sections a to d, quiet and with a core taken."""
+    steps, epochs, images = (5, 20, 1000) if quick else (150, 2000, 60_000)
+    rounds = 2 if quick else 5
+    # name, case, argument, rounds, unit, what to divide seconds by
+    cases = [
+        ("training step, batch 32", "steps", steps, rounds, "ms", steps / 1000),
+        ("training epoch, 55,000 images", "epoch", None, 2, "s", 1),
+        ("toy, 2,000 epochs of 2 images", "toy", epochs, rounds, "s", 1),
+        ("imgaug over 60,000 images", "augment", images, 3, "s", 1),
+        ("reading the data, and batches of 60,000 images", "load", None, 3, "s", 1),
+    ]
+    if quick:
+        cases = [case for case in cases if case[1] != "epoch"]
+    for title, busy in (("Machine otherwise quiet", False), ("Another process holds one core", True)):
+        lesson, project = Side("lesson"), Side("project")
+        for side in (lesson, project):  # what is done once: imports, first allocations
+            for case, argument in (("steps", 5), ("toy", 5), ("augment", 100)):
+                side.ask(case, argument)
+        report.heading(title)
+        rows = []
+        for name, case, argument, count, unit, divisor in cases:
+            if busy and case == "epoch":
+                continue  # the steps say it, in a twentieth of the time
+            if busy:
+                with a_core_taken():
+                    times = compare(lesson, project, case, argument, count)
+            else:
+                times = compare(lesson, project, case, argument, count)
+            theirs, ours = ([value / divisor for value in side] for side in times)
+            ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+            digits = 1 if unit == "ms" else 2
+            rows.append(
+                f"{name} | {spread(theirs, digits)} {unit} | {spread(ours, digits)} {unit} "
+                f"| {spread(ratios)}× | {count}"
+            )
+            print(rows[-1], flush=True)
+        report.table("what | lesson | project | lesson ÷ project | rounds", rows)
+        lesson.close()
+        project.close()
+
+
+def pipeline_rows(report: Report, quick: bool) -> None:
+    """Section e: what surrounds the training."""
+    rounds = 1 if quick else 5
+    report.heading("The pipeline around the training", "Seconds, median (min-max).")
+    rows = []
+    for script in STAGES:
+        code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'stages'); {code}"]
+        rows.append(f"imports of {script} | {spread([timed(*command) for _ in range(rounds)], 2)}")
+    status, repro = [], []
+    for _ in range(rounds):
+        status.append(timed(sys.executable, "-m", "dvc", "status"))
+        repro.append(timed(sys.executable, "-m", "dvc", "repro"))
+    ratio = spread([b / a for a, b in zip(status, repro, strict=True)], 2)
+    rows += [f"`dvc status` | {spread(status, 2)}", f"`dvc repro`, nothing to do | {spread(repro, 2)}"]
+    rows.append(f"ratio of the two | {ratio}")
+    with tempfile.TemporaryDirectory() as store:
+        subprocess.run(["git", "init", "-q"], cwd=store, check=True)
+        tracking = [spread([tracked(store) for _ in range(rounds)], 2) for _ in range(2)][1]
+    rows.append(f"MLflow in one training: import, run, 5 epochs, model | {tracking}")
+    report.table("what | seconds", rows)
+
+
+def tracked(store: str) -> float:
+    """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
+    return float(
+        subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks/tracking.py")],
+            check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
+        ).stdout.split()[-1]
+    )  # fmt: skip
+
+
+def growth_rows(report: Report, quick: bool) -> None:
+    """Section f: each size in a process of its own, for its peak memory."""
+    report.heading("Growth", "Data set tiled; 200 steps of batch 32; peak memory of the whole process.")
+    rows = []
+    for times in (1, 2) if quick else (1, 2, 5, 10):
+        project = Side("project")
+        seconds, memory = project.ask("growth", times)
+        project.close()
+        size = f"{60_000 * times:,} | {47.04 * times:.0f} MB"
+        rows.append(f"{times}× | {size} | {seconds:.1f} s | {memory:.0f} MiB")
+    report.table("size | images | as uint8 | tiling and 200 steps | peak memory", rows)
+
+
+def conditions() -> str:
+    """Versions, CPU, threads and load."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    names = ("torch", "torchvision", "imgaug", "numpy", "dvc", "mlflow")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return (
+        f"Python {platform.python_version()}, {versions}. {cpu}, {os.cpu_count()} cores, instruction set "
+        f"{torch.backends.cpu.get_cpu_capability()}, 2 threads; load at the start {os.getloadavg()[0]:.2f}. "
+        "Median (min-max) of the rounds; both sides run in turn, each in a process of its own."
+    )
+
+
+def main() -> None:
+    """Run everything and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few steps of each, to try the script")
+    quick = parser.parse_args().quick
+    status = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--quiet"], cwd=ROOT, capture_output=True, check=False
+    )
+    if status.returncode:
+        sys.exit("error: the pipeline is not up to date, expected a finished `make repro`")
+    report = Report()
+    report.lines += [conditions(), ""]
+    comparison_rows(report, quick)
+    pipeline_rows(report, quick)
+    growth_rows(report, quick)
+    if quick:
+        print("\n--quick: results.md is left as it is")
+        return
+    RESULTS.write_text("\n".join(report.lines).rstrip() + "\n")
+    print(f"\nwrote {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""One side of a comparison, in a process of its own: does what it is told and says how long it took.
+
+Usage: worker.py lesson|project. Reads lines of JSON, [case, argument]; answers [seconds, result].
+Two processes, since the project's side sets up OpenMP and malloc for all that runs in its process.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
+THREADS = 2
+
+
+class Lesson:
+    """The lesson's loops and the plain calls of torchvision and imgaug."""
+
+    def __init__(self):
+        import torch
+
+        from lib.repairs import import_torchvision
+
+        torch.set_num_threads(THREADS)
+        self.dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
+        self.images, self.labels = self.dataset.data.numpy()[:55_000], self.dataset.targets.numpy()[:55_000]
+
+    def steps(self, count):
+        """`count` training steps on batches of 32."""
+        from benchmarks import lesson
+
+        from lib.models import build_cnn, fresh
+
+        return lesson.train(fresh(build_cnn, 0), lesson.loader(self.images, self.labels), count)
+
+    def epoch(self, _):
+        """A whole epoch of 55,000 images."""
+        return self.steps(None)
+
+    def toy(self, epochs):
+        """`epochs` of the toy."""
+        from benchmarks import lesson
+
+        from lib.files import read_tensors
+        from lib.models import build_toy_cnn, fresh
+
+        toy = read_tensors(ROOT / "data/toy.safetensors")
+        return lesson.train_toy(fresh(build_toy_cnn, 0), toy["images"], toy["labels"], epochs)[-1]
+
+    def augment(self, count):
+        """One plain call of imgaug over `count` images."""
+        from lib.repairs import import_imgaug_augmenters
+
+        shift = {"x": (-4, 4), "y": (-4, 4)}
+        affine = import_imgaug_augmenters().Affine(translate_px=shift, rotate=(-20, 20), seed=0)
+        return affine(images=self.images[:count]).shape
+
+    def load(self, _):
+        """Read the files, and take every image out in batches of 32."""
+        from benchmarks import lesson
+
+        from lib.repairs import import_torchvision
+
+        dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
+        batches = lesson.loader(dataset.data.numpy(), dataset.targets.numpy())
+        return sum(len(images) for images, _ in batches)
+
+
+class Project:
+    """The same work by the project's own code."""
+
+    def __init__(self):
+        from lib.idx import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from lib.runtime import prepare_torch
+
+        self.device = prepare_torch("cpu", THREADS)
+        self.images = read_idx(TRAIN_IMAGES, ROOT / RAW_DIR)
+        self.labels = read_idx(TRAIN_LABELS, ROOT / RAW_DIR)
+
+    def steps(self, count):
+        """`count` training steps on batches of 32."""
+        return self._train(self.images[None], self.labels, count * 32 if count else 55_000)
+
+    def epoch(self, _):
+        """A whole epoch of 55,000 images."""
+        return self.steps(None)
+
+    def toy(self, epochs):
+        """`epochs` of the toy."""
+        import torch
+
+        from lib.files import read_tensors
+        from lib.toy import train_toy
+
+        toy = read_tensors(ROOT / "data/toy.safetensors")
+        torch.set_num_threads(1)
+        losses = train_toy(toy["images"], toy["labels"], epochs=epochs, learning_rate=0.01, seed=0)[1]
+        torch.set_num_threads(THREADS)
+        return losses[-1]
+
+    def augment(self, count):
+        """augment_images' engine over `count` images."""
+        from lib.augmentation import augment
+
+        [copy] = augment(self.images[:count], copies=1, max_shift=4, max_rotation=20.0, seed=0)
+        return copy.shape
+
+    def load(self, _):
+        """Read the files, and take every image out in batches of 32, as float."""
+        import torch
+
+        from lib.idx import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from lib.inference import to_input
+
+        images = torch.from_numpy(read_idx(TRAIN_IMAGES, ROOT / RAW_DIR))
+        labels = torch.from_numpy(read_idx(TRAIN_LABELS, ROOT / RAW_DIR)).long()
+        batches = torch.randperm(len(images)).split(32)
+        return sum(len(to_input(images[index])) for index in batches if len(labels[index]))
+
+    def growth(self, times):
+        """200 steps on `times` the images; returns the process's peak memory in MiB."""
+        import numpy as np
+
+        self._train(np.tile(self.images, (times, 1, 1))[None], np.tile(self.labels, times), 200 * 32)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def _train(self, pool, labels, count):
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        from lib.inference import to_device
+        from lib.models import build_cnn, fresh
+        from lib.training import TrainStep, train_epoch
+
+        model = to_device(fresh(build_cnn, 0), self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
+        step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long())
+        order = np.random.default_rng(0).permutation(pool.shape[1])[:count]
+        return train_epoch(step, step, order, np.zeros_like(order), 32, tqdm(disable=True))
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    side = {"lesson": Lesson, "project": Project}[sys.argv[1]]()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        case, argument = json.loads(line)
+        began = time.perf_counter()
+        result = getattr(side, case)(argument)
+        print(json.dumps([time.perf_counter() - began, result]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
