@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test ui sync bench clean
+.PHONY: help setup repro test soak ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -22,10 +22,17 @@ test: .venv/ready ## lint, then all tests
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) python -m pytest
 
+soak: .venv/ready ## kill, spoil and repeat for an hour, and print what was lost
+	$(ACTIVATE) python tests/soak.py
+
 bench: .venv/ready ## measure beside the lesson's own loops (20 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
-ui: .venv/ready ## serve the MLflow UI on 127.0.0.1:5000
+sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
+	$(ACTIVATE) python tools/sync.py
+
+ui: .venv/ready ## bring the runs in line, then serve the MLflow UI on 127.0.0.1:5000
+	-$(ACTIVATE) python tools/sync.py
 	$(ACTIVATE) python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay

@@ -8,7 +8,7 @@ import numpy as np
 
 from lib import mlflow_log
 from lib.files import sha256_of, write_json
-from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags
+from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags, process_tag
 from lib.store import StoreError, connect, reason, store_faults
 
 AWAY = "training goes on without it, and `make sync` sends later what it missed"
@@ -94,7 +94,7 @@ def training_run(
 
     if resume and not client.search_runs([experiment_id], f"attributes.run_id = '{resume}'"):
         resume = None
-    tags = {**git_tags(), **dvc_tags(stage), **machine_tags()}
+    tags = {**git_tags(), **dvc_tags(stage), **machine_tags(), **process_tag()}
     run = TrainingRun(client, mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags).info.run_id)
     status = "FAILED"
     try:
