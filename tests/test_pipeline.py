@@ -3,53 +3,34 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import copy_of_project, git
+from conftest import ROOT, copy_of_project, git, stage_definitions
+from crash import kill_once, outputs
 from mlflow import MlflowClient
+from pipeline import SMALL, dvc, environment, ran, set_params, tool
 
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.repairs import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torchvision warn about themselves
 
-SMALL = {
-    "split": {"val_size": 500, "train_size": 1000},
-    "augment_images": {"copies": 1},
-    "train_toy_cnn": {"epochs": 100},
-    "verify_manual_conv": {"images": 1},
-    "train_cnn": {"epochs": 2},
-    "evaluate_cnn": {"robustness_images": 100},
-    "plot_results": {"dpi": 50},
-}
+ITEMS = {name: ["@original", "@augmented"] for name in ("train_cnn", "evaluate_cnn")}
 TRAININGS = ["train_toy_cnn", "train_cnn@original", "train_cnn@augmented"]
 
 
-def set_params(project: Path, changes: dict) -> None:
-    path = project / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    for section, values in changes.items():
-        params[section] |= values
-    path.write_text(yaml.safe_dump(params))
-
-
-def dvc(project: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=project, check=check, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**environment, "PATH": path},
-    )  # fmt: skip
-
-
-def ran(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+def opened_dir(project: Path) -> Path:
+    """Where the stages' opened files are written down, beside the project."""
+    folder = project.parent / "opened"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +40,8 @@ def project(tmp_path_factory) -> Path:
     copy_of_project(folder)
     set_params(folder, SMALL)
     git(folder, "commit", "--quiet", "--all", "--message", "small params")
-    done = dvc(folder, "repro", "--force", check=False)
+    audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(opened_dir(folder))}
+    done = dvc(folder, "repro", "--force", check=False, PYTHONDONTWRITEBYTECODE="1", **audit)
     assert done.returncode == 0, done.stdout
     assert len(ran(done.stdout)) == 10
     return folder
@@ -122,6 +104,98 @@ def test_each_training_is_one_run_with_all_its_results(project):
     assert "max_abs_error_toy_forward" in found["train_toy_cnn"].data.metrics
 
 
+# What a stage may open beside its deps and outs: the repository's own state, and MLflow's.
+STATE = (".git/", ".dvc/", "mlflow.db", "mlruns/", ".checkpoints/", ".unsent/")
+
+
+@pytest.mark.parametrize(
+    "stage", [f"{name}{item}" for name in stage_definitions() for item in ITEMS.get(name, [""])]
+)
+def test_a_stage_opens_exactly_what_it_declares(project, stage):
+    """Reads of outs are those of what the stage has just written."""
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"][stage]
+    deps = {dep["path"] for dep in lock["deps"]} | ({"params.yaml"} if "params" in lock else set())
+    outs = {out["path"] for out in lock["outs"]}
+    read, written = set(), set()
+    for line in (opened_dir(project) / stage).read_text().splitlines():
+        mode, path = line.split(" ", 1)
+        if path.startswith(STATE) or "/__pycache__/" in path:
+            continue
+        folder, _, name = path.rpartition("/")
+        if name.endswith(".part"):  # takes its final name when it is whole
+            path = f"{folder}/{name.removeprefix('.').removesuffix('.part')}"
+        if not (project / path).is_file():  # looked for in vain, by git's and MLflow's own code
+            continue
+        known = next((item for item in deps | outs if path == item or path.startswith(f"{item}/")), path)
+        (written if mode == "w" else read).add(known)
+    assert written == outs
+    assert read - outs == deps
+
+
+def test_the_tracked_runs_say_what_dvc_lock_says_and_sync_changes_nothing_twice(project):
+    first = tool(project, "sync")
+    assert all(word in first for word in TRAININGS)
+    second = tool(project, "sync")
+    assert second.count("up to date") == 3
+    assert_runs_match(project)
+
+
+def assert_runs_match(project: Path) -> None:
+    """Every number in metrics and curves stands in the run of its training, and every param."""
+    found = runs(project)
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    for training in TRAININGS:
+        files = [training.replace("@", "/")]
+        files.append(
+            "verify_manual_conv" if "toy" in training else training.replace("train_cnn@", "evaluate_cnn/")
+        )
+        metrics = {}
+        for file in files:
+            metrics |= json.loads((project / f"metrics/{file}.json").read_text())
+        run = found[training]
+        assert [run.data.tags["weights_sha256"]] == metrics.pop("weights_sha256")
+        for name, value in metrics.items():
+            if training != "train_toy_cnn" or name != "train_loss":
+                assert run.data.metrics[name] == value, (training, name)
+        with (project / f"metrics/{files[0]}.csv").open() as file:
+            curve = list(csv.DictReader(file))
+        for name in set(curve[0]) - {"epoch"}:
+            history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+            assert history == {int(row["epoch"]): float(row[name]) for row in curve}, (training, name)
+        assert run.data.params == {k: str(v) for k, v in lock[training]["params"]["params.yaml"].items()}
+
+
+def test_a_new_store_is_filled_from_dvc_lock(project):
+    (project / "mlflow.db").rename(project.parent / "mlflow.db")
+    assert tool(project, "sync").count("made, params, curve, model") == 3
+    assert_runs_match(project)
+    assert tool(project, "sync").count("up to date") == 3
+    (project.parent / "mlflow.db").rename(project / "mlflow.db")
+
+
+def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
+    run = runs(project)["train_cnn@original"]
+    weights_sha256 = run.data.tags["weights_sha256"]
+    for what in (run.info.run_id, "models/cnn_original.safetensors", weights_sha256):
+        [trace] = json.loads(tool(project, "trace", what, "--json"))
+        assert trace["run_id"] == run.info.run_id
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    assert trace["dvc_lock"]["train_cnn@original"] == lock["train_cnn@original"]
+    assert trace["restore"][-1].startswith("dvc exp run -S split.seed=0")
+    traces = json.loads(tool(project, "trace", run.data.tags["git_commit"][:10], "--json"))
+    assert {trace["dvc_stage"] for trace in traces} == set(TRAININGS)
+    told = tool(project, "trace", "models/cnn_original.safetensors")
+    assert f"weights     {weights_sha256}" in told
+    assert "train_cnn@original: data/FashionMNIST/raw/train-images-idx3-ubyte" in told
+    command = [sys.executable, "tools/trace.py", "ab" * 32]
+    unknown = subprocess.run(
+        command, cwd=project, text=True, capture_output=True, env=environment(), check=False
+    )
+    assert unknown.returncode == 1
+    assert "no run found" in unknown.stderr
+
+
 def test_nothing_reruns_when_nothing_changed(project):
     again = dvc(project, "repro")
     assert ran(again.stdout) == []
@@ -154,3 +228,53 @@ def test_a_wrong_param_is_one_line_and_loses_nothing(project):
     assert "train_toy_cnn" not in ran(restored.stdout)
     assert (project / "models/toy_cnn.safetensors").read_bytes() == weights
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("victim", "stage", "delay"),
+    [("stage", "train_cnn@original", 6), ("dvc", "train_cnn@original", 4), ("both", "augment_images", 3)],
+)
+def test_a_kill_loses_nothing(project, victim, stage, delay):
+    assert kill_once(project, stage, victim, delay) == ""
+    tool(project, "sync")
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fashion-cnn")
+    statuses = {run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert statuses <= {"FINISHED", "KILLED"}
+
+
+def original_runs(project: Path, epochs: int) -> list:
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fashion-cnn")
+    query = f"tags.dvc_stage = 'train_cnn@original' and params.`train_cnn.epochs` = '{epochs}'"
+    return client.search_runs([experiment.experiment_id], query)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, "RUNNING"), (signal.SIGINT, "KILLED")])
+def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project, sent, status):
+    epochs = 20 + int(sent)  # not seen before, so that nothing comes from the cache
+    set_params(project, {"train_cnn": {"epochs": epochs}})
+    command = [sys.executable, "-m", "dvc", "repro", "train_cnn@original"]
+    started = subprocess.Popen(
+        command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with started.stdout:
+        assert any(line.startswith("epoch 2/") for line in started.stdout)
+        os.killpg(started.pid, sent)
+        began = time.monotonic()
+        started.stdout.read()
+    started.wait()
+    assert time.monotonic() - began < 5  # DVC's own end included
+    [run] = original_runs(project, epochs)
+    assert run.info.status == status
+    again = dvc(project, "repro", "train_cnn@original")
+    assert "going on after epoch" in again.stdout
+    [run] = original_runs(project, epochs)
+    assert run.info.status == "FINISHED"
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    history = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [metric.step for metric in history] == list(range(1, epochs + 1))
+    resumed = outputs(project)
+    dvc(project, "repro", "--force", "--single-item", "train_cnn@original")
+    assert outputs(project) == resumed

@@ -1,0 +1,54 @@
+"""Running the pipeline of a copy of the project, with small params."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+SMALL = {
+    "split": {"val_size": 500, "train_size": 1000},
+    "augment_images": {"copies": 1},
+    "train_toy_cnn": {"epochs": 100},
+    "verify_manual_conv": {"images": 1},
+    "train_cnn": {"epochs": 2},
+    "evaluate_cnn": {"robustness_images": 100},
+    "plot_results": {"dpi": 50},
+}
+
+
+def set_params(project: Path, changes: dict) -> None:
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    for section, values in changes.items():
+        params[section] |= values
+    path.write_text(yaml.safe_dump(params))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment with its Python first, and without settings for DVC and MLflow."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, **more}
+
+
+def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=project, check=check, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment(**more),
+    )  # fmt: skip
+
+
+def tool(project: Path, name: str, *arguments: str) -> str:
+    command = [sys.executable, f"tools/{name}.py", *arguments]
+    done = subprocess.run(
+        command, cwd=project, text=True, capture_output=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]

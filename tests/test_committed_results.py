@@ -1,0 +1,168 @@
+"""The cache key is complete, and the committed results are those of the committed code and params.
+
+Needs neither data nor cache: DVC compares what is there with dvc.lock.
+"""
+
+import pytest
+import yaml
+from conftest import ROOT, code_deps, copy_of_project, stage_definitions
+from dvc.repo import Repo
+
+from lib.params import Params, leaves, parse_params
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # DVC's dependencies warn about themselves
+
+LEAVES = [
+    f"{name}.{leaf}" for name, field in Params.model_fields.items() for leaf in field.annotation.model_fields
+]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*.py"))
+TWICE = ("train_cnn", "evaluate_cnn")
+
+# Which stages a section of params.yaml reruns by itself; what depends on their outputs follows.
+SECTIONS = {
+    "fetch": ["fetch_fashion_mnist"],
+    "split": ["train_cnn"],
+    "augment_images": ["augment_images"],
+    "train_toy_cnn": ["train_toy_cnn"],
+    "verify_manual_conv": ["verify_manual_conv"],
+    "train_cnn": ["train_cnn"],
+    "evaluate_cnn": ["evaluate_cnn"],
+    "plot_results": ["plot_results"],
+    "tracking": ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results"],
+}
+
+ALL = list(stage_definitions())
+LOGGING = SECTIONS["tracking"]
+TORCH = ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn"]
+IMAGES = ["train_cnn", "evaluate_cnn"]
+PARAMS = [name for name in ALL if name != "build_toy_tensors"]
+# Which stages each file of stages/lib/ reruns by itself.
+LIBRARY = {
+    "__init__": ALL,
+    "arguments": [*IMAGES, "plot_results"],
+    "augmentation": ["augment_images"],
+    "checkpoints": ["train_cnn"],
+    "copies": ["augment_images", "train_cnn"],
+    "cuda_graph": ["train_cnn"],
+    "errors": ALL,
+    "evaluation": ["evaluate_cnn"],
+    "figures": ["plot_results"],
+    "files": ALL,
+    "idx": ["fetch_fashion_mnist", "augment_images", "verify_manual_conv", *IMAGES, "plot_results"],
+    "inference": IMAGES,
+    "lineage": LOGGING,
+    "manual_conv": ["verify_manual_conv"],
+    "mlflow_log": LOGGING,
+    "models": TORCH,
+    "params": PARAMS,
+    "params_faults": PARAMS,
+    "process": ALL,
+    "repairs": ["augment_images", "evaluate_cnn"],
+    "runtime": ["augment_images", *TORCH],
+    "sources": ["fetch_fashion_mnist"],
+    "splits": ["train_cnn"],
+    "store": LOGGING,
+    "toy": ["train_toy_cnn"],
+    "tracking": LOGGING,
+    "training": ["train_cnn"],
+    "verification": ["verify_manual_conv"],
+    "walkthrough": ["verify_manual_conv"],
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return copy_of_project(tmp_path_factory.mktemp("committed"))
+
+
+def changed(project) -> dict[str, set[str]]:
+    """For each stage that DVC would rerun for its own sake: the code and params that changed."""
+    with Repo(str(project)) as repo:
+        status = repo.status()
+    found = {}
+    for stage, changes in status.items():
+        items = set()
+        for change in changes:
+            if change == "changed command":
+                items.add("command")
+            elif isinstance(change, dict):
+                for path, state in change.get("changed deps", {}).items():
+                    if path == "params.yaml":
+                        items |= set(state)
+                    elif path.startswith("stages/"):
+                        items.add(path)
+        if items:
+            found[stage.rpartition(":")[2]] = items  # named by its dvc.yaml, where that is elsewhere
+    return found
+
+
+@pytest.fixture(scope="module")
+def stale(project):
+    """What is changed before a test changes anything: nothing, unless dvc.lock is behind."""
+    return changed(project)
+
+
+def with_change(stale: dict[str, set[str]], stages: list[str], item: str) -> dict[str, set[str]]:
+    names = [f"{name}@{images}" for name in stages if name in TWICE for images in ("original", "augmented")]
+    names += [name for name in stages if name not in TWICE]
+    return stale | {name: {item} | stale.get(name, set()) for name in names}
+
+
+def test_committed_results_are_current(project):
+    assert changed(project) == {}
+    with Repo(str(project)) as repo:
+        status = repo.status()
+    # Data and models are not in git; every metrics file is, and is the one that dvc.lock names.
+    for changes in status.values():
+        for change in changes:
+            for kind in ("changed outs", "changed deps"):
+                for path, state in change.get(kind, {}).items():
+                    assert (path.split("/")[0], state) in {("data", "deleted"), ("models", "deleted")}, path
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    with Repo(str(project)) as repo:
+        assert sorted(lock) == sorted(stage.name for stage in repo.index.stages)
+    made = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
+    for stage in lock.values():
+        for dep in stage["deps"]:
+            assert made.get(dep["path"], dep["md5"]) == dep["md5"], dep["path"]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_changed_param_reruns_the_stages_that_read_it(project, stale, leaf):
+    path = project / "params.yaml"
+    before = path.read_text()
+    params = yaml.safe_load(before)
+    section, name = leaf.split(".")
+    value = params[section][name]
+    params[section][name] = [*value, "more"] if isinstance(value, list) else f"{value}x"
+    path.write_text(yaml.safe_dump(params))
+    found = changed(project)
+    path.write_text(before)
+    assert found == with_change(stale, SECTIONS[section], leaf)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_changed_file_reruns_the_stages_that_import_it(project, stale, file):
+    path = project / file
+    before = path.read_text()
+    path.write_text(before + "\n# changed\n")
+    name = path.stem
+    found = changed(project)
+    path.write_text(before)
+    stages = LIBRARY[name] if path.parent.name == "lib" else [name]
+    assert found == with_change(stale, stages, file)
+
+
+def test_the_tables_name_every_section_and_file():
+    assert list(SECTIONS) == list(Params.model_fields)
+    assert sorted(LIBRARY) == sorted(path.stem for path in (ROOT / "stages/lib").glob("*.py"))
+    for stage in ALL:
+        used = {
+            path.split("/")[-1][:-3] for path in code_deps(ROOT / f"stages/{stage}.py") if "/lib/" in path
+        }
+        assert used == {name for name, stages in LIBRARY.items() if stage in stages}, stage
+
+
+def test_every_leaf_of_the_file_is_in_the_models():
+    with_values = parse_params(ROOT / "params.yaml")
+    assert sorted(leaves(with_values)) == sorted(LEAVES)

@@ -1,0 +1,151 @@
+"""Bring the tracked runs in line with dvc.lock, metrics and params. Usage: make sync.
+
+Stages log as they run, but DVC restores results from its cache without running them, stores are new
+or away, and a training repeated to the same bytes leaves its evaluation skipped. Run again, this
+changes nothing.
+"""
+
+import hashlib
+import json
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib import mlflow_log
+from lib.errors import StageError, run_stage
+from lib.files import read_csv, read_json
+from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.store import connect
+from lib.tracking import attach
+
+LOCK = Path("dvc.lock")
+
+
+def main() -> None:
+    """Send what was missed, then compare every training in dvc.lock with its run."""
+    if not LOCK.exists():
+        raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
+    client, experiment_id = connect()
+    if sent := mlflow_log.send_unsent(client):
+        print(f"sync: {sent} runs completed that MLflow had missed a part of")
+    end_abandoned(client, experiment_id)
+    stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
+    for training in [name for name in stages if name.startswith("train_")]:
+        run_id, changes = sync_training(client, experiment_id, training, stages)
+        print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
+
+
+def end_abandoned(client, experiment_id: str) -> None:
+    """Mark as killed what still counts as running, though its process on this machine is gone."""
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        host, _, pid = run.data.tags.get("process", "").rpartition(":")
+        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+            client.set_terminated(run.info.run_id, "KILLED")
+            print(f"sync: {run.info.run_name}, run {run.info.run_id}: its process is gone, marked as killed")
+
+
+def sync_training(client, experiment_id: str, training: str, stages: dict) -> tuple[str, list[str]]:
+    """Complete one training's run; returns its id and what was added."""
+    outs = {Path(out["path"]).suffix: _checked(out) for out in stages[training]["outs"]}
+    metrics = read_json(outs[".json"])
+    [weights_sha256] = metrics.pop("weights_sha256")
+    changes = []
+    run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
+    if run_id is None:
+        run_id = mlflow_log.stand_in(client, experiment_id, training, weights_sha256)
+        changes.append("made")
+    changes += _sync_params(client, run_id, stages[training]["params"]["params.yaml"])
+    changes += _sync_curve(client, run_id, outs[".csv"])
+    changes += _sync_model(client, experiment_id, run_id, training, outs[".safetensors"])
+    entries = {training: stages[training]}
+    for stage, report in _reports(training).items():
+        if stage in stages:
+            entries[stage] = stages[stage]
+            paths = [_checked(out) for out in stages[stage]["outs"]]
+            files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+            files = [file for file in files if report(file)]
+            name = stage.split("@")[0]
+            if _outdated(client, run_id, name, *(file.read_bytes() for file in files)):
+                tables = [file for file in files if file.suffix != ".json"]
+                for file in files:
+                    if file.suffix == ".json":
+                        metrics |= read_json(file)
+                attach(name, training, weights_sha256, metrics, tables)
+                changes.append(name)
+    lock = json.dumps(entries, indent=2)
+    if _outdated(client, run_id, "dvc_lock", lock.encode()):
+        client.log_text(run_id, lock, "dvc.lock.json")
+        changes.append("dvc.lock")
+    return run_id, changes
+
+
+def _reports(training: str) -> dict:
+    """The stages that report on a training, with which of their files are about it."""
+    if training == "train_toy_cnn":
+        return {"verify_manual_conv": lambda _: True, "plot_results": lambda file: file.stem == "toy_loss"}
+    evaluation = training.replace("train_cnn", "evaluate_cnn")
+    return {evaluation: lambda _: True, "plot_results": lambda file: file.stem != "toy_loss"}
+
+
+def _sync_params(client, run_id: str, params: dict) -> list[str]:
+    from mlflow.entities import Param
+
+    has = client.get_run(run_id).data.params
+    missing = [Param(name, str(value)) for name, value in params.items() if name not in has]
+    client.log_batch(run_id, params=missing)
+    return ["params"] if missing else []
+
+
+def _sync_curve(client, run_id: str, path: Path) -> list[str]:
+    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
+    rows = [
+        {name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
+        for row in read_csv(path)
+    ]
+    missing = [row for row in rows if row["epoch"] not in logged]
+    mlflow_log.log_rows(client, run_id, missing)
+    return ["curve"] if missing else []
+
+
+def _sync_model(client, experiment_id: str, run_id: str, training: str, weights: Path) -> list[str]:
+    """Log the model to a run that has none; needs the weights, which only the DVC cache may have."""
+    import mlflow
+    import numpy as np
+
+    run = client.get_run(run_id)
+    if run.outputs.model_outputs or not weights.exists():
+        return []
+    build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
+    # start_run would set a finished run's end time to now: it is put back.
+    with mlflow.start_run(run_id, experiment_id):
+        model = load_weights(build(), weights)
+        mlflow_log.log_model(client, run_id, model, np.zeros((2, *shape), np.float32))
+    return ["model"]
+
+
+def _outdated(client, run_id: str, name: str, *contents: bytes) -> bool:
+    """Whether `contents` are new to the run; remembers them in a tag."""
+    digest = hashlib.sha256(b"".join(contents)).hexdigest()
+    if client.get_run(run_id).data.tags.get(f"synced_{name}") == digest:
+        return False
+    client.set_tag(run_id, f"synced_{name}", digest)
+    return True
+
+
+def _checked(out: dict) -> Path:
+    """The path of an output in dvc.lock, whose content must be the one that dvc.lock names."""
+    path = Path(out["path"])
+    if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() != out["md5"]:  # DVC's digest
+        raise StageError(f"{path}: not what dvc.lock says; `dvc repro` brings both together")
+    if not path.exists() and path.parts[0] == "metrics":
+        raise StageError(f"{path}: not found, expected as in dvc.lock; `dvc repro` makes it")
+    return path
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,112 @@
+"""Say where a run, a model file, a digest or a commit comes from, and how to have it back.
+
+Usage: python tools/trace.py RUN_ID | FILE | SHA256 | COMMIT [--json]
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.errors import StageError, run_stage
+from lib.files import sha256_of
+from lib.store import connect
+
+
+def main() -> None:
+    """Find the runs of what was asked for, and print their lineage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", help="an MLflow run id, a file, a SHA-256 of weights, or a git commit")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
+    arguments = parser.parse_args()
+    client, experiment_id = connect()
+    found = client.search_runs(
+        [experiment_id], query(arguments.what), order_by=["attributes.start_time DESC"]
+    )
+    if not found:
+        raise StageError(
+            f"{arguments.what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
+        )
+    traces = [trace(client, run) for run in found]
+    print(json.dumps(traces, indent=2) if arguments.json else "\n\n".join(map(words, traces)))
+
+
+def query(what: str) -> str:
+    """The MLflow search for the runs of `what`. Raises StageError where it is nothing known."""
+    if Path(what).is_file():
+        return f"tags.weights_sha256 = '{sha256_of(Path(what))}'"
+    if re.fullmatch("[0-9a-f]{64}", what):
+        return f"tags.weights_sha256 = '{what}'"
+    if re.fullmatch("[0-9a-f]{32}", what):
+        return f"attributes.run_id = '{what}'"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if commit.returncode:
+        raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit")
+    return f"tags.git_commit = '{commit.stdout.strip()}'"
+
+
+def trace(client, run) -> dict:
+    """All that ties `run` to code, data and params."""
+    tags = {
+        name: value for name, value in run.data.tags.items() if not name.startswith(("mlflow.", "synced_"))
+    }
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    lock = None
+    if "dvc.lock.json" in artifacts:
+        path = Path(client.download_artifacts(run.info.run_id, "dvc.lock.json"))
+        lock = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "run_id": run.info.run_id,
+        "status": run.info.status,
+        **tags,
+        "params": run.data.params,
+        "dvc_lock": lock,
+        "restore": restore(run, tags, "uncommitted.diff" in artifacts),
+    }
+
+
+def restore(run, tags: dict, dirty: bool) -> list[str]:
+    """The commands that make the run's results again, from the DVC cache where it has them."""
+    commands = [f"git checkout {tags['git_commit']}"] if "git_commit" in tags else []
+    if dirty:
+        commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
+        commands.append("git apply uncommitted.diff")
+    params = " ".join(
+        f"-S {name}={'null' if value == 'None' else value}" for name, value in sorted(run.data.params.items())
+    )
+    return [*commands, f"dvc exp run {params} {tags['dvc_stage']}"]
+
+
+def words(trace: dict) -> str:
+    """The trace for people."""
+    dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty"), "")
+    machine = ", ".join(trace[name] for name in ("torch", "cpu_capability", "gpu") if name in trace)
+    lines = [
+        f"run {trace['run_id']} of {trace['dvc_stage']}, {trace['status']}",
+        f"  weights     {trace.get('weights_sha256', 'none')}",
+        f"  commit      {trace.get('git_commit', 'none')}{dirty}",
+        f"  experiment  {trace.get('dvc_exp_name', 'none: `dvc repro` or the script alone')}",
+        f"  made with   {machine}",
+    ]
+    if trace.get("stand_in"):
+        lines.append("  stand-in    holds results of weights that were not trained into this store")
+    for name, value in sorted(trace["params"].items()):
+        lines.append(f"  param       {name} = {value}")
+    for stage, entry in (trace["dvc_lock"] or {}).items():
+        for kind in ("deps", "outs"):
+            for item in entry.get(kind, []):
+                lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
+    if not trace["dvc_lock"]:
+        lines.append("  dvc.lock    not recorded yet: `make sync` does")
+    return "\n".join([*lines, "  to have it back:", *(f"    {command}" for command in trace["restore"])])
+
+
+if __name__ == "__main__":
+    run_stage(main)
