@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,26 @@ def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
     )
     assert unknown.returncode == 1
     assert "no run found" in unknown.stderr
+
+
+def test_no_output_and_no_artifact_is_a_pickle(project):
+    files = [
+        path for folder in ("data", "models", "metrics", "mlruns") for path in (project / folder).rglob("*")
+    ]
+    models = [path for path in files if path.name == "model.pt2"]
+    assert len(models) == 3
+    for path in set(files) - set(models):
+        if path.is_file():
+            start = path.read_bytes()[:128]
+            assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", start), (
+                path
+            )  # a pickle, or torch.save's archive
+            assert b"'descr': '|O'" not in start, path  # .npy of Python objects
+    # In torch's archive the example input is a tensor record: MLflow loads it with pickle disallowed.
+    code = "import mlflow, sys; [mlflow.pytorch.load_model(path) for path in sys.argv[1:]]"
+    command = [sys.executable, "-c", code, *(path.parents[1] for path in models)]
+    allowed = environment(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    subprocess.run(command, cwd=project, check=True, env=allowed, capture_output=True)
 
 
 def test_nothing_reruns_when_nothing_changed(project):

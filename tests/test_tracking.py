@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import mlflow
 import numpy as np
@@ -11,8 +12,9 @@ from conftest import ROOT
 
 from lib.files import sha256_of
 from lib.lineage import digest, dvc_tags, git_tags
+from lib.mlflow_log import find_run, send_unsent
 from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
-from lib.store import connect
+from lib.store import StoreError, connect
 from lib.tracking import attach, training_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torch warn about themselves
@@ -143,3 +145,54 @@ def test_git_and_dvc_tags(workspace, monkeypatch):
     assert git_tags()["git_dirty"] == "true"
     monkeypatch.setenv("DVC_EXP_NAME", "puffy-owl")
     assert dvc_tags("train_cnn@original") == {"dvc_stage": "train_cnn@original", "dvc_exp_name": "puffy-owl"}
+
+
+AWAY = "http://127.0.0.1:9"  # nothing listens on the discard port
+
+
+def test_a_store_away_at_the_start_stops_within_seconds_or_is_done_without(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"store http://127\.0\.0\.1:9: .*expected a store that answers"):
+        training_run("train_toy_cnn", {}).__enter__()
+    assert time.monotonic() - began < 20
+    with training_run("train_toy_cnn", {}, "continue") as run:
+        run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
+        run.catch_up([])
+    attach("evaluate_cnn", "train_toy_cnn", "ab" * 32, {"test_loss": 1.0}, if_unreachable="continue")
+    told = capsys.readouterr().out
+    assert "training goes on without it" in told
+    assert "`make sync` sends the results later" in told
+
+
+def test_a_store_that_goes_away_for_an_epoch_gets_it_with_the_next(workspace, monkeypatch, capsys):
+    with training_run("train_toy_cnn", {}) as run:
+        with monkeypatch.context() as away:
+            away.setattr(mlflow.MlflowClient, "log_batch", _refuse)
+            run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
+        run.log_epoch({"epoch": 2, "train_loss": 0.25}, 10)
+    assert "metrics not sent: Connection refused" in capsys.readouterr().out
+    client, _ = connect()
+    history = client.get_metric_history(run.run_id, "train_loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
+
+
+def _refuse(*args, **kwargs):
+    raise mlflow.MlflowException("Connection refused")
+
+
+def test_what_is_missed_until_the_end_is_sent_later(workspace, monkeypatch):
+    model, weights = fresh(build_toy_cnn, 0), workspace / "toy.safetensors"
+    save_weights(model, weights)
+    with monkeypatch.context() as away, training_run("train_toy_cnn", {}) as run:
+        for name in ("log_batch", "set_tag", "set_terminated"):
+            away.setattr(mlflow.MlflowClient, name, _refuse)
+        run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
+        run.log_model(model, weights, "layers", np.zeros((2, *TOY_SHAPE), np.float32))
+    client, experiment_id = connect()
+    assert send_unsent(client) == 1
+    assert send_unsent(client) == 0
+    run_id = find_run(client, experiment_id, "train_toy_cnn", sha256_of(weights))
+    assert run_id == run.run_id
+    assert client.get_run(run_id).data.metrics["train_loss"] == 0.5
+    assert client.get_run(run_id).info.status == "FINISHED"

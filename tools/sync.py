@@ -63,25 +63,14 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
     changes += _sync_curve(client, run_id, outs[".csv"])
     changes += _sync_model(client, experiment_id, run_id, training, outs[".safetensors"])
     entries = {training: stages[training]}
-    for stage, report in _reports(training).items():
+    for stage, is_about in _reports(training).items():
         if stage in stages:
             entries[stage] = stages[stage]
-            paths = [_checked(out) for out in stages[stage]["outs"]]
-            files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-            files = [file for file in files if report(file)]
-            name = stage.split("@")[0]
-            if _outdated(client, run_id, name, *(file.read_bytes() for file in files)):
-                tables = [file for file in files if file.suffix != ".json"]
-                for file in files:
-                    if file.suffix == ".json":
-                        metrics |= read_json(file)
-                attach(name, training, weights_sha256, metrics, tables)
-                changes.append(name)
-    lock = json.dumps(entries, indent=2)
-    if _outdated(client, run_id, "dvc_lock", lock.encode()):
-        client.log_text(run_id, lock, "dvc.lock.json")
-        changes.append("dvc.lock")
-    return run_id, changes
+            files = [
+                file for out in stages[stage]["outs"] for file in _files(_checked(out)) if is_about(file)
+            ]
+            changes += _sync_report(client, run_id, stage, training, weights_sha256, metrics, files)
+    return run_id, changes + _sync_lock(client, run_id, json.dumps(entries, indent=2))
 
 
 def _reports(training: str) -> dict:
@@ -128,13 +117,37 @@ def _sync_model(client, experiment_id: str, run_id: str, training: str, weights:
     return ["model"]
 
 
-def _outdated(client, run_id: str, name: str, *contents: bytes) -> bool:
-    """Whether `contents` are new to the run; remembers them in a tag."""
-    digest = hashlib.sha256(b"".join(contents)).hexdigest()
+def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files) -> list[str]:
+    """Attach what a later stage wrote about the training, and the training's own `metrics`."""
+    name = stage.split("@")[0]
+    for file in files:
+        if file.suffix == ".json":
+            metrics |= read_json(file)
+
+    def send():
+        attach(name, training, weights_sha256, metrics, [file for file in files if file.suffix != ".json"])
+
+    return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
+
+
+def _sync_lock(client, run_id: str, lock: str) -> list[str]:
+    return _once(
+        client, run_id, "dvc_lock", lock.encode(), lambda: client.log_text(run_id, lock, "dvc.lock.json")
+    )
+
+
+def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
+    """Call `send` unless a tag of the run says that it was called for this content."""
+    digest = hashlib.sha256(content).hexdigest()
     if client.get_run(run_id).data.tags.get(f"synced_{name}") == digest:
-        return False
+        return []
+    send()
     client.set_tag(run_id, f"synced_{name}", digest)
-    return True
+    return [name]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def _checked(out: dict) -> Path:
