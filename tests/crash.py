@@ -38,7 +38,7 @@ def kill_once(project: Path, stage: str, victim: str, delay: float) -> str:
     log = (project.parent / "killed.log").open("w")
     started = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
-        cwd=project, env=environment(), stdout=log, stderr=log, start_new_session=True,
+        cwd=project, env=environment(SHELL="/bin/sh"), stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     while started.poll() is None and not stage_processes(project):
         time.sleep(0.01)

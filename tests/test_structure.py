@@ -31,7 +31,7 @@ def test_every_params_section_belongs_to_a_stage():
 def test_stage_has_a_description_and_runs_its_script_with_no_value_from_params(stage):
     definition = stage_definitions()[stage]
     assert definition["desc"]
-    assert re.fullmatch(rf"python stages/{stage}\.py( \$\{{(key|item\.images)\}})?", definition["cmd"])
+    assert re.fullmatch(rf"exec python stages/{stage}\.py( \$\{{(key|item\.images)\}})?", definition["cmd"])
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

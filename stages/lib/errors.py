@@ -1,9 +1,8 @@
 """The boundary of a stage: an expected fault becomes one line and an exit code."""
 
+import signal
 import sys
 from collections.abc import Callable
-
-from lib.process import behave
 
 
 class StageError(Exception):
@@ -15,7 +14,7 @@ def run_stage(main: Callable[[], None]) -> None:
 
     Ctrl-C and SIGTERM exit with code 130. Anything else is a bug and keeps its traceback.
     """
-    behave()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
     try:
         main()
     except StageError as error:

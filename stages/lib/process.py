@@ -1,4 +1,4 @@
-"""A stage as a process: it ends with the DVC that started it, and a request to stop is an interrupt."""
+"""A stage as a process: it ends with the DVC that started it."""
 
 import ctypes
 import os
@@ -8,20 +8,14 @@ import sys
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
-def behave() -> None:
-    """Set up this process; call it before any work."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
-    if "DVC_STAGE" in os.environ:
-        die_with_parent()
-
-
 def die_with_parent() -> None:
     """Have Linux kill this process when its parent dies.
 
     Killing DVC would otherwise leave its stage at work, writing outputs beside those of the next one.
     """
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Where the parent died before the call, init or the like has taken its place, in another session.
+    if os.getsid(os.getppid()) != os.getsid(0):
+        os.kill(os.getpid(), signal.SIGKILL)
