@@ -26,7 +26,7 @@ def main() -> None:
     images = images_argument()
     params = load_params("split", "train_cnn", "tracking")
     device = prepare_torch(params.train_cnn.device, params.train_cnn.threads)
-    pool, labels = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
+    pool, labels, made_by = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
     train_index, val_index = split_indices(
         len(labels), params.split.val_size, params.split.train_size, params.split.seed
     )
@@ -34,7 +34,9 @@ def main() -> None:
     stage, data_digest = f"train_cnn@{images}", digest(pool, labels, train_index, val_index)
     checkpoint = Checkpoint(result_key(stage, leaves(params), data_digest))
 
-    with training_run(stage, leaves(params), params.tracking.if_unreachable, checkpoint.run_id) as run:
+    # The params that made the copies, too, so that runs on other copies can be compared.
+    settings = leaves(params) | made_by
+    with training_run(stage, settings, params.tracking.if_unreachable, checkpoint.run_id) as run:
         run.catch_up(checkpoint.rows)
         checkpoint.run_id = run.run_id
         sizes = {"train_images": len(train_index), "val_images": len(val_index), "variants": len(pool)}
@@ -65,13 +67,13 @@ def main() -> None:
     checkpoint.delete()
 
 
-def load_pool(images: str) -> tuple[np.ndarray, np.ndarray]:
-    """All variants of every train image, the original first, and the labels; uint8."""
+def load_pool(images: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """All variants of every train image, the original first, the labels, and the copies' params."""
     originals = read_idx(TRAIN_IMAGES)[None]
     if images == "original":
-        return originals, read_idx(TRAIN_LABELS)
-    copies, labels = load_copies()
-    return np.concatenate([originals, *(copy[None] for copy in copies)]), labels
+        return originals, read_idx(TRAIN_LABELS), {}
+    copies, labels, made_by = load_copies()
+    return np.concatenate([originals, *(copy[None] for copy in copies)]), labels, made_by
 
 
 if __name__ == "__main__":

@@ -92,10 +92,10 @@ def test_a_quick_look_keeps_the_validation_images():
 
 def test_copies_come_back_and_stale_ones_go(tmp_path, images):
     labels = np.arange(16, dtype=np.uint8)
-    save_copies([images, images + 1, images + 2], labels, tmp_path)
-    save_copies([images, images + 1], labels, tmp_path)
-    copies, read_labels = load_copies(tmp_path)
-    assert len(copies) == 2
+    save_copies([images, images + 1, images + 2], labels, {"copies": 3}, tmp_path)
+    save_copies([images, images + 1], labels, {"copies": 2}, tmp_path)
+    copies, read_labels, params = load_copies(tmp_path)
+    assert (len(copies), params) == (2, {"copies": 2})
     assert (copies[1] == images + 1).all()
     assert read_labels.tolist() == labels.tolist()
 
@@ -103,7 +103,7 @@ def test_copies_come_back_and_stale_ones_go(tmp_path, images):
 def test_damaged_or_absent_copies_are_named(tmp_path, images):
     with pytest.raises(StageError, match="dvc repro augment_images"):
         load_copies(tmp_path)
-    save_copies([images], np.zeros(16, np.uint8), tmp_path)
+    save_copies([images], np.zeros(16, np.uint8), {}, tmp_path)
     (tmp_path / "copy_01.npy").write_bytes(b"not numpy")
     with pytest.raises(StageError, match="damaged"):
         load_copies(tmp_path)

@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from lib.errors import StageError
-from lib.files import write_array
+from lib.files import read_json, write_array, write_json
 
 AUGMENTED_DIR = Path("data/augmented")
 
 
-def save_copies(copies: Iterable[np.ndarray], labels: np.ndarray, folder: Path = AUGMENTED_DIR) -> None:
-    """Write each array of `copies` as copy_01.npy, … and `labels` (N,) of their rows as labels.npy."""
+def save_copies(
+    copies: Iterable[np.ndarray], labels: np.ndarray, params: dict, folder: Path = AUGMENTED_DIR
+) -> None:
+    """Write each array of `copies` as copy_01.npy, …, `labels` (N,) of their rows as labels.npy, and
+    `params`, by which the copies were made, as params.json."""
     written = {folder / "labels.npy"}
     write_array(folder / "labels.npy", labels)
+    write_json(folder / "params.json", params)
     for number, copy in enumerate(copies, start=1):
         written.add(path := folder / f"copy_{number:02d}.npy")
         write_array(path, copy)
@@ -22,12 +26,13 @@ def save_copies(copies: Iterable[np.ndarray], labels: np.ndarray, folder: Path =
         stale.unlink()
 
 
-def load_copies(folder: Path = AUGMENTED_DIR) -> tuple[list[np.ndarray], np.ndarray]:
-    """What save_copies wrote: the copies, memory-mapped, and the labels."""
+def load_copies(folder: Path = AUGMENTED_DIR) -> tuple[list[np.ndarray], np.ndarray, dict]:
+    """What save_copies wrote: the copies, memory-mapped, the labels, and the params."""
     paths = sorted(folder.glob("copy_*.npy"))
     if not paths:
         raise StageError(f"{folder}: no copies found; `dvc repro augment_images` makes them")
     try:
-        return [np.load(path, mmap_mode="r") for path in paths], np.load(folder / "labels.npy")
-    except ValueError as error:  # not .npy, or cut short
+        copies = [np.load(path, mmap_mode="r") for path in paths]
+        return copies, np.load(folder / "labels.npy"), read_json(folder / "params.json")
+    except ValueError as error:  # not .npy or JSON, or cut short
         raise StageError(f"{folder}: a file is damaged: {error}") from None
