@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,12 @@ def git_tags() -> dict[str, str]:
 
 
 def git_diff() -> str:
-    """What a dirty tree holds beyond its commit: the diff of tracked code, and the names of new files."""
-    new = _git("ls-files", "--others", "--exclude-standard") or ""
-    return f"{_git('diff', 'HEAD', '--', '.', *NOT_CODE)}\n\nfiles that are not in git:\n{new}\n"
+    """What a dirty tree holds beyond its commit, new files too, as `git apply` takes it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": f"{scratch}/index"}  # git's own index is the user's
+        _git("read-tree", "HEAD", **index)
+        _git("add", "--all", "--", ".", *NOT_CODE, **index)
+        return f"{_git('diff', '--cached', '--binary', 'HEAD', **index)}\n"
 
 
 def dvc_tags(stage: str) -> dict[str, str]:
@@ -78,9 +82,12 @@ def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
     return hasher.hexdigest()
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str, **environment: str) -> str | None:
+    """What git prints, without its last line feed; None without git, or a commit."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no commit yet
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, env=os.environ | environment
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.removesuffix("\n")
