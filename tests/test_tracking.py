@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from lib.files import sha256_of
-from lib.lineage import digest, dvc_tags, git_tags
+from lib.lineage import digest, dvc_tags, git_diff, git_tags
 from lib.mlflow_log import find_run, send_unsent
 from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
 from lib.store import StoreError, connect
@@ -147,6 +147,23 @@ def test_git_and_dvc_tags(workspace, monkeypatch):
     assert dvc_tags("train_cnn@original") == {"dvc_stage": "train_cnn@original", "dvc_exp_name": "puffy-owl"}
 
 
+def test_the_diff_of_a_dirty_tree_gives_it_back(workspace):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    (workspace / "code.py").write_text("one\n\n")
+    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "t"]):
+        subprocess.run(["git", *arguments], check=True)
+    (workspace / "code.py").write_text("two\n\n")
+    (workspace / "new.bin").write_bytes(b"\x00\xff")
+    (workspace / "params.yaml").write_text("changed by -S")
+    (workspace / "saved").write_text(git_diff())
+    subprocess.run(["git", "checkout", "-q", "code.py"], check=True)
+    (workspace / "new.bin").unlink()
+    subprocess.run(["git", "apply", "saved"], check=True)
+    assert (workspace / "code.py").read_text() == "two\n\n"
+    assert (workspace / "new.bin").read_bytes() == b"\x00\xff"
+    assert "changed by -S" not in (workspace / "saved").read_text()
+
+
 AWAY = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
@@ -189,9 +206,12 @@ def test_what_is_missed_until_the_end_is_sent_later(workspace, monkeypatch):
             away.setattr(mlflow.MlflowClient, name, _refuse)
         run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
         run.log_model(model, weights, "layers", np.zeros((2, *TOY_SHAPE), np.float32))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace}/other.db")
+        assert send_unsent(*connect()) == 0
     client, experiment_id = connect()
-    assert send_unsent(client) == 1
-    assert send_unsent(client) == 0
+    assert send_unsent(client, experiment_id) == 1
+    assert send_unsent(client, experiment_id) == 0
     run_id = find_run(client, experiment_id, "train_toy_cnn", sha256_of(weights))
     assert run_id == run.run_id
     assert client.get_run(run_id).data.metrics["train_loss"] == 0.5

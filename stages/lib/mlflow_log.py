@@ -6,8 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
-from lib.files import read_json
+from lib.files import read_json, write_json
 from lib.lineage import dvc_tags, git_tags, repository_root
 
 
@@ -20,6 +21,11 @@ def find_run(client, experiment_id: str, training_stage: str, weights_sha256: st
         order_by=["attributes.start_time DESC"],
     )
     return found[0].info.run_id if found else None
+
+
+def has_run(client, experiment_id: str, run_id: str) -> bool:
+    """Whether the store has the run, and it is not deleted."""
+    return bool(client.search_runs([experiment_id], f"attributes.run_id = '{run_id}'"))
 
 
 def stand_in(client, experiment_id: str, training_stage: str, weights_sha256: str) -> str:
@@ -49,6 +55,14 @@ def log_rows(client, run_id: str, rows: list[dict]) -> None:
     ]
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics[start : start + 1000])
+
+
+def log_missing(client, run_id: str, rows: list[dict]) -> int:
+    """Log those rows of a training's metrics whose epoch the run lacks; returns how many."""
+    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
+    missing = [row for row in rows if row["epoch"] not in logged]
+    log_rows(client, run_id, missing)
+    return len(missing)
 
 
 def log_dataset(client, run_id: str, name: str, digest: str, source: str | Path, sizes: dict) -> None:
@@ -91,15 +105,35 @@ def unsent_dir() -> Path:
     return repository_root() / ".unsent"
 
 
-def send_unsent(client) -> int:
-    """Complete the runs that are written down; returns how many."""
-    paths = sorted(unsent_dir().glob("*.json"))
-    for path in paths:
-        record = read_json(path)
-        logged = {metric.step for metric in client.get_metric_history(path.stem, "train_loss")}
-        log_rows(client, path.stem, [row for row in record["rows"] if row["epoch"] not in logged])
-        if record["weights_sha256"]:
-            client.set_tag(path.stem, "weights_sha256", record["weights_sha256"])
-        client.set_terminated(path.stem, record["status"])
-        path.unlink()
-    return len(paths)
+def write_unsent(run_id: str, record: dict) -> None:
+    """Write down a run that the present store has only in part."""
+    write_json(unsent_dir() / f"{run_id}.json", record | {"store": _store()})
+
+
+def send_unsent(client, experiment_id: str) -> int:
+    """Complete the runs that are written down for the present store; returns how many.
+
+    A run that the store has lost is given up: `make sync` makes another, from dvc.lock.
+    """
+    if not any(unsent_dir().glob("*.json")):
+        return 0
+    sent = 0
+    with FileLock(unsent_dir() / "lock"):  # stages that run at once would send them twice
+        for path in sorted(unsent_dir().glob("*.json")):
+            record = read_json(path)
+            if record["store"] != _store():
+                continue
+            if has_run(client, experiment_id, path.stem):
+                log_missing(client, path.stem, record["rows"])
+                if record["weights_sha256"]:
+                    client.set_tag(path.stem, "weights_sha256", record["weights_sha256"])
+                client.set_terminated(path.stem, record["status"])
+                sent += 1
+            path.unlink()
+    return sent
+
+
+def _store() -> str:
+    import mlflow
+
+    return mlflow.get_tracking_uri()

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from filelock import FileLock
 
@@ -35,17 +37,26 @@ def connect():
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
     # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with FileLock(root / "mlflow.db.lock"):
-        try:
-            client = mlflow.MlflowClient()
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment:
-                return client, experiment.experiment_id
-            # Left out, it would be the folder that the process happens to stand in; a server knows its own.
-            location = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
-            return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
-        except store_faults() as error:
-            raise StoreError(f"MLflow store {uri}: {reason(error)}; expected a store that answers") from None
+    with FileLock(root / "mlflow.db.lock"), told_in_one_line():
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment:
+            return client, experiment.experiment_id
+        # Left out, it would be the folder that the process happens to stand in; a server knows its own.
+        location = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+        return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Raise StoreError for a fault of the store in the block."""
+    try:
+        yield
+    except store_faults() as error:
+        import mlflow
+
+        uri = mlflow.get_tracking_uri()
+        raise StoreError(f"MLflow store {uri}: {reason(error)}; expected a store that answers") from None
 
 
 def store_faults() -> tuple[type[Exception], ...]:

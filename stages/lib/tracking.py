@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lib import mlflow_log
-from lib.files import sha256_of, write_json
+from lib.files import sha256_of
 from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags, process_tag
-from lib.store import StoreError, connect, reason, store_faults
+from lib.store import StoreError, connect, reason, store_faults, told_in_one_line
 
 AWAY = "training goes on without it, and `make sync` sends later what it missed"
 
@@ -38,10 +38,9 @@ class TrainingRun:
 
     def catch_up(self, rows: list[dict]) -> None:
         """Log those of a resumed training's epochs that its run lacks."""
-        if self.client is not None:
-            history = self.client.get_metric_history(self.run_id, "train_loss")
-            logged = {metric.step for metric in history}
-            self.log_epochs([row for row in rows if row["epoch"] not in logged])
+        self.rows += rows
+        if self._send("metrics", mlflow_log.log_missing, self.run_id, rows):
+            self.sent = len(self.rows)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Log final metrics, those without an epoch."""
@@ -83,24 +82,15 @@ def training_run(
     that is away at the start raises StoreError, or is done without if `if_unreachable` is "continue".
     """
     try:
-        client, experiment_id = connect()
+        run = _open_run(stage, params, resume)
     except StoreError as error:
         if if_unreachable == "stop":
             raise
         print(f"{error}; {AWAY}")
         yield TrainingRun(None, None)
         return
-    import mlflow
-
-    if resume and not client.search_runs([experiment_id], f"attributes.run_id = '{resume}'"):
-        resume = None
-    tags = {**git_tags(), **dvc_tags(stage), **machine_tags(), **process_tag()}
-    run = TrainingRun(client, mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags).info.run_id)
     status = "FAILED"
     try:
-        mlflow.log_params(params)
-        if tags.get("git_dirty") == "true":
-            client.log_text(run.run_id, git_diff(), "uncommitted.diff")
         yield run
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -108,6 +98,22 @@ def training_run(
         raise
     finally:
         _end(run, status)
+
+
+def _open_run(stage: str, params: dict[str, object], resume: str | None) -> TrainingRun:
+    with told_in_one_line():
+        client, experiment_id = connect()
+        mlflow_log.send_unsent(client, experiment_id)
+        import mlflow
+
+        if resume and not mlflow_log.has_run(client, experiment_id, resume):
+            resume = None
+        tags = {**git_tags(), **dvc_tags(stage), **machine_tags(), **process_tag()}
+        run_id = mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags).info.run_id
+        mlflow.log_params(params)
+        if tags.get("git_dirty") == "true":
+            client.log_text(run_id, git_diff(), "uncommitted.diff")
+    return TrainingRun(client, run_id)
 
 
 def attach(
@@ -121,19 +127,25 @@ def attach(
     """Add metrics and files to the newest run of the training that made these weights.
 
     Goes through the client alone, which leaves the run's status and times as they are; a value that
-    the run has already is left. Where the store has no such run, one is made that says so.
+    the run has already is left. Where the store has no such run, one is made that says so. A store
+    that is away raises StoreError, or is told if `if_unreachable` is "continue".
     """
     try:
-        client, experiment_id = connect()
+        with told_in_one_line():
+            _attach(stage, training_stage, weights_sha256, metrics or {}, artifacts)
     except StoreError as error:
         if if_unreachable == "stop":
             raise
         print(f"{error}; `make sync` sends the results later")
-        return
+
+
+def _attach(stage, training_stage, weights_sha256, metrics, artifacts) -> None:
+    client, experiment_id = connect()
+    mlflow_log.send_unsent(client, experiment_id)
     run_id = mlflow_log.find_run(client, experiment_id, training_stage, weights_sha256)
     run_id = run_id or mlflow_log.stand_in(client, experiment_id, training_stage, weights_sha256)
     has = client.get_run(run_id).data.metrics
-    new = {name: value for name, value in (metrics or {}).items() if has.get(name) != value}
+    new = {name: value for name, value in metrics.items() if has.get(name) != value}
     mlflow_log.log_rows(client, run_id, [{"epoch": 0, **new}])
     for path in artifacts:
         client.log_artifact(run_id, path, artifact_path=stage)
@@ -149,4 +161,4 @@ def _end(run: TrainingRun, status: str) -> None:
         run.missed = True
     if run.missed:
         record = {"status": status, "weights_sha256": run.weights_sha256, "rows": run.rows}
-        write_json(mlflow_log.unsent_dir() / f"{run.run_id}.json", record)
+        mlflow_log.write_unsent(run.run_id, record)
