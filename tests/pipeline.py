@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -52,3 +53,19 @@ def tool(project: Path, name: str, *arguments: str) -> str:
 
 def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def run_queued(project: Path, workers: int, changes: list[str]) -> list[str]:
+    """Queue one experiment for each change and have `workers` run them at once; returns what failed."""
+    for number, change in enumerate(changes):
+        dvc(project, "exp", "run", "--queue", "--name", f"queued-{number}", "-S", change)
+    dvc(project, "queue", "start", "--jobs", str(workers))
+    deadline = time.monotonic() + 60 * len(changes)
+    while time.monotonic() < deadline:
+        status = dvc(project, "queue", "status").stdout
+        rows = [line for line in status.splitlines() if "queued-" in line]
+        if all("Success" in row or "Failed" in row for row in rows):
+            break
+        time.sleep(1)
+    dvc(project, "queue", "stop", "--kill", check=False)
+    return [row for row in rows if "Success" not in row]

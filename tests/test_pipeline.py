@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, copy_of_project, git, stage_definitions
 from crash import kill_once, outputs
 from mlflow import MlflowClient
-from pipeline import SMALL, dvc, environment, ran, set_params, tool
+from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool
 
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.repairs import import_torchvision
@@ -164,7 +164,10 @@ def assert_runs_match(project: Path) -> None:
         for name in set(curve[0]) - {"epoch"}:
             history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
             assert history == {int(row["epoch"]): float(row[name]) for row in curve}, (training, name)
-        assert run.data.params == {k: str(v) for k, v in lock[training]["params"]["params.yaml"].items()}
+        params = lock[training]["params"]["params.yaml"]
+        if training == "train_cnn@augmented":
+            params |= lock["augment_images"]["params"]["params.yaml"]
+        assert run.data.params == {name: str(value) for name, value in params.items()}
 
 
 def test_a_new_store_is_filled_from_dvc_lock(project):
@@ -222,6 +225,31 @@ def test_nothing_reruns_when_nothing_changed(project):
     assert ran(again.stdout) == []
     assert "Data and pipelines are up to date" in again.stdout
     assert len(runs(project)) == 3
+
+
+def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(project):
+    assert run_queued(project, 2, ["train_toy_cnn.seed=1", "train_toy_cnn.seed=2"]) == []
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fashion-cnn")
+    found = client.search_runs([experiment.experiment_id], "tags.dvc_exp_name LIKE 'queued-%'")
+    assert sorted(run.data.params["train_toy_cnn.seed"] for run in found) == ["1", "2"]
+    assert sorted(run.data.tags["dvc_exp_name"] for run in found) == ["queued-0", "queued-1"]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert "dvc.lock of experiment queued-1" in tool(project, "sync")
+    assert "experiment" not in tool(project, "sync")
+    run = found[0]
+    name = run.data.tags["dvc_exp_name"]
+    [trace] = json.loads(tool(project, "trace", run.info.run_id, "--json"))
+    assert trace["dvc_lock"]["train_toy_cnn"]["params"]["params.yaml"]["train_toy_cnn.seed"] == int(
+        run.data.params["train_toy_cnn.seed"]
+    )
+    # The commands that trace names bring the weights back, from the cache.
+    dvc(project, "exp", "apply", name)
+    [again] = json.loads(tool(project, "trace", "models/toy_cnn.safetensors", "--json"))
+    assert again["run_id"] == run.info.run_id
+    dvc(project, "exp", "apply", "HEAD", check=False)
+    git(project, "checkout", "--quiet", "HEAD", "--", ".")
+    dvc(project, "checkout")
 
 
 def test_one_changed_param_reruns_what_depends_on_it_and_nothing_else(project):

@@ -8,6 +8,7 @@ changes nothing.
 import hashlib
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lib import mlflow_log
 from lib.errors import StageError, run_stage
 from lib.files import read_csv, read_json
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
-from lib.store import connect
+from lib.store import connect, told_in_one_line
 from lib.tracking import attach
 
 LOCK = Path("dvc.lock")
@@ -30,14 +31,21 @@ def main() -> None:
     """Send what was missed, then compare every training in dvc.lock with its run."""
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
-    client, experiment_id = connect()
-    if sent := mlflow_log.send_unsent(client):
-        print(f"sync: {sent} runs completed that MLflow had missed a part of")
-    end_abandoned(client, experiment_id)
-    stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
-    for training in [name for name in stages if name.startswith("train_")]:
-        run_id, changes = sync_training(client, experiment_id, training, stages)
-        print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
+    with told_in_one_line():
+        client, experiment_id = connect()
+        if sent := mlflow_log.send_unsent(client, experiment_id):
+            print(f"sync: {sent} runs completed that MLflow had missed a part of")
+        end_abandoned(client, experiment_id)
+        stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
+        for training in trainings(stages):
+            run_id, changes = sync_training(client, experiment_id, training, stages)
+            print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
+        record_experiments(client, experiment_id)
+
+
+def trainings(stages: dict) -> list[str]:
+    """The stages of dvc.lock that are a run each."""
+    return [name for name in stages if name.startswith("train_")]
 
 
 def end_abandoned(client, experiment_id: str) -> None:
@@ -59,18 +67,37 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
     if run_id is None:
         run_id = mlflow_log.stand_in(client, experiment_id, training, weights_sha256)
         changes.append("made")
-    changes += _sync_params(client, run_id, stages[training]["params"]["params.yaml"])
+    params = stages[training]["params"]["params.yaml"]
+    if training == "train_cnn@augmented":  # its run has the params that made the copies, too
+        params = params | stages["augment_images"]["params"]["params.yaml"]
+    changes += _sync_params(client, run_id, params)
     changes += _sync_curve(client, run_id, outs[".csv"])
     changes += _sync_model(client, experiment_id, run_id, training, outs[".safetensors"])
-    entries = {training: stages[training]}
     for stage, is_about in _reports(training).items():
         if stage in stages:
-            entries[stage] = stages[stage]
             files = [
                 file for out in stages[stage]["outs"] for file in _files(_checked(out)) if is_about(file)
             ]
             changes += _sync_report(client, run_id, stage, training, weights_sha256, metrics, files)
-    return run_id, changes + _sync_lock(client, run_id, json.dumps(entries, indent=2))
+    return run_id, changes + _sync_lock(client, run_id, training, stages)
+
+
+def record_experiments(client, experiment_id: str) -> None:
+    """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
+    for reference in _git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").split():
+        stages = yaml.safe_load(_git("show", f"{reference}:{LOCK}"))["stages"]
+        for training in trainings(stages):
+            [metrics] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
+            [weights_sha256] = json.loads(_git("show", f"{reference}:{metrics}"))["weights_sha256"]
+            run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
+            if run_id and "synced_dvc_lock" not in client.get_run(run_id).data.tags:
+                _sync_lock(client, run_id, training, stages)
+                name = reference.rpartition("/")[2]
+                print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _reports(training: str) -> dict:
@@ -91,14 +118,11 @@ def _sync_params(client, run_id: str, params: dict) -> list[str]:
 
 
 def _sync_curve(client, run_id: str, path: Path) -> list[str]:
-    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
     rows = [
         {name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
         for row in read_csv(path)
     ]
-    missing = [row for row in rows if row["epoch"] not in logged]
-    mlflow_log.log_rows(client, run_id, missing)
-    return ["curve"] if missing else []
+    return ["curve"] if mlflow_log.log_missing(client, run_id, rows) else []
 
 
 def _sync_model(client, experiment_id: str, run_id: str, training: str, weights: Path) -> list[str]:
@@ -130,7 +154,9 @@ def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files
     return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
 
 
-def _sync_lock(client, run_id: str, lock: str) -> list[str]:
+def _sync_lock(client, run_id: str, training: str, stages: dict) -> list[str]:
+    names = [name for name in (training, *_reports(training)) if name in stages]
+    lock = json.dumps({name: stages[name] for name in names}, indent=2)
     return _once(
         client, run_id, "dvc_lock", lock.encode(), lambda: client.log_text(run_id, lock, "dvc.lock.json")
     )
