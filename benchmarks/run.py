@@ -1,25 +1,19 @@
 """Measure the project beside the lesson's own loops, and write benchmarks/results.md.
 
-Usage, after `make repro`: make bench. Takes about 20 minutes; the two sides run in turn, A B A B,
+Usage, after `make repro`: make bench. Takes about 40 minutes; the two sides run in turn, A B A B,
 so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
 """
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pipeline import first_run_rows, pipeline_rows
+from report import ROOT, Report, conditions, spread
+
 RESULTS = ROOT / "benchmarks/results.md"
-STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
@@ -45,29 +39,6 @@ class Side:
         self.process.wait()
 
 
-class Report:
-    """The lines of results.md."""
-
-    def __init__(self):
-        self.lines = ["# Benchmark results", "", "Written by `make bench`.", ""]
-
-    def heading(self, title: str, note: str = "") -> None:
-        """Begin a section."""
-        print(f"\n## {title}", flush=True)
-        self.lines += [f"## {title}", ""] + ([note, ""] if note else [])
-
-    def table(self, header: str, rows: list[str]) -> None:
-        """Add a table; rows are already joined by |."""
-        columns = header.count("|") + 1
-        self.lines += [f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows), ""]
-        print("\n".join(rows), flush=True)
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Median, with minimum and maximum."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 def compare(lesson: Side, project: Side, case: str, argument, rounds: int) -> tuple[list, list]:
     """Run a case on both sides in turn, after one round that does not count for short cases."""
     times = ([], [])
@@ -86,13 +57,6 @@ def a_core_taken():
     finally:
         process.kill()
         process.wait()
-
-
-def timed(*command: str) -> float:
-    """Seconds that a command takes; it must succeed."""
-    began = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return time.perf_counter() - began
 
 
 def comparison_rows(report: Report, quick: bool) -> None:
@@ -137,39 +101,6 @@ def comparison_rows(report: Report, quick: bool) -> None:
         project.close()
 
 
-def pipeline_rows(report: Report, quick: bool) -> None:
-    """Section e: what surrounds the training."""
-    rounds = 1 if quick else 5
-    report.heading("The pipeline around the training", "Seconds, median (min-max).")
-    rows = []
-    for script in STAGES:
-        code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'stages'); {code}"]
-        rows.append(f"imports of {script} | {spread([timed(*command) for _ in range(rounds)], 2)}")
-    status, repro = [], []
-    for _ in range(rounds):
-        status.append(timed(sys.executable, "-m", "dvc", "status"))
-        repro.append(timed(sys.executable, "-m", "dvc", "repro"))
-    ratio = spread([b / a for a, b in zip(status, repro, strict=True)], 2)
-    rows += [f"`dvc status` | {spread(status, 2)}", f"`dvc repro`, nothing to do | {spread(repro, 2)}"]
-    rows.append(f"ratio of the two | {ratio}")
-    with tempfile.TemporaryDirectory() as store:
-        subprocess.run(["git", "init", "-q"], cwd=store, check=True)
-        tracking = [spread([tracked(store) for _ in range(rounds)], 2) for _ in range(2)][1]
-    rows.append(f"MLflow in one training: import, run, 5 epochs, model | {tracking}")
-    report.table("what | seconds", rows)
-
-
-def tracked(store: str) -> float:
-    """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
-    return float(
-        subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks/tracking.py")],
-            check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
-        ).stdout.split()[-1]
-    )  # fmt: skip
-
-
 def growth_rows(report: Report, quick: bool) -> None:
     """Section f: each size in a process of its own, for its peak memory."""
     report.heading("Growth", "Data set tiled; 200 steps of batch 32; peak memory of the whole process.")
@@ -181,21 +112,6 @@ def growth_rows(report: Report, quick: bool) -> None:
         size = f"{60_000 * times:,} | {47.04 * times:.0f} MB"
         rows.append(f"{times}× | {size} | {seconds:.1f} s | {memory:.0f} MiB")
     report.table("size | images | as uint8 | tiling and 200 steps | peak memory", rows)
-
-
-def conditions() -> str:
-    """Versions, CPU, threads and load."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    names = ("torch", "torchvision", "imgaug", "numpy", "dvc", "mlflow")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return (
-        f"Python {platform.python_version()}, {versions}. {cpu}, {os.cpu_count()} cores, instruction set "
-        f"{torch.backends.cpu.get_cpu_capability()}, 2 threads; load at the start {os.getloadavg()[0]:.2f}. "
-        "Median (min-max) of the rounds; both sides run in turn, each in a process of its own."
-    )
 
 
 def main() -> None:
@@ -211,8 +127,10 @@ def main() -> None:
     report = Report()
     report.lines += [conditions(), ""]
     comparison_rows(report, quick)
-    pipeline_rows(report, quick)
+    pipeline_rows(report, rounds=1 if quick else 5)
     growth_rows(report, quick)
+    if not quick:
+        first_run_rows(report)
     if quick:
         print("\n--quick: results.md is left as it is")
         return

@@ -1,0 +1,86 @@
+"""What surrounds the training: imports, DVC, MLflow, and a whole first run."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from report import ROOT, Report, spread
+
+STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+
+
+def timed(*command: str) -> float:
+    """Seconds that a command takes; it must succeed."""
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def pipeline_rows(report: Report, rounds: int) -> None:
+    """Section e: what surrounds the training."""
+    report.heading("The pipeline around the training", "Seconds, median (min-max).")
+    rows = []
+    for script in STAGES:
+        code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'stages'); {code}"]
+        rows.append(f"imports of {script} | {spread([timed(*command) for _ in range(rounds)], 2)}")
+    status, repro = [], []
+    for _ in range(rounds):
+        status.append(timed(sys.executable, "-m", "dvc", "status"))
+        repro.append(timed(sys.executable, "-m", "dvc", "repro"))
+    ratio = spread([b / a for a, b in zip(status, repro, strict=True)], 2)
+    rows += [f"`dvc status` | {spread(status, 2)}", f"`dvc repro`, nothing to do | {spread(repro, 2)}"]
+    rows.append(f"ratio of the two | {ratio}")
+    with tempfile.TemporaryDirectory() as store:
+        subprocess.run(["git", "init", "-q"], cwd=store, check=True)
+        tracking = [spread([tracked(store) for _ in range(rounds)], 2) for _ in range(2)][1]
+    rows.append(f"MLflow in one training: import, run, 5 epochs, model | {tracking}")
+    report.table("what | seconds", rows)
+
+
+def tracked(store: str) -> float:
+    """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
+    return float(
+        subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks/tracking.py")],
+            check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
+        ).stdout.split()[-1]
+    )  # fmt: skip
+
+
+def first_run_rows(report: Report) -> None:
+    """`make repro` in a fresh clone, to the end, with the share of each stage."""
+    report.heading("A first run", "`make repro` in a fresh clone of this commit, to the end; one run.")
+    with tempfile.TemporaryDirectory() as scratch:
+        clone = Path(scratch) / "clone"
+        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+        began = time.perf_counter()
+        marks = [("set-up: .venv and packages", 0.0)]
+        process = subprocess.Popen(
+            ["make", "repro"], cwd=clone, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        for line in process.stdout:
+            name = line.split("'")[1] if line.startswith("Running stage") else None
+            if line.rstrip().endswith("dvc repro"):
+                name = "DVC starts"
+            if name:
+                marks.append((name, time.perf_counter() - began))
+        if process.wait():
+            sys.exit("error: `make repro` failed in a fresh clone")
+        ends = [time for _, time in marks[1:]] + [time.perf_counter() - began]
+        locks = [yaml.safe_load((root / "dvc.lock").read_text())["stages"] for root in (ROOT, clone)]
+    rows = [
+        f"{name} | {end - start:.1f} | {(end - start) / ends[-1]:.1%}"
+        for (name, start), end in zip(marks, ends, strict=True)
+    ]
+    report.table("what | seconds | share", [*rows, f"all | {ends[-1]:.1f} | 100 %"])
+    ours, theirs = (
+        {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]} for lock in locks
+    )
+    same = sum(ours[path] == digest for path, digest in theirs.items())
+    report.lines += [f"{same} of {len(theirs)} outputs have the bytes that the committed dvc.lock names.", ""]

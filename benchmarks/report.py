@@ -1,0 +1,47 @@
+"""The benchmark's report: its lines, its conditions, and figures with their spread."""
+
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Report:
+    """The lines of results.md."""
+
+    def __init__(self):
+        self.lines = ["# Benchmark results", "", "Written by `make bench`.", ""]
+
+    def heading(self, title: str, note: str = "") -> None:
+        """Begin a section."""
+        print(f"\n## {title}", flush=True)
+        self.lines += [f"## {title}", ""] + ([note, ""] if note else [])
+
+    def table(self, header: str, rows: list[str]) -> None:
+        """Add a table; rows are already joined by |."""
+        columns = header.count("|") + 1
+        self.lines += [f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows), ""]
+        print("\n".join(rows), flush=True)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median, with minimum and maximum."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def conditions() -> str:
+    """Versions, CPU, threads and load."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    names = ("torch", "torchvision", "imgaug", "numpy", "dvc", "mlflow")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return (
+        f"Python {platform.python_version()}, {versions}. {cpu}, {os.cpu_count()} cores, instruction set "
+        f"{torch.backends.cpu.get_cpu_capability()}, 2 threads; load at the start {os.getloadavg()[0]:.2f}. "
+        "Median (min-max) of the rounds; both sides run in turn, each in a process of its own."
+    )
