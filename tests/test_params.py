@@ -104,3 +104,8 @@ def test_numbers_are_read_as_dvc_reads_them(written, text):
     path = written("train_cnn.learning_rate", "PLACE")
     path.write_text(path.read_text().replace("PLACE", text))
     assert load_params("train_cnn", path=path).train_cnn.learning_rate == 0.001
+
+
+def test_a_whole_number_stays_as_written(written):
+    path = written("augment_images.max_rotation", 20)
+    assert repr(leaves(load_params("augment_images", path=path))["augment_images.max_rotation"]) == "20"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from lib.errors import StageError
 from lib.params_faults import explain
@@ -14,9 +14,12 @@ from lib.params_faults import explain
 PARAMS_PATH = Path("params.yaml")
 TRAIN_IMAGES = 60_000  # in Fashion-MNIST's train files
 
+# A number stays as written, 20 or 20.0, so that MLflow shows what DVC does.
+AsWritten = WrapValidator(lambda value, validate: (validate(value), value)[1])
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Threads = Annotated[int, Field(ge=1, le=256)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
 Source = Annotated[str, Field(min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -47,7 +50,7 @@ class AugmentImages(Section):
     seed: Seed
     copies: Annotated[int, Field(ge=1, le=20)]
     max_shift: Annotated[int, Field(ge=0, le=14)]
-    max_rotation: Annotated[float, Field(ge=0, le=180)]
+    max_rotation: Annotated[float, Field(ge=0, le=180), AsWritten]
 
 
 class TrainToyCnn(Section):
@@ -63,7 +66,7 @@ class VerifyManualConv(Section):
 
     seed: Seed
     images: Annotated[int, Field(ge=1, le=16)]
-    tolerance: Annotated[float, Field(gt=0, le=1)]
+    tolerance: Annotated[float, Field(gt=0, le=1), AsWritten]
 
 
 class TrainCnn(Section):
