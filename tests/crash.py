@@ -3,14 +3,18 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import requests
 import yaml
-from pipeline import dvc, environment
+from mlflow import MlflowClient
+from pipeline import dvc, environment, tool
 
 
 def outputs(project: Path) -> dict[str, str]:
@@ -61,6 +65,63 @@ def kill_once(project: Path, stage: str, victim: str, delay: float) -> str:
     after = outputs(project)
     different = [path for path in before if after.get(path) != before[path]]
     return f"{stage}: {', '.join(different)} differ" if different else ""
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int):
+    """An MLflow server on this machine, with its store in `folder`."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db",
+        "--artifacts-destination", f"{folder}/artifacts",
+    ]  # fmt: skip
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
+        try:
+            for _ in range(600):
+                try:
+                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
+                        break
+                except requests.ConnectionError:
+                    time.sleep(0.1)
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def lose_server(project: Path, epoch: int) -> str:
+    """Kill the MLflow server of a training after `epoch`; returns what that lost for good, or ""."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    before = outputs(project)
+    with mlflow_server(project.parent, port):
+        training = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "train_cnn@original"],
+            cwd=project, env=environment(PYTHONUNBUFFERED="1", **store), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        for line in training.stdout:
+            if line.startswith(f"epoch {epoch}/"):
+                break
+    rest = training.stdout.read()
+    if training.wait() or "not sent" not in rest or "Traceback" in rest:
+        return f"the training did not go on: {rest[-300:]}"
+    if outputs(project) != before:
+        return "other outputs without the server"
+    with mlflow_server(project.parent, port):
+        tool(project, "sync", **store)
+        client = MlflowClient(store["MLFLOW_TRACKING_URI"])
+        [run] = client.search_runs(["1"], "tags.dvc_stage = 'train_cnn@original'", max_results=1)
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]
+        curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
+        if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
+            return f"the run is {run.info.status} with epochs {steps}"
+        if "test_accuracy" not in run.data.metrics or not run.outputs.model_outputs:
+            return "the run lacks test metrics or model"
+    return ""
 
 
 def random_kill(project: Path, rng: random.Random, stages: list[str]) -> tuple[str, str]:

@@ -42,10 +42,10 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
     )  # fmt: skip
 
 
-def tool(project: Path, name: str, *arguments: str) -> str:
+def tool(project: Path, name: str, *arguments: str, **more: str) -> str:
     command = [sys.executable, f"tools/{name}.py", *arguments]
     done = subprocess.run(
-        command, cwd=project, text=True, capture_output=True, env=environment(), check=False
+        command, cwd=project, text=True, capture_output=True, env=environment(**more), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, copy_of_project, git, stage_definitions
-from crash import kill_once, outputs
+from crash import kill_once, lose_server, outputs
 from mlflow import MlflowClient
 from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool
 
@@ -288,6 +288,10 @@ def test_a_kill_loses_nothing(project, victim, stage, delay):
     experiment = client.get_experiment_by_name("fashion-cnn")
     statuses = {run.info.status for run in client.search_runs([experiment.experiment_id])}
     assert statuses <= {"FINISHED", "KILLED"}
+
+
+def test_an_mlflow_server_that_dies_costs_no_training_and_gets_all_later(project):
+    assert lose_server(project, epoch=1) == ""
 
 
 def original_runs(project: Path, epochs: int) -> list:
