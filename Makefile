@@ -25,7 +25,7 @@ test: .venv/ready ## lint, then all tests
 soak: .venv/ready ## kill, spoil and repeat for an hour, and print what was lost
 	$(ACTIVATE) python tests/soak.py
 
-bench: .venv/ready ## measure beside the lesson's own loops (20 minutes, quiet machine): benchmarks/results.md
+bench: .venv/ready ## measure beside the lesson's own loops (an hour, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
@@ -33,7 +33,7 @@ sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
 
 ui: .venv/ready ## bring the runs in line, then serve the MLflow UI on 127.0.0.1:5000
 	-$(ACTIVATE) python tools/sync.py
-	$(ACTIVATE) python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	$(ACTIVATE) python -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv

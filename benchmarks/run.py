@@ -1,6 +1,6 @@
 """Measure the project beside the lesson's own loops, and write benchmarks/results.md.
 
-Usage, after `make repro`: make bench. Takes about 40 minutes; the two sides run in turn, A B A B,
+Usage, after `make repro`: make bench. Takes about an hour; the two sides run in turn, A B A B,
 so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
 """
 
@@ -40,7 +40,7 @@ class Side:
 
 
 def compare(lesson: Side, project: Side, case: str, argument, rounds: int) -> tuple[list, list]:
-    """Run a case on both sides in turn, after one round that does not count for short cases."""
+    """Run a case on both sides in turn; returns the seconds of each."""
     times = ([], [])
     for _ in range(rounds):
         for side, seconds in zip((lesson, project), times, strict=True):

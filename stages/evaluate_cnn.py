@@ -14,13 +14,14 @@ from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models import build_cnn, load_weights
 from lib.params import load_params
 from lib.runtime import prepare_torch
-from lib.tracking import attach
+from lib.tracking import attach, require_store
 
 
 def main() -> None:
     name = images_argument()
     sections = load_params("evaluate_cnn", "tracking")
     params = sections.evaluate_cnn
+    require_store(sections.tracking.if_unreachable)
     device = prepare_torch(params.device, params.threads)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     weights = Path(f"models/cnn_{name}.safetensors")
@@ -49,14 +50,7 @@ def main() -> None:
     for path, rows in zip(paths, tables.values(), strict=True):
         write_csv(path, rows)
     metrics = write_json(folder / f"{name}.json", metrics)
-    attach(
-        "evaluate_cnn",
-        f"train_cnn@{name}",
-        sha256_of(weights),
-        metrics,
-        paths,
-        sections.tracking.if_unreachable,
-    )
+    attach("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from lib.arguments import IMAGES
 from lib.errors import run_stage
 from lib.files import read_csv, read_json
 from lib.params import load_params
-from lib.tracking import attach
+from lib.tracking import attach, require_store
 
 METRICS = Path("metrics")
 FIGURES = METRICS / "figures"
@@ -15,6 +15,7 @@ FIGURES = METRICS / "figures"
 
 def main() -> None:
     params = load_params("plot_results", "tracking")
+    require_store(params.tracking.if_unreachable)
 
     def evaluation_tables(table: str) -> dict:
         return {name: read_csv(METRICS / "evaluate_cnn" / f"{name}_{table}.csv") for name in IMAGES}
@@ -37,7 +38,7 @@ def main() -> None:
     for training, metrics, drawn in trainings:
         [weights_sha256] = read_json(metrics)["weights_sha256"]
         paths = [FIGURES / f"{name}.png" for name in drawn]
-        attach("plot_results", training, weights_sha256, None, paths, params.tracking.if_unreachable)
+        attach("plot_results", training, weights_sha256, artifacts=paths)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.arguments import images_argument
-from lib.checkpoints import Checkpoint
+from lib.checkpoints import exclusive_checkpoint
 from lib.copies import load_copies
 from lib.errors import run_stage
 from lib.files import sha256_of, write_csv, write_json
@@ -24,21 +24,22 @@ from lib.training import train_cnn
 
 def main() -> None:
     images = images_argument()
-    params = load_params("split", "train_cnn", "tracking")
+    params, tracking = load_params("split", "train_cnn"), load_params("tracking").tracking
     device = prepare_torch(params.train_cnn.device, params.train_cnn.threads)
     pool, labels, made_by = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
     train_index, val_index = split_indices(
         len(labels), params.split.val_size, params.split.train_size, params.split.seed
     )
 
-    stage, data_digest = f"train_cnn@{images}", digest(pool, labels, train_index, val_index)
-    checkpoint = Checkpoint(result_key(stage, leaves(params), data_digest))
-
     # The params that made the copies, too, so that runs on other copies can be compared.
-    settings = leaves(params) | made_by
-    with training_run(stage, settings, params.tracking.if_unreachable, checkpoint.run_id) as run:
-        run.catch_up(checkpoint.rows)
-        checkpoint.run_id = run.run_id
+    stage, settings = f"train_cnn@{images}", leaves(params) | made_by
+    data_digest = digest(pool, labels, train_index, val_index)
+    with (
+        exclusive_checkpoint(result_key(stage, settings, data_digest)) as checkpoint,
+        training_run(stage, settings, tracking.if_unreachable, checkpoint.run_id) as run,
+    ):
+        run.log_epochs(checkpoint.rows)
+        checkpoint.run_id = run.run_id or checkpoint.run_id
         sizes = {"train_images": len(train_index), "val_images": len(val_index), "variants": len(pool)}
         run.log_dataset(images, data_digest, "data", sizes)
         model = fresh(build_cnn, params.train_cnn.seed)
@@ -62,9 +63,8 @@ def main() -> None:
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
         write_json(Path(f"metrics/train_cnn/{images}.json"), {**last, "weights_sha256": [sha256_of(weights)]})
-        example = pool[0, val_index[:2], None].astype(np.float32) / 255  # (2, 1, 28, 28)
+        example = pool[0, :2, None].astype(np.float32) / 255  # (2, 1, 28, 28)
         run.log_model(model, weights, summarize(model, CNN_SHAPE), example)
-    checkpoint.delete()
 
 
 def load_pool(images: str) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -16,12 +16,12 @@ WEIGHTS = Path("models/toy_cnn.safetensors")
 
 
 def main() -> None:
-    params = load_params("train_toy_cnn", "tracking")
+    params, tracking = load_params("train_toy_cnn"), load_params("tracking").tracking
     prepare_torch("cpu", threads=1)  # for 4×4 images a second thread costs more than it computes
-    toy = read_tensors(TENSORS)  # images (2, 1, 4, 4), labels (2,)
+    toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 
-    with training_run("train_toy_cnn", leaves(params), params.tracking.if_unreachable) as run:
+    with training_run("train_toy_cnn", leaves(params), tracking.if_unreachable) as run:
         run.log_dataset("toy", digest(images, labels), TENSORS, {"train_images": len(images)})
         model, losses = train_toy(
             images,

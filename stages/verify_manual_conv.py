@@ -10,7 +10,7 @@ from lib.idx import TRAIN_IMAGES, read_idx
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, load_weights
 from lib.params import load_params
 from lib.runtime import prepare_torch
-from lib.tracking import attach
+from lib.tracking import attach, require_store
 from lib.verification import compare_counts, compare_gradients, compare_layers
 from lib.walkthrough import matrix, parameters_table, write_out
 
@@ -22,8 +22,9 @@ WALKTHROUGH = Path("metrics/verify_manual_conv.md")
 def main() -> None:
     sections = load_params("verify_manual_conv", "tracking")
     params = sections.verify_manual_conv
+    require_store(sections.tracking.if_unreachable)
     prepare_torch("cpu", threads=1)  # one order of summation on every machine
-    toy = read_tensors(Path("data/toy.safetensors"))
+    toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), WEIGHTS)
     cnn = fresh(build_cnn, params.seed)
     images = read_idx(TRAIN_IMAGES)[: params.images, None].astype(np.float32) / 255  # (n, 1, 28, 28)
@@ -44,10 +45,7 @@ def main() -> None:
     metrics = {name: error for name, (error, _) in errors.items()} | totals
     metrics = write_json(METRICS, metrics)
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
-    attach(
-        "verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS),
-        metrics, [WALKTHROUGH], sections.tracking.if_unreachable,
-    )  # fmt: skip
+    attach("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [WALKTHROUGH])
 
 
 def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:

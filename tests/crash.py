@@ -84,6 +84,7 @@ def mlflow_server(folder: Path, port: int):
                         break
                 except requests.ConnectionError:
                     time.sleep(0.1)
+            MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
             yield
         finally:
             os.killpg(server.pid, signal.SIGKILL)
@@ -103,12 +104,14 @@ def lose_server(project: Path, epoch: int) -> str:
             cwd=project, env=environment(PYTHONUNBUFFERED="1", **store), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        printed = ""
         for line in training.stdout:
+            printed += line
             if line.startswith(f"epoch {epoch}/"):
                 break
-    rest = training.stdout.read()
-    if training.wait() or "not sent" not in rest or "Traceback" in rest:
-        return f"the training did not go on: {rest[-300:]}"
+    printed += training.stdout.read()
+    if training.wait() or "not sent" not in printed or "Traceback" in printed:
+        return f"the training did not go on: {printed[-300:]}"
     if outputs(project) != before:
         return "other outputs without the server"
     with mlflow_server(project.parent, port):

@@ -65,6 +65,7 @@ LIBRARY = {
     "toy": ["train_toy_cnn"],
     "tracking": LOGGING,
     "training": ["train_cnn"],
+    "unsent": LOGGING,
     "verification": ["verify_manual_conv"],
     "walkthrough": ["verify_manual_conv"],
 }

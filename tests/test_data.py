@@ -61,6 +61,12 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
         read_tensors(path)
 
 
+def test_other_tensors_than_expected_are_named(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(4, np.float32)})
+    with pytest.raises(StageError, match=r"x\.safetensors: holds a, expected images, labels"):
+        read_tensors(tmp_path / "x.safetensors", "images", "labels")
+
+
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("earlier")
@@ -104,6 +110,10 @@ def test_damaged_or_absent_copies_are_named(tmp_path, images):
     with pytest.raises(StageError, match="dvc repro augment_images"):
         load_copies(tmp_path)
     save_copies([images], np.zeros(16, np.uint8), {}, tmp_path)
-    (tmp_path / "copy_01.npy").write_bytes(b"not numpy")
-    with pytest.raises(StageError, match="damaged"):
+    for damaged in (b"not numpy", b""):
+        (tmp_path / "copy_01.npy").write_bytes(damaged)
+        with pytest.raises(StageError, match="damaged"):
+            load_copies(tmp_path)
+    save_copies([images[:3]], np.zeros(16, np.uint8), {}, tmp_path)
+    with pytest.raises(StageError, match=r"copy_01\.npy: shape \(3, 28, 28\), expected \(16, 28, 28\)"):
         load_copies(tmp_path)

@@ -16,13 +16,13 @@ def written(tmp_path):
 
     def write(where: str, value: object):
         params = yaml.safe_load(yaml.safe_dump(GOOD))
-        section, _, leaf = where.partition(".")
+        section, _, leaf = where.partition(".") if isinstance(where, str) else (where, "", "")
         if leaf:
             params[section][leaf] = value
         else:
             params[section] = value
         path = tmp_path / "params.yaml"
-        path.write_text(yaml.safe_dump(params))
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
         return path
 
     return write
@@ -54,6 +54,8 @@ def test_committed_params_are_valid_and_only_the_named_sections_come():
         ("train_cnn.learning_rate", -0.1, ["train_cnn.learning_rate", "-0.1", "above 0"]),
         ("train_cnn.device", "gpu", ["train_cnn.device", "'gpu'", "auto, cpu, cuda"]),
         ("train_cnn.epoch", 3, ["train_cnn.epoch", "not a known key", "did you mean epochs?"]),
+        (True, 5, ["1 is not a known key"]),  # what YAML makes of `on: 5`
+        ("split", {**GOOD["split"], 1: 2}, ["split.1 is not a known key"]),
         ("train_cn", {}, ["train_cn", "not a known key", "did you mean train_cnn?"]),
         ("split.train_size", "all", ["split.train_size", "'all'", "or null"]),
         ("split.train_size", 55_001, ["split.train_size", "55001", "at most 55000"]),
@@ -87,6 +89,22 @@ def test_a_missing_key_is_named(tmp_path):
         (b"? [a]\n: 1", "not valid YAML"),
         (b"split: {? {a: 1} : 2}", "not valid YAML"),
         (b"a: &a [*a]", "not"),
+        *[
+            (b"split: {seed: " + value + b"}", "params.yaml: ")
+            for value in (
+                b"2026-99-99",
+                b"!!int x",
+                b"!!float x",
+                b"!!bool x",
+                b"0b_",
+                b"9" * 5000,
+                b"[" * 3000,
+                b"[" * 500 + b"]" * 500,
+                b"{1: 2}",
+                b"!!timestamp x",
+                b"!!binary x",
+            )
+        ],
     ],
 )
 def test_a_file_that_is_not_params_is_one_line(tmp_path, content, words):

@@ -1,5 +1,6 @@
 """Fetching: the order of sources, faults of each kind, and the message when all fail."""
 
+import errno
 import gzip
 import hashlib
 import threading
@@ -161,3 +162,24 @@ def test_when_all_fail_each_source_has_its_reason_and_nothing_is_left(tmp_path, 
     assert "apt:no-such-package-x: " in message
     assert "name it in fetch.sources" in message
     assert not target.exists() or not list(target.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_sources(good, target):
+    target.write_text("in the way")
+    with pytest.raises(OSError, match="exists"):
+        sources.fetch([str(good)], target)
+
+
+def test_a_full_disk_is_not_blamed_on_the_sources(good, target, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "_copy_verified", full)
+    with pytest.raises(OSError, match="No space left"):
+        sources.fetch([str(good)], target)
+
+
+def test_complete_data_needs_no_source(good, target):
+    sources.fetch([str(good)], target)
+    sources.fetch(["/absent"], target)
+    assert_complete(target)

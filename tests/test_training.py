@@ -1,10 +1,13 @@
 """Training on a few images: what an epoch sees, what it reports, and that it repeats itself."""
 
+import contextlib
+
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
-from lib.checkpoints import Checkpoint
+from lib.checkpoints import Checkpoint, exclusive_checkpoint
 from lib.cuda_graph import GraphedStep
 from lib.errors import StageError
 from lib.models import build_cnn, fresh
@@ -103,13 +106,25 @@ def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, t
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:100], lambda content: b"", lambda content: safetensors.numpy.save({})]
+)
 def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damage):
     _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path))
     path = tmp_path / "k.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     assert train(images[None], checkpoint=Checkpoint("k", tmp_path))[1] == rows
     assert "damaged" in capsys.readouterr().out
+
+
+def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
+    model = fresh(build_cnn, 0)
+    for fault in (Killed, None):
+        with contextlib.suppress(Killed), exclusive_checkpoint("k") as checkpoint:
+            checkpoint.save(model, torch.optim.Adam(model.parameters()), [])
+            if fault:
+                raise fault
+        assert (workspace / ".checkpoints/k.safetensors").exists() == bool(fault)
 
 
 def test_a_deleted_checkpoint_is_gone(tmp_path):

@@ -22,7 +22,8 @@ from lib.errors import StageError, run_stage
 from lib.files import read_csv, read_json
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 from lib.store import connect, told_in_one_line
-from lib.tracking import attach
+from lib.tracking import report
+from lib.unsent import send_unsent
 
 LOCK = Path("dvc.lock")
 
@@ -33,7 +34,7 @@ def main() -> None:
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
     with told_in_one_line():
         client, experiment_id = connect()
-        if sent := mlflow_log.send_unsent(client, experiment_id):
+        if sent := send_unsent(client, experiment_id):
             print(f"sync: {sent} runs completed that MLflow had missed a part of")
         end_abandoned(client, experiment_id)
         stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
@@ -90,7 +91,7 @@ def record_experiments(client, experiment_id: str) -> None:
             [metrics] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
             [weights_sha256] = json.loads(_git("show", f"{reference}:{metrics}"))["weights_sha256"]
             run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
-            if run_id and "synced_dvc_lock" not in client.get_run(run_id).data.tags:
+            if run_id and mlflow_log.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
                 _sync_lock(client, run_id, training, stages)
                 name = reference.rpartition("/")[2]
                 print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
@@ -109,11 +110,9 @@ def _reports(training: str) -> dict:
 
 
 def _sync_params(client, run_id: str, params: dict) -> list[str]:
-    from mlflow.entities import Param
-
     has = client.get_run(run_id).data.params
-    missing = [Param(name, str(value)) for name, value in params.items() if name not in has]
-    client.log_batch(run_id, params=missing)
+    missing = {name: params[name] for name in params if name not in has and not name.startswith("tracking.")}
+    mlflow_log.log_params(client, run_id, missing)
     return ["params"] if missing else []
 
 
@@ -134,10 +133,14 @@ def _sync_model(client, experiment_id: str, run_id: str, training: str, weights:
     if run.outputs.model_outputs or not weights.exists():
         return []
     build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
-    # start_run would set a finished run's end time to now: it is put back.
-    with mlflow.start_run(run_id, experiment_id):
-        model = load_weights(build(), weights)
+    model = load_weights(build(), weights)
+    # MLflow logs models to an active run only: this one's status and end are put back.
+    try:
+        mlflow.start_run(run_id, experiment_id)
         mlflow_log.log_model(client, run_id, model, np.zeros((2, *shape), np.float32))
+    finally:
+        mlflow.end_run()
+        client.set_terminated(run_id, run.info.status, run.info.end_time)
     return ["model"]
 
 
@@ -149,7 +152,7 @@ def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files
             metrics |= read_json(file)
 
     def send():
-        attach(name, training, weights_sha256, metrics, [file for file in files if file.suffix != ".json"])
+        report(name, training, weights_sha256, metrics, [file for file in files if file.suffix != ".json"])
 
     return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
 
@@ -165,10 +168,10 @@ def _sync_lock(client, run_id: str, training: str, stages: dict) -> list[str]:
 def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
     """Call `send` unless a tag of the run says that it was called for this content."""
     digest = hashlib.sha256(content).hexdigest()
-    if client.get_run(run_id).data.tags.get(f"synced_{name}") == digest:
+    if client.get_run(run_id).data.tags.get(mlflow_log.synced_tag(name)) == digest:
         return []
     send()
-    client.set_tag(run_id, f"synced_{name}", digest)
+    client.set_tag(run_id, mlflow_log.synced_tag(name), digest)
     return [name]
 
 

@@ -1,11 +1,14 @@
 """The state of a training after its last finished epoch, so that a killed one goes on from there."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from lib.files import replace_atomically
@@ -19,8 +22,8 @@ class Checkpoint:
     another's. The file stands outside DVC's outputs, which DVC takes away before it runs a stage.
     """
 
-    def __init__(self, key: str, folder: Path | None = None):
-        self.path = (folder or repository_root() / ".checkpoints") / f"{key}.safetensors"
+    def __init__(self, key: str, folder: Path):
+        self.path = folder / f"{key}.safetensors"
         self.run_id, self.rows, self.tensors = None, [], {}
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -28,10 +31,8 @@ class Checkpoint:
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             pass
-        except (
-            SafetensorError,
-            OSError,
-        ) as error:  # written by a disk that lied; the training can do without
+        # Written by a disk that lied; the training can do without.
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             print(f"checkpoint {self.path.name} is damaged ({error}); training starts over")
 
     def load(self, model: nn.Module, optimizer: torch.optim.Adam) -> list[dict]:
@@ -57,11 +58,26 @@ class Checkpoint:
             tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replace_atomically(self.path) as partial:
-            save_file(tensors, partial, {"state": json.dumps([self.run_id, rows])})
+            partial.write_bytes(save(tensors, {"state": json.dumps([self.run_id, rows])}))
 
     def delete(self) -> None:
         """Remove the file: the stage has written its outputs."""
         self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_checkpoint(key: str) -> Iterator[Checkpoint]:
+    """The checkpoint of a training, gone when the block succeeds.
+
+    Two experiments can run the very same training at once: the second waits, so that neither goes
+    on from the other's epochs, in the other's run.
+    """
+    folder = repository_root() / ".checkpoints"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        checkpoint = Checkpoint(key, folder)
+        yield checkpoint
+        checkpoint.delete()
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

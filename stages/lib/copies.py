@@ -33,6 +33,10 @@ def load_copies(folder: Path = AUGMENTED_DIR) -> tuple[list[np.ndarray], np.ndar
         raise StageError(f"{folder}: no copies found; `dvc repro augment_images` makes them")
     try:
         copies = [np.load(path, mmap_mode="r") for path in paths]
-        return copies, np.load(folder / "labels.npy"), read_json(folder / "params.json")
-    except ValueError as error:  # not .npy or JSON, or cut short
+        labels, params = np.load(folder / "labels.npy"), read_json(folder / "params.json")
+    except (ValueError, EOFError) as error:  # not .npy or JSON, or cut short
         raise StageError(f"{folder}: a file is damaged: {error}") from None
+    for path, copy in zip(paths, copies, strict=True):
+        if copy.shape != (len(labels), 28, 28):
+            raise StageError(f"{path}: shape {copy.shape}, expected {(len(labels), 28, 28)}")
+    return copies, labels, params

@@ -79,14 +79,20 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         partial.write_bytes(content)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file. Raises StageError where it is missing or damaged."""
+def read_tensors(path: Path, *expected: str) -> dict[str, np.ndarray]:
+    """Read a safetensors file, with the tensors `expected` where they are named.
+
+    Raises StageError where it is missing, damaged, or holds other tensors.
+    """
     try:
-        return load(path.read_bytes())
+        tensors = load(path.read_bytes())
     except FileNotFoundError:
         raise StageError(f"{path}: not found, expected a safetensors file; `dvc repro` makes it") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # a KeyError for a type that NumPy lacks
         raise StageError(f"{path}: not a whole safetensors file: {error}") from None
+    if expected and set(tensors) != set(expected):
+        raise StageError(f"{path}: holds {', '.join(tensors) or 'nothing'}, expected {', '.join(expected)}")
+    return tensors
 
 
 def pixels_to_text(image: np.ndarray) -> str:

@@ -27,16 +27,16 @@ def git_tags() -> dict[str, str]:
     if commit is None:
         return {}
     dirty = bool(_git("status", "--porcelain", "--", ".", *NOT_CODE))
-    return {"git_commit": commit, "git_dirty": str(dirty).lower()}
+    return {"git_commit": commit.decode().strip(), "git_dirty": str(dirty).lower()}
 
 
-def git_diff() -> str:
+def git_diff() -> bytes:
     """What a dirty tree holds beyond its commit, new files too, as `git apply` takes it."""
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": f"{scratch}/index"}  # git's own index is the user's
         _git("read-tree", "HEAD", **index)
         _git("add", "--all", "--", ".", *NOT_CODE, **index)
-        return f"{_git('diff', '--cached', '--binary', 'HEAD', **index)}\n"
+        return _git("diff", "--cached", "--binary", "HEAD", **index)
 
 
 def dvc_tags(stage: str) -> dict[str, str]:
@@ -82,12 +82,12 @@ def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
     return hasher.hexdigest()
 
 
-def _git(*arguments: str, **environment: str) -> str | None:
-    """What git prints, without its last line feed; None without git, or a commit."""
+def _git(*arguments: str, **environment: str) -> bytes | None:
+    """What git prints; None without git, or a commit."""
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, env=os.environ | environment
+            ["git", *arguments], capture_output=True, check=True, env=os.environ | environment
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return done.stdout.removesuffix("\n")
+    return done.stdout

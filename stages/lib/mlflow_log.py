@@ -1,15 +1,14 @@
 """What the project writes to MLflow, each a call with a client and a run: values, data, models."""
 
 import json
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
-from lib.files import read_json, write_json
-from lib.lineage import dvc_tags, git_tags, repository_root
+from lib.lineage import dvc_tags, git_diff, git_tags
 
 
 def find_run(client, experiment_id: str, training_stage: str, weights_sha256: str) -> str | None:
@@ -35,11 +34,27 @@ def stand_in(client, experiment_id: str, training_stage: str, weights_sha256: st
         "they came from the DVC cache, or the store is new or was away."
     )
     tags = {"mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true"}
-    run = client.create_run(
-        experiment_id, run_name=training_stage, tags={**tags, **git_tags(), **dvc_tags(training_stage)}
-    )
-    client.set_terminated(run.info.run_id)
-    return run.info.run_id
+    tags |= {**git_tags(), **dvc_tags(training_stage)}
+    run_id = client.create_run(experiment_id, run_name=training_stage, tags=tags).info.run_id
+    if tags.get("git_dirty") == "true":
+        log_diff(client, run_id)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def log_params(client, run_id: str, params: dict[str, object]) -> None:
+    """Log params under their path in params.yaml."""
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+
+
+def log_diff(client, run_id: str) -> None:
+    """Log what the tree holds beyond its commit."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "uncommitted.diff"
+        path.write_bytes(git_diff())
+        client.log_artifact(run_id, path)
 
 
 def log_rows(client, run_id: str, rows: list[dict]) -> None:
@@ -65,12 +80,11 @@ def log_missing(client, run_id: str, rows: list[dict]) -> int:
     return len(missing)
 
 
-def log_dataset(client, run_id: str, name: str, digest: str, source: str | Path, sizes: dict) -> None:
+def log_dataset(client, run_id: str, name: str, digest: str, source: str, sizes: dict) -> None:
     """Log which data a run trains on: `digest` of at most 36 characters, and its sizes."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"uri": str(source)})
-    dataset = Dataset(name, digest, "local", source, profile=json.dumps(sizes))
+    dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(sizes))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])])
 
 
@@ -100,40 +114,25 @@ def log_model(_client, _run_id: str, model, example: np.ndarray) -> None:
     )
 
 
-def unsent_dir() -> Path:
-    """Where runs that the store has only in part are written down, one file each."""
-    return repository_root() / ".unsent"
-
-
-def write_unsent(run_id: str, record: dict) -> None:
-    """Write down a run that the present store has only in part."""
-    write_json(unsent_dir() / f"{run_id}.json", record | {"store": _store()})
-
-
-def send_unsent(client, experiment_id: str) -> int:
-    """Complete the runs that are written down for the present store; returns how many.
-
-    A run that the store has lost is given up: `make sync` makes another, from dvc.lock.
-    """
-    if not any(unsent_dir().glob("*.json")):
-        return 0
-    sent = 0
-    with FileLock(unsent_dir() / "lock"):  # stages that run at once would send them twice
-        for path in sorted(unsent_dir().glob("*.json")):
-            record = read_json(path)
-            if record["store"] != _store():
-                continue
-            if has_run(client, experiment_id, path.stem):
-                log_missing(client, path.stem, record["rows"])
-                if record["weights_sha256"]:
-                    client.set_tag(path.stem, "weights_sha256", record["weights_sha256"])
-                client.set_terminated(path.stem, record["status"])
-                sent += 1
-            path.unlink()
-    return sent
-
-
-def _store() -> str:
+def end_run(_client, _run_id: str, status: str) -> None:
+    """End the active run."""
     import mlflow
 
-    return mlflow.get_tracking_uri()
+    mlflow.end_run(status)
+
+
+# What a training sends to its run while it is the active one.
+SEND = {
+    "params": log_params,
+    "diff": log_diff,
+    "metrics": log_missing,
+    "dataset": log_dataset,
+    "weights": log_weights,
+    "model": log_model,
+    "end": end_run,
+}
+
+
+def synced_tag(stage: str) -> str:
+    """The tag by which `make sync` knows that a run has what the stage wrote."""
+    return f"synced_{stage}"

@@ -1,6 +1,7 @@
 """The lesson's two CNNs, their weights on disk and their layers by the lesson's formula."""
 
 import contextlib
+import copy
 import io
 import re
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def summarize(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The table that torchsummary prints, as text."""
+    model = copy.deepcopy(model).cpu()  # the one that trains may be on a GPU, and stays there
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         summary(model, input_shape, device="cpu")
     return printed.getvalue()

@@ -153,13 +153,15 @@ def parse_params(path: Path = PARAMS_PATH) -> Params:
     """Read and validate `path`; see load_params for the errors."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-        params = Params.model_validate(content)
     except FileNotFoundError:
         raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
     except UnicodeDecodeError as error:
         raise StageError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    # Beside its own errors, PyYAML lets through those of int(), of dates and of deep nesting.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    try:
+        params = Params.model_validate(content)
     except ValidationError as error:
         raise StageError(f"{path}: {explain(error, Params)}") from None
     _check_split(params.split, path)

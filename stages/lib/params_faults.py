@@ -1,20 +1,23 @@
 """What is wrong with params.yaml, in one line: the path, the value and what is allowed."""
 
 import difflib
+import reprlib
 
 from pydantic import BaseModel, ValidationError
+
+SHOWN = reprlib.Repr()  # a value in a line: of nested lists and tables, only the outside
+SHOWN.maxstring = SHOWN.maxother = 80  # characters
 
 
 def explain(error: ValidationError, params: type[BaseModel]) -> str:
     """Say what the first fault of `error` is, in terms of the model `params` of the whole file."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "none"))
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
         return f"{where} is not a known key{_suggest(fault['loc'], params)}"
     if fault["type"] == "missing":
         return f"{where} is missing, expected {_allowed(fault['loc'], params)}"
-    shown = repr(fault["input"])
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    shown = SHOWN.repr(fault["input"])
     return f"{where or 'the whole file'} is {shown}, expected {_allowed(fault['loc'], params)}"
 
 

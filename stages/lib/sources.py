@@ -1,5 +1,6 @@
 """Where Fashion-MNIST comes from: folders, HTTP mirrors, or the Debian package."""
 
+import errno
 import gzip
 import hashlib
 import shutil
@@ -35,8 +36,12 @@ def fetch(sources: list[str], folder: Path) -> None:
 
     Raises StageError with one reason for each source when none of them could give all files.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     faults = []
     missing = [file for file in FILES if not _is_verified(folder / file.name, file)]
+    if not missing:
+        print(f"fetch: four verified files were in {folder}")
+        return
     for source in sources:
         try:
             with _open_source(source) as open_file:
@@ -44,6 +49,8 @@ def fetch(sources: list[str], folder: Path) -> None:
                     _take(missing[0], open_file, folder, source)
                     missing.pop(0)
         except (StageError, *SOURCE_FAULTS) as error:
+            if _is_of_output(error, folder):
+                raise
             faults.append(f"{source}: {_reason(error)}")
             print(f"fetch: {faults[-1]}")
             continue
@@ -53,6 +60,13 @@ def fetch(sources: list[str], folder: Path) -> None:
         f"no source gave Fashion-MNIST ({'; '.join(faults)}); connect to the network, "
         "or put the four files into a folder and name it in fetch.sources"
     )
+
+
+def _is_of_output(error: Exception, folder: Path) -> bool:
+    """Whether the fault is that of the disk or folder written to, which no other source would mend."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    name = str(getattr(error, "filename", ""))
+    return getattr(error, "errno", None) in full or name.startswith(str(folder))
 
 
 def _is_verified(path: Path, file: IdxFile) -> bool:

@@ -27,7 +27,7 @@ def connect():
     # A run id in the environment would make every start_run resume that one run.
     os.environ.pop("MLFLOW_RUN_ID", None)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default goes on for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # seconds
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     import mlflow
 
@@ -60,12 +60,12 @@ def told_in_one_line() -> Iterator[None]:
 
 
 def store_faults() -> tuple[type[Exception], ...]:
-    """What MLflow raises when its store is away."""
+    """What MLflow raises when its store, or the folder of its artifacts, cannot be used."""
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, requests.RequestException, SQLAlchemyError)
+    return (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
 
 
 def reason(error: Exception) -> str:

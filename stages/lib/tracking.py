@@ -1,4 +1,4 @@
-"""What joins the stages to MLflow: one training is one run, and later stages attach to it."""
+"""What joins the stages to MLflow: one training is one run, and later stages report to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,39 +8,38 @@ import numpy as np
 
 from lib import mlflow_log
 from lib.files import sha256_of
-from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags, process_tag
+from lib.lineage import dvc_tags, git_tags, machine_tags, process_tag
 from lib.store import StoreError, connect, reason, store_faults, told_in_one_line
+from lib.unsent import send_unsent, write_unsent
 
-AWAY = "training goes on without it, and `make sync` sends later what it missed"
+AWAY = "the stage goes on without it, and the next command sends what was missed"
 
 
 class TrainingRun:
     """The MLflow run of a training; where the store goes away, the training goes on.
 
     `client` is None when the store was away from the start. What could not be sent is sent with the
-    next epoch; what is left at the end is written down for `make sync`.
+    next epoch, or written down at the end for the next command.
     """
 
-    def __init__(self, client, run_id: str | None, rows: list[dict] = ()):
+    def __init__(self, client, run_id: str | None):
         self.client, self.run_id = client, run_id
-        self.rows, self.sent, self.missed = list(rows), 0, False
-        self.weights_sha256 = None
+        self.missed: dict[str, list] = {}  # what was not sent: the arguments of its call
+
+    def log_start(self, params: dict[str, object], dirty: bool) -> None:
+        """Log the params, and the diff of a dirty tree."""
+        self._send("params", params)
+        if dirty:
+            self._send("diff")
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
         """Log one epoch, in one call; `row` has the epoch's number and metrics."""
         self.log_epochs([{**row, "images_per_second": images_per_second}])
 
     def log_epochs(self, rows: list[dict]) -> None:
-        """Log the metrics of epochs, and of those before that could not be sent."""
-        self.rows += rows
-        if self._send("metrics", mlflow_log.log_rows, self.run_id, self.rows[self.sent :]):
-            self.sent = len(self.rows)
-
-    def catch_up(self, rows: list[dict]) -> None:
-        """Log those of a resumed training's epochs that its run lacks."""
-        self.rows += rows
-        if self._send("metrics", mlflow_log.log_missing, self.run_id, rows):
-            self.sent = len(self.rows)
+        """Log the metrics of those epochs that the run lacks, and of those that could not be sent."""
+        [missed] = self.missed.get("metrics", [[]])
+        self._send("metrics", [*missed, *rows])
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Log final metrics, those without an epoch."""
@@ -48,7 +47,7 @@ class TrainingRun:
 
     def log_dataset(self, name: str, digest: str, source: str | Path, sizes: dict[str, int]) -> None:
         """Log which data the run trains on: `digest` of at most 36 characters, and its sizes."""
-        self._send("dataset", mlflow_log.log_dataset, self.run_id, name, digest, source, sizes)
+        self._send("dataset", name, digest, str(source), sizes)
 
     def log_model(self, model, weights: Path, summary: str, example: np.ndarray) -> None:
         """Log the trained model without pickle, its layer summary and its weights' SHA-256.
@@ -56,20 +55,26 @@ class TrainingRun:
         `example` (2 or more, C, H, W) float32 becomes the input example; a batch of one would be
         exported as a fixed batch size.
         """
-        self.weights_sha256 = sha256_of(weights)
-        if self._send("weights", mlflow_log.log_weights, self.run_id, self.weights_sha256, summary):
-            self._send("model", mlflow_log.log_model, self.run_id, model, example)
+        self._send("weights", sha256_of(weights), summary)
+        self._send("model", model, example)
 
-    def _send(self, what: str, call, *arguments) -> bool:
+    def end(self, status: str) -> None:
+        """End the run as "FINISHED", "FAILED" or "KILLED"; write down what it lacks."""
+        if "metrics" in self.missed:
+            self.log_epochs([])
+        self._send("end", status)
+        if self.missed:
+            write_unsent(self.run_id, self.missed)
+
+    def _send(self, what: str, *arguments) -> None:
         if self.client is None:
-            return False
+            return
         try:
-            call(self.client, *arguments)
+            mlflow_log.SEND[what](self.client, self.run_id, *arguments)
+            self.missed.pop(what, None)
         except store_faults() as error:
             print(f"MLflow: {what} not sent: {reason(error)}; {AWAY}")
-            self.missed = True
-            return False
-        return True
+            self.missed[what] = list(arguments)
 
 
 @contextmanager
@@ -81,39 +86,46 @@ def training_run(
     `resume` is the run of a training that was stopped; where the store has it, it goes on. A store
     that is away at the start raises StoreError, or is done without if `if_unreachable` is "continue".
     """
-    try:
-        run = _open_run(stage, params, resume)
-    except StoreError as error:
-        if if_unreachable == "stop":
-            raise
-        print(f"{error}; {AWAY}")
-        yield TrainingRun(None, None)
-        return
+    run, tags = TrainingRun(None, None), {**git_tags(), **dvc_tags(stage), **machine_tags(), **process_tag()}
     status = "FAILED"
     try:
+        if require_store(if_unreachable):
+            run = _start(stage, tags, resume)
+        run.log_start(params, tags.get("git_dirty") == "true")
         yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        _end(run, status)
+        run.end(status)
 
 
-def _open_run(stage: str, params: dict[str, object], resume: str | None) -> TrainingRun:
+def _start(stage: str, tags: dict[str, str], resume: str | None) -> TrainingRun:
+    import mlflow
+
     with told_in_one_line():
         client, experiment_id = connect()
-        mlflow_log.send_unsent(client, experiment_id)
-        import mlflow
-
         if resume and not mlflow_log.has_run(client, experiment_id, resume):
             resume = None
-        tags = {**git_tags(), **dvc_tags(stage), **machine_tags(), **process_tag()}
-        run_id = mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags).info.run_id
-        mlflow.log_params(params)
-        if tags.get("git_dirty") == "true":
-            client.log_text(run_id, git_diff(), "uncommitted.diff")
-    return TrainingRun(client, run_id)
+        run = mlflow.start_run(resume, experiment_id, run_name=stage, tags=tags)
+    return TrainingRun(client, run.info.run_id)
+
+
+def require_store(if_unreachable: str) -> bool:
+    """Whether the store answers; send it what it missed. Stages that report ask before they work.
+
+    Where it is away, raises StoreError, or says so if `if_unreachable` is "continue".
+    """
+    try:
+        with told_in_one_line():
+            send_unsent(*connect())
+    except StoreError as error:
+        if if_unreachable == "stop":
+            raise
+        print(f"{error}; {AWAY}")
+        return False
+    return True
 
 
 def attach(
@@ -122,43 +134,32 @@ def attach(
     weights_sha256: str,
     metrics: dict[str, float] | None = None,
     artifacts: list[Path] = (),
-    if_unreachable: str = "stop",
 ) -> None:
-    """Add metrics and files to the newest run of the training that made these weights.
+    """Report metrics and files to the newest run of the training that made these weights.
 
-    Goes through the client alone, which leaves the run's status and times as they are; a value that
-    the run has already is left. Where the store has no such run, one is made that says so. A store
-    that is away raises StoreError, or is told if `if_unreachable` is "continue".
+    Where the store has no such run, one is made that says so. The outputs are written by now, so a
+    store that is away costs no more than a line.
     """
     try:
         with told_in_one_line():
-            _attach(stage, training_stage, weights_sha256, metrics or {}, artifacts)
+            report(stage, training_stage, weights_sha256, metrics or {}, artifacts)
     except StoreError as error:
-        if if_unreachable == "stop":
-            raise
         print(f"{error}; `make sync` sends the results later")
 
 
-def _attach(stage, training_stage, weights_sha256, metrics, artifacts) -> None:
+def report(stage: str, training_stage: str, weights_sha256: str, metrics: dict, artifacts: list) -> None:
+    """What `attach` does, with the store's own errors.
+
+    Goes through the client alone, which leaves the run's status and times as they are; a value that
+    the run has already is left.
+    """
     client, experiment_id = connect()
-    mlflow_log.send_unsent(client, experiment_id)
     run_id = mlflow_log.find_run(client, experiment_id, training_stage, weights_sha256)
     run_id = run_id or mlflow_log.stand_in(client, experiment_id, training_stage, weights_sha256)
-    has = client.get_run(run_id).data.metrics
-    new = {name: value for name, value in metrics.items() if has.get(name) != value}
+    has = client.get_run(run_id).data
+    if mlflow_log.synced_tag(stage) in has.tags:  # it will no longer be so
+        client.delete_tag(run_id, mlflow_log.synced_tag(stage))
+    new = {name: value for name, value in metrics.items() if has.metrics.get(name) != value}
     mlflow_log.log_rows(client, run_id, [{"epoch": 0, **new}])
     for path in artifacts:
         client.log_artifact(run_id, path, artifact_path=stage)
-
-
-def _end(run: TrainingRun, status: str) -> None:
-    import mlflow
-
-    run.log_epochs([])
-    try:
-        mlflow.end_run(status)
-    except store_faults():
-        run.missed = True
-    if run.missed:
-        record = {"status": status, "weights_sha256": run.weights_sha256, "rows": run.rows}
-        mlflow_log.write_unsent(run.run_id, record)
