@@ -55,10 +55,10 @@ def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
-def run_queued(project: Path, workers: int, changes: list[str]) -> list[str]:
-    """Queue one experiment for each change and have `workers` run them at once; returns what failed."""
+def run_queued(project: Path, workers: int, stage: str, changes: list[str]) -> list[str]:
+    """Queue `stage` once for each change and have `workers` run them at once; returns what failed."""
     for number, change in enumerate(changes):
-        dvc(project, "exp", "run", "--queue", "--name", f"queued-{number}", "-S", change)
+        dvc(project, "exp", "run", "--queue", "--name", f"queued-{number}", "-S", change, stage)
     dvc(project, "queue", "start", "--jobs", str(workers))
     deadline = time.monotonic() + 60 * len(changes)
     while time.monotonic() < deadline:

@@ -52,7 +52,7 @@ def lost_servers(project: Path) -> tuple[str, int, int]:
 
 
 def queue_workers(project: Path) -> tuple[str, int, int]:
-    failed = run_queued(project, 4, [f"train_toy_cnn.seed={seed}" for seed in range(1, 9)])
+    failed = run_queued(project, 4, "train_toy_cnn", [f"train_toy_cnn.seed={seed}" for seed in range(1, 9)])
     print(f"queued experiments that failed: {failed}", flush=True)
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     [experiment] = client.search_experiments(filter_string="name = 'fashion-cnn'")

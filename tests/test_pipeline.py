@@ -242,7 +242,7 @@ def test_nothing_reruns_when_nothing_changed(project):
 
 
 def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(project):
-    assert run_queued(project, 2, ["train_toy_cnn.seed=1", "train_toy_cnn.seed=2"]) == []
+    assert run_queued(project, 2, "train_toy_cnn", ["train_toy_cnn.seed=1", "train_toy_cnn.seed=2"]) == []
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fashion-cnn")
     found = client.search_runs([experiment.experiment_id], "tags.dvc_exp_name LIKE 'queued-%'")
