@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,6 +99,7 @@ def lose_server(project: Path, epoch: int) -> str:
         port = free.getsockname()[1]
     store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     before = outputs(project)
+    shutil.rmtree(project / ".checkpoints", ignore_errors=True)  # a kill may have left a finished one
     with mlflow_server(project.parent, port):
         training = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "train_cnn@original"],
