@@ -34,10 +34,11 @@ def stage_processes(project: Path) -> list[psutil.Process]:
     return found
 
 
-def kill_once(project: Path, stage: str, victim: str, delay: float) -> str:
+def kill_once(project: Path, stage: str, victim: str, delay: float) -> str | None:
     """Force `stage`, kill `victim` ("stage", "dvc" or "both") after `delay` seconds of it, and repeat.
 
-    Returns "" when afterwards every output has the digest it had before, or what went wrong.
+    Returns "" when afterwards every output has the digest it had before, or what went wrong; None where
+    the victim had ended before.
     """
     before = outputs(project)
     log = (project.parent / "killed.log").open("w")
@@ -49,6 +50,7 @@ def kill_once(project: Path, stage: str, victim: str, delay: float) -> str:
         time.sleep(0.01)
     time.sleep(delay)
     running = stage_processes(project)
+    late = not running if victim == "stage" else started.poll() is not None
     if victim in ("dvc", "both"):
         started.kill()
     if victim in ("stage", "both"):
@@ -65,7 +67,9 @@ def kill_once(project: Path, stage: str, victim: str, delay: float) -> str:
         return f"`dvc repro` after a killed {stage} fails: {repeated.stdout[-300:]}"
     after = outputs(project)
     different = [path for path in before if after.get(path) != before[path]]
-    return f"{stage}: {', '.join(different)} differ" if different else ""
+    if different:
+        return f"{stage}: {', '.join(different)} differ"
+    return None if late else ""
 
 
 @contextmanager
@@ -129,8 +133,24 @@ def lose_server(project: Path, epoch: int) -> str:
     return ""
 
 
-def random_kill(project: Path, rng: random.Random, stages: list[str]) -> tuple[str, str]:
-    """One kill at a random moment; returns its description and what went wrong."""
-    stage, victim = rng.choice(stages), rng.choice(["stage", "dvc", "both"])
-    delay = rng.uniform(0, 9)
-    return f"{victim} of {stage} after {delay:.1f} s", kill_once(project, stage, victim, delay)
+def random_kill(project: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[str, str]:
+    """One kill at a random moment of a stage, which takes `seconds`; what it was, and what went wrong."""
+    while True:
+        stage, victim = rng.choice(list(seconds)), rng.choice(["stage", "dvc", "both"])
+        delay = rng.uniform(0, seconds[stage])
+        fault = kill_once(project, stage, victim, delay)
+        if fault is not None:
+            return f"{victim} of {stage} after {delay:.1f} s", fault
+
+
+def seconds_of(project: Path, stage: str) -> float:
+    """How long a stage and DVC's part in it take, from the stage's start."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
+        cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not stage_processes(project):
+        time.sleep(0.01)
+    began = time.monotonic()
+    assert started.wait() == 0
+    return time.monotonic() - began

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import mutations
 import yaml
 from conftest import copy_of_project, git
-from crash import lose_server, outputs, random_kill
+from crash import lose_server, outputs, random_kill, seconds_of
 from mlflow import MlflowClient
 from pipeline import SMALL, dvc, run_queued, set_params
 
@@ -37,9 +37,10 @@ def two_clones(first: Path, second: Path) -> tuple[str, int, int]:
 
 def kills(project: Path, count: int) -> tuple[str, int, int]:
     stages = list(yaml.safe_load((project / "dvc.lock").read_text())["stages"])
+    seconds = {stage: seconds_of(project, stage) for stage in stages}
     rng, survived = random.Random(0), 0
     for number in range(1, count + 1):
-        what, fault = random_kill(project, rng, stages)
+        what, fault = random_kill(project, rng, seconds)
         survived += not fault
         print(f"kill {number}/{count}: {what}: {fault or 'survived'}", flush=True)
     return "kill -9 of a stage, of DVC or of both, at random moments of all stages", count, survived
