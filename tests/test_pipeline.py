@@ -325,6 +325,8 @@ def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project, sent, 
     started = subprocess.Popen(
         command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell in the background ignores Ctrl-C, and so would all that it starts, these tests too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     with started.stdout:
         assert any(line.startswith("epoch 2/") for line in started.stdout)
