@@ -95,7 +95,6 @@ def comparison_rows(report: Report, quick: bool) -> None:
                 f"{name} | {spread(theirs, digits)} {unit} | {spread(ours, digits)} {unit} "
                 f"| {spread(ratios)}× | {count}"
             )
-            print(rows[-1], flush=True)
         report.table("what | lesson | project | lesson ÷ project | rounds", rows)
         lesson.close()
         project.close()
