@@ -15,7 +15,8 @@ help: ## list the targets
 
 setup: .venv/ready ## make .venv and install the locked dependencies
 repro: .venv/ready ## run the pipeline: only what changed reruns
-	$(ACTIVATE) python -m dvc repro
+	$(ACTIVATE) python -m dvc repro || \
+	    { $(ACTIVATE) python tools/mend_lock.py && $(ACTIVATE) python -m dvc repro; }
 
 test: .venv/ready ## lint, then all tests
 	$(ACTIVATE) ruff check .

@@ -3,6 +3,9 @@
 Needs neither data nor cache: DVC compares what is there with dvc.lock.
 """
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from conftest import ROOT, code_deps, copy_of_project, stage_definitions
@@ -169,3 +172,16 @@ def test_the_tables_name_every_section_and_file():
 def test_every_leaf_of_the_file_is_in_the_models():
     with_values = parse_params(ROOT / "params.yaml")
     assert sorted(leaves(with_values)) == sorted(LEAVES)
+
+
+@pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-6), slice(2, None)])
+def test_a_lock_file_cut_short_is_taken_away_and_a_whole_one_is_not(project, cut):
+    path = project / "dvc.lock"
+    whole = path.read_text()
+    mend = [sys.executable, str(ROOT / "tools/mend_lock.py")]
+    assert subprocess.run(mend, cwd=project, check=False).returncode == 1
+    assert path.read_text() == whole
+    path.write_text(whole[cut])
+    assert subprocess.run(mend, cwd=project, check=False, capture_output=True).returncode == 0
+    assert not path.exists()
+    path.write_text(whole)
