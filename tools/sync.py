@@ -8,7 +8,6 @@ changes nothing.
 import hashlib
 import json
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from lib import mlflow_log
 from lib.errors import StageError, run_stage
 from lib.files import read_csv, read_json
+from lib.lineage import git
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 from lib.store import connect, told_in_one_line
 from lib.tracking import report
@@ -85,20 +85,19 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
 
 def record_experiments(client, experiment_id: str) -> None:
     """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
-    for reference in _git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").split():
-        stages = yaml.safe_load(_git("show", f"{reference}:{LOCK}"))["stages"]
+    for reference in (git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*") or b"").decode().split():
+        stages = yaml.safe_load(git("show", f"{reference}:{LOCK}") or b"stages: {}")["stages"]
         for training in trainings(stages):
-            [metrics] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
-            [weights_sha256] = json.loads(_git("show", f"{reference}:{metrics}"))["weights_sha256"]
+            [path] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
+            metrics = git("show", f"{reference}:{path}")
+            if metrics is None:  # an experiment that ran other stages may lack it
+                continue
+            [weights_sha256] = json.loads(metrics)["weights_sha256"]
             run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
             if run_id and mlflow_log.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
                 _sync_lock(client, run_id, training, stages)
                 name = reference.rpartition("/")[2]
                 print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _reports(training: str) -> dict:

@@ -6,7 +6,6 @@ Usage: python tools/trace.py RUN_ID | FILE | SHA256 | COMMIT [--json]
 import argparse
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib.errors import StageError, run_stage
 from lib.files import sha256_of
+from lib.lineage import git
 from lib.store import connect
 
 
@@ -43,13 +43,10 @@ def query(what: str) -> str:
         return f"tags.weights_sha256 = '{what}'"
     if re.fullmatch("[0-9a-f]{32}", what):
         return f"attributes.run_id = '{what}'"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if commit.returncode:
+    commit = git("rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
+    if commit is None:
         raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit")
-    return f"tags.git_commit = '{commit.stdout.strip()}'"
+    return f"tags.git_commit = '{commit.decode().strip()}'"
 
 
 def trace(client, run) -> dict:

@@ -23,10 +23,10 @@ def repository_root() -> Path:
 
 def git_tags() -> dict[str, str]:
     """The commit, and whether code differs from it; empty outside a git repository."""
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     if commit is None:
         return {}
-    dirty = bool(_git("status", "--porcelain", "--", ".", *NOT_CODE))
+    dirty = bool(git("status", "--porcelain", "--", ".", *NOT_CODE))
     return {"git_commit": commit.decode().strip(), "git_dirty": str(dirty).lower()}
 
 
@@ -34,9 +34,9 @@ def git_diff() -> bytes:
     """What a dirty tree holds beyond its commit, new files too, as `git apply` takes it."""
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": f"{scratch}/index"}  # git's own index is the user's
-        _git("read-tree", "HEAD", **index)
-        _git("add", "--all", "--", ".", *NOT_CODE, **index)
-        return _git("diff", "--cached", "--binary", "HEAD", **index)
+        git("read-tree", "HEAD", **index)
+        git("add", "--all", "--", ".", *NOT_CODE, **index)
+        return git("diff", "--cached", "--binary", "HEAD", **index)
 
 
 def dvc_tags(stage: str) -> dict[str, str]:
@@ -82,8 +82,8 @@ def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
     return hasher.hexdigest()
 
 
-def _git(*arguments: str, **environment: str) -> bytes | None:
-    """What git prints; None without git, or a commit."""
+def git(*arguments: str, **environment: str) -> bytes | None:
+    """What git prints; None where it fails: without git, a commit, or what was asked for."""
     try:
         done = subprocess.run(
             ["git", *arguments], capture_output=True, check=True, env=os.environ | environment
