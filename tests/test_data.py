@@ -99,9 +99,9 @@ def test_a_quick_look_keeps_the_validation_images():
 def test_copies_come_back_and_stale_ones_go(tmp_path, images):
     labels = np.arange(16, dtype=np.uint8)
     save_copies([images, images + 1, images + 2], labels, {"copies": 3}, tmp_path)
-    save_copies([images, images + 1], labels, {"copies": 2}, tmp_path)
+    save_copies([images, images + 1], labels, {"copies": 2, "max_rotation": 12.3456789}, tmp_path)
     copies, read_labels, params = load_copies(tmp_path)
-    assert (len(copies), params) == (2, {"copies": 2})
+    assert (len(copies), params) == (2, {"copies": 2, "max_rotation": 12.3456789})
     assert (copies[1] == images + 1).all()
     assert read_labels.tolist() == labels.tolist()
 

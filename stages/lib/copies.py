@@ -1,12 +1,13 @@
 """data/augmented/: the copies that augment_images makes and train_cnn reads."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from lib.errors import StageError
-from lib.files import read_json, write_array, write_json
+from lib.files import read_json, write_array, write_text
 
 AUGMENTED_DIR = Path("data/augmented")
 
@@ -18,7 +19,7 @@ def save_copies(
     `params`, by which the copies were made, as params.json."""
     written = {folder / "labels.npy"}
     write_array(folder / "labels.npy", labels)
-    write_json(folder / "params.json", params)
+    write_text(folder / "params.json", json.dumps(params, indent=2) + "\n")  # unrounded: no metrics
     for number, copy in enumerate(copies, start=1):
         written.add(path := folder / f"copy_{number:02d}.npy")
         write_array(path, copy)
