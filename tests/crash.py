@@ -15,7 +15,7 @@ import psutil
 import requests
 import yaml
 from mlflow import MlflowClient
-from pipeline import dvc, environment, tool
+from pipeline import dvc, environment, tool, tracked_runs
 
 
 def outputs(project: Path) -> dict[str, str]:
@@ -34,6 +34,15 @@ def stage_processes(project: Path) -> list[psutil.Process]:
     return found
 
 
+def start_forced(project: Path, stage: str, output, **more: str) -> subprocess.Popen:
+    """DVC at work on `stage` alone, whatever its cache has, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
+        cwd=project, env=environment(PYTHONUNBUFFERED="1", **more), text=True,
+        stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
 def kill_once(project: Path, stage: str, victim: str, delay: float) -> str | None:
     """Force `stage`, kill `victim` ("stage", "dvc" or "both") after `delay` seconds of it, and repeat.
 
@@ -42,10 +51,7 @@ def kill_once(project: Path, stage: str, victim: str, delay: float) -> str | Non
     """
     before = outputs(project)
     log = (project.parent / "killed.log").open("w")
-    started = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
-        cwd=project, env=environment(SHELL="/bin/sh"), stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+    started = start_forced(project, stage, log, SHELL="/bin/sh")
     while started.poll() is None and not stage_processes(project):
         time.sleep(0.01)
     time.sleep(delay)
@@ -109,11 +115,7 @@ def lose_server(project: Path, epoch: int) -> str:
     before = outputs(project)
     shutil.rmtree(project / ".checkpoints", ignore_errors=True)  # a kill may have left a finished one
     with mlflow_server(project.parent, port):
-        training = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "train_cnn@original"],
-            cwd=project, env=environment(PYTHONUNBUFFERED="1", **store), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        training = start_forced(project, "train_cnn@original", subprocess.PIPE, **store)
         printed = ""
         for line in training.stdout:
             printed += line
@@ -126,8 +128,11 @@ def lose_server(project: Path, epoch: int) -> str:
         return "other outputs without the server"
     with mlflow_server(project.parent, port):
         tool(project, "sync", **store)
-        client = MlflowClient(store["MLFLOW_TRACKING_URI"])
-        [run] = client.search_runs(["1"], "tags.dvc_stage = 'train_cnn@original'", max_results=1)
+        uri = store["MLFLOW_TRACKING_URI"]
+        client, run = (
+            MlflowClient(uri),
+            tracked_runs(project, "tags.dvc_stage = 'train_cnn@original'", uri)[0],
+        )
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]
         curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
         if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
@@ -149,10 +154,7 @@ def random_kill(project: Path, rng: random.Random, seconds: dict[str, float]) ->
 
 def seconds_of(project: Path, stage: str) -> float:
     """How long a stage and DVC's part in it take, from the stage's start."""
-    started = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
-        cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    started = start_forced(project, stage, subprocess.DEVNULL)
     while not stage_processes(project):
         time.sleep(0.01)
     began = time.monotonic()

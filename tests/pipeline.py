@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import yaml
+from mlflow import MlflowClient
 
 SMALL = {
     "split": {"val_size": 500, "train_size": 1000},
@@ -53,6 +54,13 @@ def tool(project: Path, name: str, *arguments: str, **more: str) -> str:
 
 def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def tracked_runs(project: Path, query: str = "", store: str | None = None) -> list:
+    """The project's MLflow runs, newest first; `store` where it is not the default one."""
+    client = MlflowClient(store or f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fashion-cnn")
+    return client.search_runs([experiment.experiment_id], query)
 
 
 def run_queued(project: Path, workers: int, stage: str, changes: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from conftest import ROOT, copy_of_project, git, stage_definitions
 from crash import kill_once, lose_server, outputs
 from mlflow import MlflowClient
-from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool
+from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool, tracked_runs
 
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.repairs import import_torchvision
@@ -49,9 +50,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def runs(project: Path) -> dict:
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-cnn")
-    found = client.search_runs([experiment.experiment_id])
+    found = tracked_runs(project)
     assert {run.info.status for run in found} == {"FINISHED"}
     return {run.info.run_name: run for run in found}
 
@@ -243,22 +242,20 @@ def test_nothing_reruns_when_nothing_changed(project):
 
 def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(project):
     assert run_queued(project, 2, "train_toy_cnn", ["train_toy_cnn.seed=1", "train_toy_cnn.seed=2"]) == []
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-cnn")
-    found = client.search_runs([experiment.experiment_id], "tags.dvc_exp_name LIKE 'queued-%'")
+    found = tracked_runs(project, "tags.dvc_exp_name LIKE 'queued-%'")
     assert sorted(run.data.params["train_toy_cnn.seed"] for run in found) == ["1", "2"]
     assert sorted(run.data.tags["dvc_exp_name"] for run in found) == ["queued-0", "queued-1"]
     assert {run.info.status for run in found} == {"FINISHED"}
     assert "dvc.lock of experiment queued-1" in tool(project, "sync")
     assert "experiment" not in tool(project, "sync")
     run = found[0]
-    name = run.data.tags["dvc_exp_name"]
     [trace] = json.loads(tool(project, "trace", run.info.run_id, "--json"))
     assert trace["dvc_lock"]["train_toy_cnn"]["params"]["params.yaml"]["train_toy_cnn.seed"] == int(
         run.data.params["train_toy_cnn.seed"]
     )
-    # The commands that trace names bring the weights back, from the cache.
-    dvc(project, "exp", "apply", name)
+    # The command that trace names brings the weights back, from the cache.
+    restored = dvc(project, *shlex.split(trace["restore"][-1])[1:])
+    assert "train_toy_cnn" not in ran(restored.stdout)
     [again] = json.loads(tool(project, "trace", "models/toy_cnn.safetensors", "--json"))
     assert again["run_id"] == run.info.run_id
     set_params(project, {"train_toy_cnn": {"seed": 0}})
@@ -299,9 +296,7 @@ def test_a_wrong_param_is_one_line_and_loses_nothing(project):
 def test_a_kill_loses_nothing(project, victim, stage, delay):
     assert kill_once(project, stage, victim, delay) == ""
     tool(project, "sync")
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-cnn")
-    statuses = {run.info.status for run in client.search_runs([experiment.experiment_id])}
+    statuses = {run.info.status for run in tracked_runs(project)}
     assert statuses <= {"FINISHED", "KILLED"}
 
 
@@ -310,10 +305,8 @@ def test_an_mlflow_server_that_dies_costs_no_training_and_gets_all_later(project
 
 
 def original_runs(project: Path, epochs: int) -> list:
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-cnn")
     query = f"tags.dvc_stage = 'train_cnn@original' and params.`train_cnn.epochs` = '{epochs}'"
-    return client.search_runs([experiment.experiment_id], query)
+    return tracked_runs(project, query)
 
 
 @pytest.mark.parametrize(  # with epochs not seen before, so that nothing comes from the cache
