@@ -23,10 +23,10 @@ test: .venv/ready ## lint, then all tests
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) python -m pytest
 
-soak: .venv/ready ## kill, spoil and repeat for an hour, and print what was lost
+soak: .venv/ready ## kill, spoil and repeat for a quarter of an hour, and print what was lost
 	$(ACTIVATE) python tests/soak.py
 
-bench: .venv/ready ## measure beside the lesson's own loops (an hour, quiet machine): benchmarks/results.md
+bench: .venv/ready ## measure beside the lesson's own loops (20 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
