@@ -129,11 +129,9 @@ def lose_server(project: Path, epoch: int) -> str:
     with mlflow_server(project.parent, port):
         tool(project, "sync", **store)
         uri = store["MLFLOW_TRACKING_URI"]
-        client, run = (
-            MlflowClient(uri),
-            tracked_runs(project, "tags.dvc_stage = 'train_cnn@original'", uri)[0],
-        )
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]
+        run = tracked_runs(project, "tags.dvc_stage = 'train_cnn@original'", uri)[0]
+        history = MlflowClient(uri).get_metric_history(run.info.run_id, "train_loss")
+        steps = [metric.step for metric in history]
         curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
         if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
             return f"the run is {run.info.status} with epochs {steps}"
