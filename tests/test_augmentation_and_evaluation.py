@@ -1,6 +1,9 @@
 """Augmented copies, and what evaluation makes of known inputs."""
 
 import hashlib
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,22 @@ def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, work
     assert copies.shape == (2, *images.shape)
     assert copies.dtype == np.uint8
     assert hashlib.sha256(copies).hexdigest().startswith("07ee61c2b2b0cf50")
+
+
+def test_workers_start_beside_threads_of_opencv():
+    # In a process of its own, with a time limit: forked beside those threads, a worker waits for ever.
+    code = (
+        "import cv2, numpy as np\n"
+        "from lib.augmentation import augment\n"
+        "cv2.setNumThreads(4)\n"
+        "cv2.GaussianBlur(np.zeros((4000, 4000), np.uint8), (9, 9), 0)\n"
+        f"print(len(list(augment(np.zeros((16, 28, 28), np.uint8), **{SETTINGS}, workers=2))))"
+    )
+    stages = Path(__file__).parents[1] / "stages"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=stages, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split() == ["2"], done.stderr
 
 
 def test_copies_differ_from_their_image_from_each_other_and_with_the_seed(images):

@@ -33,6 +33,7 @@ def augment(
     seed alone, not on `workers` (None: one for each core this process may use).
     """
     import_imgaug_augmenters()  # once, before the workers are forked: it takes a second
+    _keep_opencv_single()  # here, too: a worker forked beside OpenCV's threads would wait for them for ever
     task = partial(_augment_block, max_shift=max_shift, max_rotation=max_rotation)
     starts = range(0, len(images), BLOCK)
     blocks = [images[start : start + BLOCK] for start in starts]
@@ -51,7 +52,11 @@ def augment(
 
 def _start_worker() -> None:
     die_with_parent()
-    cv2.setNumThreads(1)  # OpenCV's own threads would compete with the workers: a tenth of the time
+    _keep_opencv_single()
+
+
+def _keep_opencv_single() -> None:
+    cv2.setNumThreads(1)  # its own threads would compete with the workers: a tenth of the time
 
 
 def _augment_block(
