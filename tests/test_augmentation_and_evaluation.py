@@ -3,11 +3,11 @@
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import STAGES
 from torch import nn
 
 from lib import augmentation, evaluation
@@ -34,10 +34,8 @@ def test_workers_start_beside_threads_of_opencv():
         "cv2.GaussianBlur(np.zeros((4000, 4000), np.uint8), (9, 9), 0)\n"
         f"print(len(list(augment(np.zeros((16, 28, 28), np.uint8), **{SETTINGS}, workers=2))))"
     )
-    stages = Path(__file__).parents[1] / "stages"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=stages, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=STAGES, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["2"], done.stderr
 
 
