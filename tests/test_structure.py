@@ -75,7 +75,7 @@ def test_lock_files_pin_every_direct_dependency_and_name_no_registry():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {line.split("==")[0].lower() for line in lines}
     project = (ROOT / "pyproject.toml").read_text()
-    direct = set(re.findall(r'"([\w-]+)>=', project))
+    direct = set(re.findall(r'"([\w.-]+)>=', project))
     assert direct <= pinned
 
 
