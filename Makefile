@@ -26,7 +26,7 @@ test: .venv/ready ## lint, then all tests
 soak: .venv/ready ## kill, spoil and repeat for a quarter of an hour, and print what was lost
 	$(ACTIVATE) python tests/soak.py
 
-bench: .venv/ready ## measure beside the lesson's own loops (20 minutes, quiet machine): benchmarks/results.md
+bench: .venv/ready ## measure beside the lesson's own loops (25 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
