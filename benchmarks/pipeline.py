@@ -26,7 +26,7 @@ def pipeline_times(rounds: int) -> dict[str, str]:
     for script in STAGES:
         code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
         command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'stages'); {code}"]
-        times[f"imports of {script}"] = spread([timed(*command) for _ in range(rounds)], 2)
+        times[f"imports at the top of {script}"] = spread([timed(*command) for _ in range(rounds)], 2)
     status, repro = [], []
     for _ in range(rounds):
         status.append(timed(sys.executable, "-m", "dvc", "status"))

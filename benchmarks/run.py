@@ -14,6 +14,7 @@ from pipeline import first_run_rows, pipeline_times
 from report import ROOT, Report, conditions, spread
 
 RESULTS = ROOT / "benchmarks/results.md"
+SAME_RESULT = ("augment", "load")  # what was done is told by a shape or a count
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
@@ -24,14 +25,20 @@ class Side:
         command = [sys.executable, str(ROOT / "benchmarks/worker.py"), name]
         # What the worker's libraries print before it is ready goes past; after that, one line an answer.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while self.process.stdout.readline() != "ready\n":
+        while self._line() != "ready\n":
             pass
 
     def ask(self, case: str, argument=None) -> tuple[float, object]:
         """Run one case; returns (seconds, result)."""
         self.process.stdin.write(json.dumps([case, argument]) + "\n")
         self.process.stdin.flush()
-        return tuple(json.loads(self.process.stdout.readline()))
+        return tuple(json.loads(self._line()))
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("error: a worker of the benchmark died, expected an answer")
+        return line
 
     def close(self) -> None:
         """End the worker."""
@@ -43,8 +50,11 @@ def compare(lesson: Side, project: Side, case: str, argument, rounds: int) -> tu
     """Run a case on both sides in turn; returns the seconds of each."""
     times = ([], [])
     for _ in range(rounds):
-        for side, seconds in zip((lesson, project), times, strict=True):
-            seconds.append(side.ask(case, argument)[0])
+        answers = [side.ask(case, argument) for side in (lesson, project)]
+        if case in SAME_RESULT and answers[0][1] != answers[1][1]:
+            sys.exit(f"error: {case}: the lesson did {answers[0][1]}, the project {answers[1][1]}")
+        for seconds, (took, _) in zip(times, answers, strict=True):
+            seconds.append(took)
     return times
 
 

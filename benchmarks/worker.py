@@ -20,12 +20,14 @@ class Lesson:
 
     def __init__(self):
         import torch
+        from benchmarks import lesson
 
         from lib.repairs import import_torchvision
 
         torch.set_num_threads(THREADS)
-        self.dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
-        self.images, self.labels = self.dataset.data.numpy()[:55_000], self.dataset.targets.numpy()[:55_000]
+        dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
+        self.images = dataset.data.numpy()
+        self.batches = lesson.loader(self.images[:55_000], dataset.targets.numpy()[:55_000])
 
     def steps(self, count):
         """`count` training steps on batches of 32."""
@@ -33,7 +35,7 @@ class Lesson:
 
         from lib.models import build_cnn, fresh
 
-        return lesson.train(fresh(build_cnn, 0), lesson.loader(self.images, self.labels), count)
+        return lesson.train(fresh(build_cnn, 0), self.batches, count)
 
     def epoch(self, _):
         """A whole epoch of 55,000 images."""
