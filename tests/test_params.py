@@ -124,6 +124,13 @@ def test_numbers_are_read_as_dvc_reads_them(written, text):
     assert load_params("train_cnn", path=path).train_cnn.learning_rate == 0.001
 
 
+@pytest.mark.parametrize("text", ["010", "-07", "1:30", "0x10", "0b1", "1_000", "1:30.5", "1_0.5"])
+def test_numbers_that_dvc_may_read_otherwise_are_refused(written, text):
+    path = written("train_cnn.learning_rate", "PLACE")
+    path.write_text(path.read_text().replace("PLACE", text))
+    assert f"{text} is not a plain decimal number" in message(path)
+
+
 def test_a_whole_number_stays_as_written(written):
     path = written("augment_images.max_rotation", 20)
     assert repr(leaves(load_params("augment_images", path=path))["augment_images.max_rotation"]) == "20"

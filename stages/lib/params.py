@@ -1,6 +1,5 @@
 """params.yaml as typed models: validated as a whole before any work."""
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -10,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 
 from lib.errors import StageError
 from lib.params_faults import explain
+from lib.params_yaml import PARAMS_PATH, ParamsLoader
 
-PARAMS_PATH = Path("params.yaml")
 TRAIN_IMAGES = 60_000  # in Fashion-MNIST's train files
 
 # A number stays as written, 20 or 20.0, so that MLflow shows what DVC does.
@@ -115,22 +114,6 @@ class Params(Section):
     tracking: Tracking
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-3 as a number, as DVC does."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise StageError(f"{PARAMS_PATH}: key {key!r} stands twice, expected once")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def load_params(*sections: str, path: Path = PARAMS_PATH) -> SimpleNamespace:
     """Validate all of `path` and return the named sections as attributes.
 
@@ -152,7 +135,7 @@ def leaves(params: SimpleNamespace) -> dict[str, object]:
 def parse_params(path: Path = PARAMS_PATH) -> Params:
     """Read and validate `path`; see load_params for the errors."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), ParamsLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
     except UnicodeDecodeError as error:
