@@ -76,13 +76,15 @@ def _check(errors: dict, counts: dict, tolerance: float) -> None:
 
 def _walkthrough(toy: dict, model, rows: list[list[dict]], counts: dict) -> str:
     kernel, bias = model[0].weight.detach().numpy()[0, 0], model[0].bias.item()
+    linear = model[4].weight.item(), model[4].bias.item()
     text = (
         "# The toy CNN by hand\n\nEvery intermediate value of both images, by loops and by torch; "
         "written by `verify_manual_conv`.\n\n"
-        f"The trained kernel, with bias {bias:+.4f}:\n\n{matrix(kernel)}\n"
+        f"The trained kernel, with bias {bias:+.4f}:\n\n{matrix(kernel)}\n\n"
+        f"The linear layer: weight {linear[0]:+.4f}, bias {linear[1]:+.4f}.\n"
     )
     for number, (image, label) in enumerate(zip(toy["images"], toy["labels"], strict=True)):
-        text += f"\n## Image {number}\n\n" + write_out(image[0], kernel, bias, rows[number], label)
+        text += f"\n## Image {number}\n\n" + write_out(image[0], kernel, bias, linear, rows[number], label)
     for name, title in (("toy_cnn", "The toy's parameters"), ("cnn", "The Fashion-MNIST CNN's parameters")):
         text += f"\n## {title}\n\n" + parameters_table(counts[name])
     return text

@@ -3,8 +3,18 @@
 import numpy as np
 
 
-def write_out(image: np.ndarray, kernel: np.ndarray, bias: float, rows: list[dict], label: float) -> str:
-    """Markdown for one image (4, 4) through `kernel` (3, 3): `rows` are those of compare_layers."""
+def write_out(
+    image: np.ndarray,
+    kernel: np.ndarray,
+    bias: float,
+    linear: tuple[float, float],
+    rows: list[dict],
+    label: float,
+) -> str:
+    """Markdown for one image (4, 4) through `kernel` (3, 3) and `linear`, the weight and bias of that layer.
+
+    `rows` are those of compare_layers.
+    """
     by_layer = {row["layer"]: row for row in rows}
     convolved = by_layer["Conv2d-1"]["by_hand"][0, 0]  # (2, 2)
     lines = [
@@ -20,6 +30,20 @@ def write_out(image: np.ndarray, kernel: np.ndarray, bias: float, rows: list[dic
         terms = zip(patch.flat, kernel.flat, strict=True)
         products = " ".join(f"{value:+.3f}·({weight:+.4f})" for value, weight in terms)
         lines.append(f"- row {i}, column {j}: `{products} {bias:+.4f}` = **{total:+.6f}**")
+    weight, offset = linear
+    pooled, score, output = (
+        by_layer[layer]["by_hand"].item() for layer in ("ReLU-3", "Linear-5", "Sigmoid-6")
+    )
+    lines += [
+        "",
+        "Then the largest of the four, 0 where it is negative, through the linear layer and the sigmoid:",
+        "",
+        f"- ReLU(max) = **{pooled:+.6f}**",
+        f"- `{pooled:+.6f}·({weight:+.4f}) {offset:+.4f}` = **{score:+.6f}**",
+        f"- `1 / (1 + exp({-score:+.6f}))` = **{output:.6f}**",
+        "",
+        "Every layer's outputs:",
+    ]
     lines += ["", "| step | by loops | by torch | absolute error |", "|---|---|---|---|"]
     for row in rows:
         hand, auto = row["by_hand"].ravel(), row["by_torch"].ravel()
