@@ -46,8 +46,11 @@ def write_json(path: Path, metrics: dict) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """Read what write_json wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read what write_json wrote. Raises StageError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise StageError(f"{path}: {error}; expected JSON as a stage writes it") from None
 
 
 def write_csv(path: Path, rows: list[dict]) -> list[dict]:
