@@ -59,6 +59,7 @@ LIBRARY = {
     "models": TORCH,
     "params": PARAMS,
     "params_faults": PARAMS,
+    "params_yaml": PARAMS,
     "process": ALL,
     "repairs": ["augment_images", "evaluate_cnn"],
     "runtime": ["augment_images", *TORCH],
@@ -172,6 +173,17 @@ def test_the_tables_name_every_section_and_file():
 def test_every_leaf_of_the_file_is_in_the_models():
     with_values = parse_params(ROOT / "params.yaml")
     assert sorted(leaves(with_values)) == sorted(LEAVES)
+
+
+def test_a_lock_file_in_conflict_is_left_to_a_person(project):
+    path = project / "dvc.lock"
+    whole = path.read_text()
+    path.write_text("<<<<<<< HEAD\n" + whole + "=======\n>>>>>>> other\n")
+    conflict = path.read_text()
+    mended = subprocess.run([sys.executable, str(ROOT / "tools/mend_lock.py")], cwd=project, check=False)
+    assert mended.returncode == 1
+    assert path.read_text() == conflict
+    path.write_text(whole)
 
 
 @pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-6), slice(2, None)])

@@ -1,7 +1,8 @@
 """Take away a dvc.lock that a kill has cut short; `make repro` calls this when DVC cannot go on.
 
 DVC writes dvc.lock in place, so a kill in that moment leaves a part of it, which DVC then refuses to
-read. Without the file, DVC finds finished stages in its run cache. Exits with code 1 where dvc.lock is whole.
+read. Without the file, DVC finds finished stages in its run cache. Exits with code 1 where dvc.lock is whole
+or holds a merge conflict, which is for a person to settle.
 """
 
 import sys
@@ -15,16 +16,20 @@ LOCK = Path("dvc.lock")
 
 
 def main() -> None:
-    """Remove dvc.lock unless it is missing or whole."""
-    if not LOCK.exists():
+    """Remove dvc.lock unless it is missing, whole or in conflict."""
+    if not LOCK.exists() or is_whole() or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         sys.exit(1)
+    LOCK.unlink()
+    print(f"{LOCK} was cut short by a kill: taken away, DVC finds finished stages in its run cache")
+
+
+def is_whole() -> bool:
+    """Whether dvc.lock is what DVC writes."""
     try:
         COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(LOCK.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, Invalid):
-        LOCK.unlink()
-        print(f"{LOCK} was cut short by a kill: taken away, DVC finds finished stages in its run cache")
-    else:
-        sys.exit(1)
+        return False
+    return True
 
 
 if __name__ == "__main__":
