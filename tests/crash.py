@@ -17,6 +17,8 @@ import yaml
 from mlflow import MlflowClient
 from pipeline import dvc, environment, tool, tracked_runs
 
+from lib.mlflow_log import has_model
+
 
 def outputs(project: Path) -> dict[str, str]:
     """Every output in dvc.lock with its digest."""
@@ -135,7 +137,7 @@ def lose_server(project: Path, epoch: int) -> str:
         curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
         if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
             return f"the run is {run.info.status} with epochs {steps}"
-        if "test_accuracy" not in run.data.metrics or not run.outputs.model_outputs:
+        if "test_accuracy" not in run.data.metrics or not has_model(MlflowClient(uri), run):
             return "the run lacks test metrics or model"
     return ""
 

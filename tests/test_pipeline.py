@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool, tracked_runs
 
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.mlflow_log import has_model
 from lib.repairs import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torchvision warn about themselves
@@ -82,6 +83,7 @@ def test_metrics_and_curves_are_there(project):
 
 def test_each_training_is_one_run_with_all_its_results(project):
     found = runs(project)
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert sorted(found) == sorted(TRAININGS)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True
@@ -90,13 +92,12 @@ def test_each_training_is_one_run_with_all_its_results(project):
         assert run.data.tags["git_commit"] == commit.stdout.strip()
         assert run.data.tags["git_dirty"] == "false"
         assert run.data.tags["dvc_stage"] == name
-        assert run.outputs.model_outputs
+        assert has_model(client, run)
     original = found["train_cnn@original"]
     assert original.data.params["train_cnn.epochs"] == "2"
     assert original.data.params["split.train_size"] == "1000"
     test = json.loads((project / "metrics/evaluate_cnn/original.json").read_text())
     assert original.data.metrics["test_accuracy"] == pytest.approx(test["test_accuracy"], rel=1e-5)
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     history = client.get_metric_history(original.info.run_id, "val_accuracy")
     assert [metric.step for metric in history] == [1, 2]
     figures = client.list_artifacts(original.info.run_id, "plot_results")
@@ -130,6 +131,22 @@ def test_a_stage_opens_exactly_what_it_declares(project, stage):
         (written if mode == "w" else read).add(known)
     assert written == outs
     assert read - outs == deps
+
+
+def test_sync_refuses_what_is_not_what_dvc_lock_says(project):
+    figures, metrics = project / "metrics/figures/robustness.png", project / "metrics/train_toy_cnn.json"
+    for path in (figures, metrics, project / "dvc.lock"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        done = subprocess.run(
+            [sys.executable, "tools/sync.py"], cwd=project, env=environment(), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        path.write_bytes(whole)
+        assert done.returncode == 1
+        assert re.fullmatch(
+            r"error: (metrics/figures|metrics/train_toy_cnn.json|dvc.lock): .*\n", done.stderr
+        )
 
 
 def test_the_tracked_runs_say_what_dvc_lock_says_and_sync_changes_nothing_twice(project):

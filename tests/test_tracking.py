@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import ROOT
 
 from lib.files import sha256_of
 from lib.lineage import digest, dvc_tags, git_diff, git_tags
-from lib.mlflow_log import find_run
+from lib.mlflow_log import find_run, has_model, stand_in
 from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
 from lib.store import StoreError, connect
 from lib.tracking import attach, require_store, training_run
@@ -72,6 +73,36 @@ def test_the_model_is_logged_without_pickle_and_takes_any_batch(trained, workspa
     assert loaded.predict(images) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_model_whose_files_were_not_sent_counts_as_none(trained, workspace, capsys):
+    client, _ = connect()
+    [whole] = all_runs()
+    assert has_model(client, whole)
+    (workspace / "mlruns").rename(workspace / "away")
+    (workspace / "mlruns").write_text("no folder")
+    model = fresh(build_toy_cnn, 0)
+    with training_run("train_toy_cnn", {}) as run:
+        run.log_model(model, workspace / "toy.safetensors", "", np.zeros((2, *TOY_SHAPE), np.float32))
+    assert "model not sent" in capsys.readouterr().out
+    cut = client.get_run(run.run_id)
+    assert cut.outputs.model_outputs
+    assert not has_model(client, cut)
+
+
+def test_a_diff_that_is_sent_later_is_the_one_of_the_training(workspace):
+    for arguments in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
+        subprocess.run(["git", *arguments, *(["--allow-empty"] if "commit" in arguments else [])], check=True)
+    client, experiment_id = connect()
+    (workspace / "mlruns").write_text("no folder")
+    (workspace / "code.py").write_text("of the training")
+    with training_run("train_toy_cnn", {}) as run:
+        (workspace / "code.py").write_text("of later")
+    (workspace / "mlruns").unlink()
+    assert send_unsent(client, experiment_id) == 1
+    diff = Path(client.download_artifacts(run.run_id, "uncommitted.diff")).read_text()
+    assert "+of the training" in diff
+    assert "of later" not in diff
+
+
 def test_attaching_leaves_status_and_times_alone(trained, workspace):
     run_id, weights_sha256 = trained
     [before] = all_runs()
@@ -105,6 +136,15 @@ def test_weights_unknown_to_the_store_get_a_run_that_says_so(workspace):
     assert "not trained into this store" in run.data.tags["mlflow.note.content"]
     assert run.data.metrics == {"test_accuracy": 0.9, "more": 1.0}
     assert run.info.status == "FINISHED"
+
+
+def test_a_stand_in_names_the_present_code_only_where_it_made_the_weights(workspace):
+    for arguments in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
+        subprocess.run(["git", *arguments, *(["--allow-empty"] if "commit" in arguments else [])], check=True)
+    client, experiment_id = connect()
+    for code_is_here in (True, False):
+        run_id = stand_in(client, experiment_id, "train_cnn@original", "ab" * 32, code_is_here)
+        assert ("git_commit" in client.get_run(run_id).data.tags) == code_is_here
 
 
 @pytest.mark.parametrize(("fault", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -157,7 +197,7 @@ def test_the_diff_of_a_dirty_tree_gives_it_back(workspace):
     (workspace / "new.bin").write_bytes(b"\x00\xff")
     (workspace / "latin.txt").write_bytes("é\r\n".encode("latin-1"))
     (workspace / "params.yaml").write_text("changed by -S")
-    (workspace / "saved").write_bytes(git_diff())
+    (workspace / "saved").write_bytes(git_diff().encode("latin-1"))
     subprocess.run(["git", "checkout", "-q", "code.py"], check=True)
     (workspace / "new.bin").unlink()
     (workspace / "latin.txt").unlink()

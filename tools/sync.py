@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from mend_lock import is_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -32,12 +33,18 @@ def main() -> None:
     """Send what was missed, then compare every training in dvc.lock with its run."""
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
+    if not is_whole():
+        raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
+    stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():  # a file cut between two entries is one that DVC still reads
+        found = {Path(out["path"]).suffix for out in stage.get("outs", []) if "md5" in out}
+        if not found or (name in trainings(stages) and len(found) < 3):
+            raise StageError(f"{LOCK}: {name} lacks outputs, expected all of them; `dvc repro` completes it")
     with told_in_one_line():
         client, experiment_id = connect()
         if sent := send_unsent(client, experiment_id):
             print(f"sync: {sent} runs completed that MLflow had missed a part of")
         end_abandoned(client, experiment_id)
-        stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
         for training in trainings(stages):
             run_id, changes = sync_training(client, experiment_id, training, stages)
             print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
@@ -66,7 +73,9 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
     changes = []
     run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
     if run_id is None:
-        run_id = mlflow_log.stand_in(client, experiment_id, training, weights_sha256)
+        code = {dep["path"]: dep["md5"] for dep in stages[training]["deps"] if dep["path"].endswith(".py")}
+        is_here = all(Path(path).exists() and _md5(Path(path)) == digest for path, digest in code.items())
+        run_id = mlflow_log.stand_in(client, experiment_id, training, weights_sha256, is_here)
         changes.append("made")
     params = stages[training]["params"]["params.yaml"]
     if training == "train_cnn@augmented":  # its run has the params that made the copies, too
@@ -129,7 +138,7 @@ def _sync_model(client, experiment_id: str, run_id: str, training: str, weights:
     import numpy as np
 
     run = client.get_run(run_id)
-    if run.outputs.model_outputs or not weights.exists():
+    if mlflow_log.has_model(client, run) or not weights.exists():
         return []
     build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
     model = load_weights(build(), weights)
@@ -174,6 +183,15 @@ def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
     return [name]
 
 
+def _md5(path: Path) -> str:
+    """DVC's digest of a file or folder."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    entries = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
 def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
@@ -181,7 +199,7 @@ def _files(path: Path) -> list[Path]:
 def _checked(out: dict) -> Path:
     """The path of an output in dvc.lock, whose content must be the one that dvc.lock names."""
     path = Path(out["path"])
-    if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() != out["md5"]:  # DVC's digest
+    if path.exists() and _md5(path) != out["md5"]:
         raise StageError(f"{path}: not what dvc.lock says; `dvc repro` brings both together")
     if not path.exists() and path.parts[0] == "metrics":
         raise StageError(f"{path}: not found, expected as in dvc.lock; `dvc repro` makes it")

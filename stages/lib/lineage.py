@@ -30,13 +30,16 @@ def git_tags() -> dict[str, str]:
     return {"git_commit": commit.decode().strip(), "git_dirty": str(dirty).lower()}
 
 
-def git_diff() -> bytes:
-    """What a dirty tree holds beyond its commit, new files too, as `git apply` takes it."""
+def git_diff() -> str:
+    """What a dirty tree holds beyond its commit, new files too; in latin-1, bytes that `git apply` takes.
+
+    Text, since what could not be sent is kept as JSON.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": f"{scratch}/index"}  # git's own index is the user's
         git("read-tree", "HEAD", **index)
         git("add", "--all", "--", ".", *NOT_CODE, **index)
-        return git("diff", "--cached", "--binary", "HEAD", **index)
+        return (git("diff", "--cached", "--binary", "HEAD", **index) or b"").decode("latin-1")
 
 
 def dvc_tags(stage: str) -> dict[str, str]:

@@ -27,17 +27,28 @@ def has_run(client, experiment_id: str, run_id: str) -> bool:
     return bool(client.search_runs([experiment_id], f"attributes.run_id = '{run_id}'"))
 
 
-def stand_in(client, experiment_id: str, training_stage: str, weights_sha256: str) -> str:
-    """Make a finished run for weights that the store does not know; it says so."""
+def has_model(client, run) -> bool:
+    """Whether the run has a model with its files: MLflow attaches one before it sends them."""
+    ids = [output.model_id for output in run.outputs.model_outputs]
+    return any(client.get_logged_model(model_id).status == "READY" for model_id in ids)
+
+
+def stand_in(
+    client, experiment_id: str, training_stage: str, weights_sha256: str, code_is_here: bool = True
+) -> str:
+    """Make a finished run for weights that the store does not know; it says so.
+
+    Where `code_is_here`, the present tree holds the code that made them, and is named.
+    """
     note = (
         "Made to hold results of weights that were not trained into this store: "
         "they came from the DVC cache, or the store is new or was away."
     )
     tags = {"mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true"}
-    tags |= {**git_tags(), **dvc_tags(training_stage)}
+    tags |= (git_tags() if code_is_here else {}) | dvc_tags(training_stage)
     run_id = client.create_run(experiment_id, run_name=training_stage, tags=tags).info.run_id
     if tags.get("git_dirty") == "true":
-        log_diff(client, run_id)
+        log_diff(client, run_id, git_diff())
     client.set_terminated(run_id)
     return run_id
 
@@ -49,11 +60,11 @@ def log_params(client, run_id: str, params: dict[str, object]) -> None:
     client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
 
 
-def log_diff(client, run_id: str) -> None:
-    """Log what the tree holds beyond its commit."""
+def log_diff(client, run_id: str, diff: str) -> None:
+    """Log what the tree holds beyond its commit, from git_diff."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "uncommitted.diff"
-        path.write_bytes(git_diff())
+        path.write_bytes(diff.encode("latin-1"))
         client.log_artifact(run_id, path)
 
 

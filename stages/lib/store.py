@@ -65,7 +65,8 @@ def store_faults() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
+    # ImportError: SQLAlchemy wants the driver of the database that the store's address names.
+    return (MlflowException, requests.RequestException, SQLAlchemyError, OSError, ImportError)
 
 
 def reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lib import mlflow_log
 from lib.files import sha256_of
-from lib.lineage import dvc_tags, git_tags, machine_tags, process_tag
+from lib.lineage import dvc_tags, git_diff, git_tags, machine_tags, process_tag
 from lib.store import StoreError, connect, reason, store_faults, told_in_one_line
 from lib.unsent import send_unsent, write_unsent
 
@@ -30,7 +30,7 @@ class TrainingRun:
         """Log the params, and the diff of a dirty tree."""
         self._send("params", params)
         if dirty:
-            self._send("diff")
+            self._send("diff", git_diff())  # taken now: by the time it is sent, the tree may differ
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
         """Log one epoch, in one call; `row` has the epoch's number and metrics."""
