@@ -17,19 +17,20 @@ LOCK = Path("dvc.lock")
 
 def main() -> None:
     """Remove dvc.lock unless it is missing, whole or in conflict."""
-    if not LOCK.exists() or is_whole() or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
+    if not LOCK.exists() or read_lock() is not None or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         sys.exit(1)
     LOCK.unlink()
     print(f"{LOCK} was cut short by a kill: taken away, DVC finds finished stages in its run cache")
 
 
-def is_whole() -> bool:
-    """Whether dvc.lock is what DVC writes."""
+def read_lock() -> dict | None:
+    """What dvc.lock holds; None where it is not what DVC writes."""
     try:
-        COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(LOCK.read_text(encoding="utf-8")))
+        content = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+        COMPILED_LOCKFILE_SCHEMA(content)
     except (yaml.YAMLError, UnicodeDecodeError, Invalid):
-        return False
-    return True
+        return None
+    return content
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from mend_lock import is_whole
+from mend_lock import LOCK, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -26,16 +26,15 @@ from lib.store import connect, told_in_one_line
 from lib.tracking import report
 from lib.unsent import send_unsent
 
-LOCK = Path("dvc.lock")
-
 
 def main() -> None:
     """Send what was missed, then compare every training in dvc.lock with its run."""
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
-    if not is_whole():
+    lock = read_lock()
+    if lock is None:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
-    stages = yaml.safe_load(LOCK.read_text(encoding="utf-8"))["stages"]
+    stages = lock["stages"]
     for name, stage in stages.items():  # a file cut between two entries is one that DVC still reads
         found = {Path(out["path"]).suffix for out in stage.get("outs", []) if "md5" in out}
         if not found or (name in trainings(stages) and len(found) < 3):
