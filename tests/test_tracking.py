@@ -9,7 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, git
 
 from lib.files import sha256_of
 from lib.lineage import digest, dvc_tags, git_diff, git_tags
@@ -20,6 +20,12 @@ from lib.tracking import attach, require_store, training_run
 from lib.unsent import send_unsent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torch warn about themselves
+
+
+def commit_all(folder: Path) -> None:
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "t")
 
 
 def all_runs():
@@ -89,8 +95,7 @@ def test_a_model_whose_files_were_not_sent_counts_as_none(trained, workspace, ca
 
 
 def test_a_diff_that_is_sent_later_is_the_one_of_the_training(workspace):
-    for arguments in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
-        subprocess.run(["git", *arguments, *(["--allow-empty"] if "commit" in arguments else [])], check=True)
+    commit_all(workspace)
     client, experiment_id = connect()
     (workspace / "mlruns").write_text("no folder")
     (workspace / "code.py").write_text("of the training")
@@ -139,8 +144,7 @@ def test_weights_unknown_to_the_store_get_a_run_that_says_so(workspace):
 
 
 def test_a_stand_in_names_the_present_code_only_where_it_made_the_weights(workspace):
-    for arguments in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
-        subprocess.run(["git", *arguments, *(["--allow-empty"] if "commit" in arguments else [])], check=True)
+    commit_all(workspace)
     client, experiment_id = connect()
     for code_is_here in (True, False):
         run_id = stand_in(client, experiment_id, "train_cnn@original", "ab" * 32, code_is_here)
@@ -173,12 +177,7 @@ def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
 
 def test_git_and_dvc_tags(workspace, monkeypatch):
     assert git_tags() == {}
-    for arguments in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
-    ):
-        subprocess.run(["git", *arguments], check=True)
+    commit_all(workspace)
     assert git_tags()["git_dirty"] == "false"
     (workspace / "params.yaml").write_text("changed by -S")
     assert git_tags()["git_dirty"] == "false"
@@ -189,10 +188,8 @@ def test_git_and_dvc_tags(workspace, monkeypatch):
 
 
 def test_the_diff_of_a_dirty_tree_gives_it_back(workspace):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
     (workspace / "code.py").write_text("one\n\n")
-    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "t"]):
-        subprocess.run(["git", *arguments], check=True)
+    commit_all(workspace)
     (workspace / "code.py").write_text("two\n\n")
     (workspace / "new.bin").write_bytes(b"\x00\xff")
     (workspace / "latin.txt").write_bytes("é\r\n".encode("latin-1"))
