@@ -21,11 +21,10 @@ class Lesson:
     def __init__(self):
         import torch
         from benchmarks import lesson
-
-        from lib.repairs import import_torchvision
+        from torchvision import datasets
 
         torch.set_num_threads(THREADS)
-        dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
+        dataset = datasets.FashionMNIST(ROOT / "data")
         self.images = dataset.data.numpy()
         self.batches = lesson.loader(self.images[:55_000], dataset.targets.numpy()[:55_000])
 
@@ -62,10 +61,9 @@ class Lesson:
     def load(self, _):
         """Read the files, and take every image out in batches of 32."""
         from benchmarks import lesson
+        from torchvision import datasets
 
-        from lib.repairs import import_torchvision
-
-        dataset = import_torchvision().datasets.FashionMNIST(ROOT / "data")
+        dataset = datasets.FashionMNIST(ROOT / "data")
         batches = lesson.loader(dataset.data.numpy(), dataset.targets.numpy())
         return sum(len(images) for images, _ in batches)
 

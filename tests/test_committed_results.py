@@ -61,7 +61,7 @@ LIBRARY = {
     "params_faults": PARAMS,
     "params_yaml": PARAMS,
     "process": ALL,
-    "repairs": ["augment_images", "evaluate_cnn"],
+    "repairs": ["augment_images"],
     "runtime": ["augment_images", *TORCH],
     "sources": ["fetch_fashion_mnist"],
     "splits": ["train_cnn"],

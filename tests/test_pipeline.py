@@ -18,10 +18,10 @@ from conftest import ROOT, copy_of_project, git, stage_definitions
 from crash import kill_once, lose_server, outputs, seconds_of
 from mlflow import MlflowClient
 from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool, tracked_runs
+from torchvision import datasets
 
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.mlflow_log import has_model
-from lib.repairs import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torchvision warn about themselves
 
@@ -57,7 +57,7 @@ def runs(project: Path) -> dict:
 
 
 def test_the_data_is_fashion_mnist_as_torchvision_reads_it(project):
-    dataset = import_torchvision().datasets.FashionMNIST(project / "data")
+    dataset = datasets.FashionMNIST(project / "data")
     assert (dataset.data.numpy() == read_idx(TRAIN_IMAGES, project / "data/FashionMNIST/raw")).all()
     assert (dataset.targets.numpy() == read_idx(TRAIN_LABELS, project / "data/FashionMNIST/raw")).all()
 

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 from torch import nn
+from torchvision.transforms import InterpolationMode, functional
 
 from lib.files import pixels_to_text
 from lib.idx import CLASSES
 from lib.inference import loss_and_accuracy, predict
-from lib.repairs import import_torchvision
 
 SHIFTS = range(-5, 6)  # pixels; positive is right and down
 ANGLES = range(-30, 31, 5)  # degrees; positive is counterclockwise
@@ -65,10 +65,9 @@ def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
 
     What comes into view is black; rotation interpolates bilinearly.
     """
-    functional = import_torchvision().transforms.functional
     tensor = torch.from_numpy(images)
     if transform == "rotation":
-        return functional.rotate(tensor, amount, functional.InterpolationMode.BILINEAR).numpy()
+        return functional.rotate(tensor, amount, InterpolationMode.BILINEAR).numpy()
     translate = [amount, 0] if transform == "shift_x" else [0, amount]
     return functional.affine(tensor, 0, translate, scale=1, shear=[0]).numpy()
 

@@ -1,4 +1,4 @@
-"""Two repairs that let old and mismatched packages load. Import from here, not from the packages."""
+"""The repair that lets imgaug load. Import it from here, not from the package."""
 
 import numpy as np
 
@@ -20,24 +20,3 @@ def import_imgaug_augmenters():
     from imgaug import augmenters
 
     return augmenters
-
-
-def import_torchvision():
-    """Return torchvision.
-
-    A torchvision built for CUDA cannot load its operators beside a CPU-only torch, and its
-    import then fails for want of two operator schemas. Transforms and datasets need neither:
-    declaring the schemas is enough. Matching builds keep their own operators. This can go when
-    both packages come from one index.
-    """
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.library = library  # the schemas live as long as this object
-        import torchvision
-    return torchvision
