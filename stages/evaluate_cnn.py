@@ -22,7 +22,7 @@ def main() -> None:
     sections = load_params("evaluate_cnn", "tracking")
     params = sections.evaluate_cnn
     require_store(sections.tracking.if_unreachable)
-    device = prepare_torch(params.device, params.threads)
+    device = prepare_torch(params.device, params.threads, params.numerics)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     weights = Path(f"models/cnn_{name}.safetensors")
     model = to_device(load_weights(build_cnn(), weights), device)

@@ -25,7 +25,7 @@ from lib.training import train_cnn
 def main() -> None:
     images = images_argument()
     params, tracking = load_params("split", "train_cnn"), load_params("tracking").tracking
-    device = prepare_torch(params.train_cnn.device, params.train_cnn.threads)
+    device = prepare_torch(params.train_cnn.device, params.train_cnn.threads, params.train_cnn.numerics)
     pool, labels, made_by = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
     train_index, val_index = split_indices(
         len(labels), params.split.val_size, params.split.train_size, params.split.seed

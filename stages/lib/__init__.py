@@ -13,12 +13,23 @@ from lib.process import die_with_parent
 if "DVC_STAGE" in os.environ:
     die_with_parent()
 
-# OpenMP reads these when torch is loaded, hence here, before any other import of the project. A
-# thread that waits for the others spins for a moment, then sleeps. Left alone, it spins on, and a
-# training step takes 100 ms where another process holds a core; sleeping at once, it takes 30 ms
+# What these libraries read from the environment changes the last bits of results, or the speed. No
+# setting of the user's reaches them, since neither params nor tags would know of it.
+LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OPENCV_", "NPY_")
+for name in [name for name in os.environ if name.startswith(LIBRARIES)]:
+    del os.environ[name]
+
+# They are read when torch is loaded or first computes, hence here, before any other import of the
+# project. A thread that waits for the others spins for a moment, then sleeps. Left alone, it spins on,
+# and a training step takes 100 ms where another process holds a core; sleeping at once, it takes 30 ms
 # there but 16.3 on a quiet machine. This takes 33 and 14.4.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+
+# `numerics: portable`. ATen, oneDNN (convolutions) and MKL (linear layers) each choose code by CPU, and
+# so the last bits of their sums. Held to AVX2, and MKL to the one mode that it promises to be equal on
+# Intel's and other makers' CPUs, they give the same bytes on every x86-64 CPU with AVX2.
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+os.environ |= PORTABLE
 
 # Imports make some 300,000 objects that stay. Python's collector, left alone, goes through them again
 # and again: a quarter of the time that MLflow adds to a training (4.0 s, 3.1 with this).

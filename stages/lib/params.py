@@ -21,6 +21,7 @@ Threads = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
 Source = Annotated[str, Field(min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
+Numerics = Literal["portable", "native"]
 
 
 class Section(BaseModel):
@@ -77,6 +78,7 @@ class TrainCnn(Section):
     learning_rate: LearningRate
     device: Device
     threads: Threads
+    numerics: Numerics
 
 
 class EvaluateCnn(Section):
@@ -84,6 +86,7 @@ class EvaluateCnn(Section):
 
     device: Device
     threads: Threads
+    numerics: Numerics
     robustness_images: Annotated[int, Field(ge=1, le=10_000)]
     mistakes: Annotated[int, Field(ge=1, le=100)]
 

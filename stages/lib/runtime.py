@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import platform
 import sys
 
+from lib import PORTABLE
 from lib.errors import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -15,12 +17,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_torch(device: str, threads: int):
+def prepare_torch(device: str, threads: int, numerics: str = "portable"):
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
-    Raises StageError where "cuda" is asked for and there is none.
+    `numerics` is "portable", the same bytes on every CPU with AVX2, or "native", this CPU's fastest
+    code. Call this before torch computes anything. Raises StageError if there is no "cuda".
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
+    if numerics == "native":
+        for name in PORTABLE:
+            os.environ.pop(name, None)
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -34,7 +40,18 @@ def prepare_torch(device: str, threads: int):
     # Guards against reads of uninitialised memory, at 5 % of a step; no layer here has any.
     torch.utils.deterministic.fill_uninitialized_memory = False
     _keep_freed_memory()
+    if numerics == "portable":
+        _say_where_numerics_are_not_portable(device, torch.backends.cpu.get_cpu_capability())
     return torch.device(device)
+
+
+def _say_where_numerics_are_not_portable(device: str, capability: str) -> None:
+    here = "a GPU" if device == "cuda" else f"this CPU ({platform.machine()}, {capability})"
+    if device == "cuda" or capability != "AVX2":
+        print(
+            f"numerics: portable holds on x86-64 CPUs with AVX2; on {here} the last digits "
+            "differ from the committed results"
+        )
 
 
 def _keep_freed_memory() -> None:
