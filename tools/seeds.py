@@ -1,0 +1,77 @@
+"""Train and evaluate both CNNs with several seeds, and write every run to benchmarks/seeds.csv.
+
+Usage: make seeds, or python tools/seeds.py [--seeds 5]. Each seed is a DVC experiment of its own,
+seed-0, seed-1, …, in a copy of the repository; what DVC has cached does not run again. Prints the
+README's table: mean ± standard deviation.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import dvc.api
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.arguments import IMAGES
+from lib.errors import StageError, run_stage
+from lib.files import read_csv, write_csv
+
+RUNS = Path(__file__).resolve().parents[1] / "benchmarks/seeds.csv"
+ROWS = {
+    "as they are": "test_accuracy",
+    "shifted by ±3 px": "test_accuracy_shift_3px",
+    "rotated by ±15°": "test_accuracy_rotation_15deg",
+}
+
+
+def main() -> None:
+    """Run the experiments, write their results and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="train_cnn.seed from 0 to this, not included")
+    seeds = range(parser.parse_args().seeds)
+    for seed in seeds:
+        run_experiment(seed)
+    write_csv(RUNS, [results(seed, images) for seed in seeds for images in IMAGES])
+    print("\n".join(table(read_csv(RUNS))))
+
+
+def run_experiment(seed: int) -> None:
+    """Run the pipeline with train_cnn.seed, in a copy. Raises StageError if it fails."""
+    command = ["dvc", "exp", "run", "--temp", "--force", "--name", f"seed-{seed}"]
+    command += ["-S", f"train_cnn.seed={seed}"]
+    if subprocess.run(command, check=False).returncode:
+        raise StageError(f"experiment seed-{seed} failed, expected it to finish; its output is above")
+
+
+def results(seed: int, images: str) -> dict:
+    """One row: the seed, the train images, and the last val and all test metrics."""
+    files = (f"metrics/{stage}/{images}.json" for stage in ("train_cnn", "evaluate_cnn"))
+    metrics = {}
+    for file in files:
+        metrics |= dvc.api.metrics_show(file, rev=f"seed-{seed}")
+    [weights_sha256] = metrics.pop("weights_sha256")
+    return {"seed": seed, "images": images, **metrics, "weights_sha256": weights_sha256}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The README's table of the rows of seeds.csv, in Markdown."""
+    lines = ["| test images | trained on original | trained on augmented |", "|---|---|---|"]
+    for words, metric in ROWS.items():
+        cells = [
+            spread([100 * float(row[metric]) for row in rows if row["images"] == images]) for images in IMAGES
+        ]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation of percentages."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f} %"
+
+
+if __name__ == "__main__":
+    run_stage(main)
