@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
+from lib.runtime import prepare_torch
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ROOT / "stages"
+
+prepare_torch("cpu", threads=2)  # as every stage does before torch computes
 
 
 def stage_definitions() -> dict[str, dict]:

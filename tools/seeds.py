@@ -40,8 +40,10 @@ def main() -> None:
 
 def run_experiment(seed: int) -> None:
     """Run the pipeline with train_cnn.seed, in a copy. Raises StageError if it fails."""
-    command = ["dvc", "exp", "run", "--temp", "--force", "--name", f"seed-{seed}"]
-    command += ["-S", f"train_cnn.seed={seed}"]
+    name = f"seed-{seed}"
+    # An earlier one of that name would be in the way; `dvc exp run --force` would rerun every stage.
+    subprocess.run(["dvc", "exp", "remove", "--quiet", name], check=False, capture_output=True)
+    command = ["dvc", "exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}"]
     if subprocess.run(command, check=False).returncode:
         raise StageError(f"experiment seed-{seed} failed, expected it to finish; its output is above")
 

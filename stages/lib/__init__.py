@@ -25,12 +25,6 @@ for name in [name for name in os.environ if name.startswith(LIBRARIES)]:
 # there but 16.3 on a quiet machine. This takes 33 and 14.4.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
-# `numerics: portable`. ATen, oneDNN (convolutions) and MKL (linear layers) each choose code by CPU, and
-# so the last bits of their sums. Held to AVX2, and MKL to the one mode that it promises to be equal on
-# Intel's and other makers' CPUs, they give the same bytes on every x86-64 CPU with AVX2.
-PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-os.environ |= PORTABLE
-
 # Imports make some 300,000 objects that stay. Python's collector, left alone, goes through them again
 # and again: a quarter of the time that MLflow adds to a training (4.0 s, 3.1 with this).
 gc.set_threshold(50_000)

@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 
-from lib import PORTABLE
 from lib.errors import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -17,22 +16,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# ATen, oneDNN (convolutions) and MKL (linear layers) each choose code by CPU, and so the last bits of
+# their sums. Held to AVX2, and MKL to the one mode that it promises to be equal on Intel's and other
+# makers' CPUs, they give the same bytes on every x86-64 CPU with AVX2. They read this when they first
+# compute; what stands in the user's environment is removed in lib/__init__.py.
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+
+
 def prepare_torch(device: str, threads: int, numerics: str = "portable"):
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
-    `numerics` is "portable", the same bytes on every CPU with AVX2, or "native", this CPU's fastest
-    code. Call this before torch computes anything. Raises StageError if there is no "cuda".
+    `numerics` is "portable", the same bytes on every CPU with AVX2, or "native", the fastest code for
+    this CPU. Call this before torch computes anything. Raises StageError if there is no "cuda".
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
-    if numerics == "native":
-        for name in PORTABLE:
-            os.environ.pop(name, None)
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise StageError("device is cuda, but torch finds no CUDA device here; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if numerics == "portable":
+        _hold_to_portable_code(device, torch)
     torch.set_num_threads(threads)
     # Warns on CUDA: torch knows its pooling gradient as not deterministic, which it is only for
     # windows that overlap.
@@ -40,17 +45,20 @@ def prepare_torch(device: str, threads: int, numerics: str = "portable"):
     # Guards against reads of uninitialised memory, at 5 % of a step; no layer here has any.
     torch.utils.deterministic.fill_uninitialized_memory = False
     _keep_freed_memory()
-    if numerics == "portable":
-        _say_where_numerics_are_not_portable(device, torch.backends.cpu.get_cpu_capability())
     return torch.device(device)
 
 
-def _say_where_numerics_are_not_portable(device: str, capability: str) -> None:
-    here = "a GPU" if device == "cuda" else f"this CPU ({platform.machine()}, {capability})"
-    if device == "cuda" or capability != "AVX2":
+def _hold_to_portable_code(device: str, torch) -> None:
+    # ATen runs what it is told to, so a CPU without AVX2 would meet an illegal instruction.
+    if has_avx2 := torch.cpu._is_avx2_supported():
+        os.environ |= PORTABLE
+    used = torch.backends.cpu.get_cpu_capability()
+    if has_avx2 and used != PORTABLE["ATEN_CPU_CAPABILITY"].upper():
+        raise RuntimeError(f"torch computed before prepare_torch: it uses {used}, expected AVX2")
+    if device == "cuda" or not has_avx2:
+        here = "a GPU" if device == "cuda" else f"this CPU ({platform.machine()}, {used})"
         print(
-            f"numerics: portable holds on x86-64 CPUs with AVX2; on {here} the last digits "
-            "differ from the committed results"
+            f"numerics: portable holds on x86-64 CPUs with AVX2; on {here} the last digits of results differ"
         )
 
 
