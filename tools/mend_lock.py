@@ -12,6 +12,10 @@ import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from voluptuous import Invalid
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.errors import run_stage
+
 LOCK = Path("dvc.lock")
 
 
@@ -34,4 +38,4 @@ def read_lock() -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

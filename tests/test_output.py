@@ -1,0 +1,101 @@
+"""Standard output and error that are closed, unread or full: the work is done, and its exit code is right."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STAGES
+
+# A stage that prints more than a pipe holds, shows a bar, works, and prints again.
+STAGE = f"""
+import os, sys
+sys.path.insert(0, {str(STAGES)!r})
+from pathlib import Path
+from tqdm import tqdm
+from lib.errors import StageError, run_stage
+
+def main():
+    for line in tqdm(range(5000), mininterval=0):
+        print("line", line, "of what a stage prints")
+    with open("done", "w") as file:
+        os.system("echo what a program started here prints")
+        file.write("all")
+    print("last line")
+    if "fail" in sys.argv:
+        raise StageError("the fault")
+
+run_stage(main)
+"""
+
+
+def sh(folder: Path, command: str) -> subprocess.CompletedProcess:
+    """Run `command` in bash, as a person would; its exit code is that of the first program that failed."""
+    script = f"python() {{ '{sys.executable}' \"$@\"; }}; set -o pipefail; {command}"
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def folder(workspace):
+    (workspace / "stage.py").write_text(STAGE)
+    return workspace
+
+
+UNREAD = [">&-", "2>&-", ">&- 2>&- <&-", "| head -0", "2>&1 | head -0", "2> >(head -0)", "2>/dev/full"]
+
+
+@pytest.mark.parametrize("output", UNREAD)
+def test_an_output_that_nobody_reads_fails_no_stage(folder, output):
+    done = sh(folder, f"python stage.py {output}")
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert not [line for line in done.stderr.splitlines() if line.startswith(("error", "Traceback"))]
+    assert (folder / "done").read_text() == "all"
+
+
+@pytest.mark.parametrize("output", [*UNREAD, ">/dev/full"])
+def test_a_real_failure_keeps_its_exit_code_and_its_line(folder, output):
+    done = sh(folder, f"python stage.py fail {output}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert (folder / "done").read_text() == "all"
+    if "2>" not in output:
+        assert done.stderr.splitlines()[-1] == "error: the fault"
+
+
+@pytest.mark.parametrize("command", ["stage.py", f"'{ROOT}/tools/trace.py' --help"])
+def test_a_full_disk_behind_the_output_is_reported_when_the_work_is_done(folder, command):
+    done = sh(folder, f"python {command} >/dev/full")
+    assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+    assert done.returncode == 1
+    assert (folder / "done").exists() == (command == "stage.py")
+
+
+def test_a_training_whose_output_nobody_reads_is_whole(workspace):
+    path = workspace / "params.yaml"
+    path.write_text(path.read_text().replace("epochs: 2000", "epochs: 20"))
+    done = sh(workspace, f"cd '{workspace}'; for s in build_toy_tensors train_toy_cnn; do "
+              f"python '{STAGES}'/$s.py 2>&1 | head -0 || exit; done")  # fmt: skip
+    assert done.returncode == 0
+    assert (workspace / "metrics/train_toy_cnn.json").exists()
+
+
+def test_a_lock_is_mended_though_nobody_reads_of_it(workspace):
+    (workspace / "dvc.lock").write_text("schema: '2.0'\nsta")
+    done = sh(workspace, f"python '{ROOT}/tools/mend_lock.py' | head -0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (workspace / "dvc.lock").exists()
+
+
+def test_a_line_is_there_as_soon_as_it_is_printed_into_a_pipe_too(workspace):
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from lib.errors import run_stage;"
+        "run_stage(lambda: (print('at once'), time.sleep(20)))"
+    )
+    command, buffered = [sys.executable, "-c", code, STAGES], {**os.environ, "PYTHONUNBUFFERED": ""}
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=buffered) as process:
+        assert process.stdout.readline() == b"at once\n"
+        assert time.monotonic() - began < 20
+        process.kill()
