@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from lib import mlflow_log
 from lib.errors import StageError, run_stage
 from lib.files import read_csv, read_json
-from lib.lineage import git
+from lib.lineage import GitError, git
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 from lib.store import connect, told_in_one_line
 from lib.tracking import report
@@ -93,11 +93,16 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
 
 def record_experiments(client, experiment_id: str) -> None:
     """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
-    for reference in (git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*") or b"").decode().split():
-        stages = yaml.safe_load(git("show", f"{reference}:{LOCK}") or b"stages: {}")["stages"]
+    try:
+        references = git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").decode().split()
+    except GitError as error:
+        print(f"sync: no experiments looked for: {error}")
+        return
+    for reference in references:
+        stages = yaml.safe_load(_committed(reference, LOCK) or b"stages: {}")["stages"]
         for training in trainings(stages):
             [path] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
-            metrics = git("show", f"{reference}:{path}")
+            metrics = _committed(reference, path)
             if metrics is None:  # an experiment that ran other stages may lack it
                 continue
             [weights_sha256] = json.loads(metrics)["weights_sha256"]
@@ -106,6 +111,13 @@ def record_experiments(client, experiment_id: str) -> None:
                 _sync_lock(client, run_id, training, stages)
                 name = reference.rpartition("/")[2]
                 print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
+
+
+def _committed(reference: str, path: str | Path) -> bytes | None:
+    """A file of an experiment; None if the experiment has no such file."""
+    if not git("ls-tree", reference, "--", str(path)):
+        return None
+    return git("show", f"{reference}:./{path}")
 
 
 def _reports(training: str) -> dict:

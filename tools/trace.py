@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib.errors import StageError, run_stage
 from lib.files import sha256_of
-from lib.lineage import git
+from lib.lineage import GitError, git
 from lib.store import connect
 
 
@@ -43,10 +43,11 @@ def query(what: str) -> str:
         return f"tags.weights_sha256 = '{what}'"
     if re.fullmatch("[0-9a-f]{32}", what):
         return f"attributes.run_id = '{what}'"
-    commit = git("rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
-    if commit is None:
-        raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit")
-    return f"tags.git_commit = '{commit.decode().strip()}'"
+    try:
+        commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()
+    except GitError as error:
+        raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
+    return f"tags.git_commit = '{commit}'"
 
 
 def trace(client, run) -> dict:
@@ -75,6 +76,8 @@ def restore(run, tags: dict, dirty: bool) -> list[str]:
     if dirty:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
         commands.append("git apply uncommitted.diff")
+    elif tags.get("git_dirty") == "true":
+        commands.append("# the run had uncommitted changes, which it does not record")
     params = " ".join(
         f"-S {name}={'null' if value == 'None' else value}" for name, value in sorted(run.data.params.items())
     )

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.errors import StageError
+
 # Settings and results, which a run records itself; every other change makes a tree dirty.
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
+
+
+class GitError(StageError):
+    """A git command that failed, and what git says."""
 
 
 def repository_root() -> Path:
@@ -22,24 +28,33 @@ def repository_root() -> Path:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit, and whether code differs from it; empty outside a git repository."""
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
+    """The commit, and whether code differs from it; empty, after a line that says why, if git fails."""
+    try:
+        commit = git("rev-parse", "--verify", "HEAD").decode().strip()
+        # Untracked files count, whatever the user's settings are.
+        changes = git("status", "--porcelain", "--untracked-files=normal", "--", ".", *NOT_CODE)
+    except GitError as error:
+        print(f"the run does not record its commit: {error}")
         return {}
-    dirty = bool(git("status", "--porcelain", "--", ".", *NOT_CODE))
-    return {"git_commit": commit.decode().strip(), "git_dirty": str(dirty).lower()}
+    return {"git_commit": commit, "git_dirty": str(bool(changes)).lower()}
 
 
-def git_diff() -> str:
+def git_diff() -> str | None:
     """What a dirty tree holds beyond its commit, new files too; in latin-1, bytes that `git apply` takes.
 
-    Text, since what could not be sent is kept as JSON.
+    Text, since what could not be sent is kept as JSON. None, after a line that says why, if git fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": f"{scratch}/index"}  # git's own index is the user's
-        git("read-tree", "HEAD", **index)
-        git("add", "--all", "--", ".", *NOT_CODE, **index)
-        return (git("diff", "--cached", "--binary", "HEAD", **index) or b"").decode("latin-1")
+        try:
+            git("read-tree", "HEAD", **index)
+            git("add", "--all", "--", ".", *NOT_CODE, **index)
+            # diff-index, since the user's settings colour what `git diff` prints, or change its paths.
+            diff = git("diff-index", "--cached", "--binary", "--no-ext-diff", "HEAD", **index)
+        except GitError as error:
+            print(f"the run does not record the uncommitted changes: {error}")
+            return None
+    return diff.decode("latin-1")
 
 
 def dvc_tags(stage: str) -> dict[str, str]:
@@ -85,12 +100,15 @@ def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
     return hasher.hexdigest()
 
 
-def git(*arguments: str, **environment: str) -> bytes | None:
-    """What git prints; None where it fails: without git, a commit, or what was asked for."""
+def git(*arguments: str, **environment: str) -> bytes:
+    """What git prints. Raises GitError if it fails: without git, a repository, or what was asked for."""
+    # Without the option, `git status` locks the index, and a kill leaves a lock that stops the user's git.
+    command = ["git", "--no-optional-locks", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, check=True, env=os.environ | environment
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
+        done = subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
+    except OSError as error:
+        raise GitError(f"git cannot be run: {error.strerror}") from None
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise GitError(f"git {arguments[0]}: {said or f'exit code {done.returncode}'}")
     return done.stdout

@@ -47,8 +47,8 @@ def stand_in(
     tags = {"mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true"}
     tags |= (git_tags() if code_is_here else {}) | dvc_tags(training_stage)
     run_id = client.create_run(experiment_id, run_name=training_stage, tags=tags).info.run_id
-    if tags.get("git_dirty") == "true":
-        log_diff(client, run_id, git_diff())
+    if tags.get("git_dirty") == "true" and (diff := git_diff()) is not None:
+        log_diff(client, run_id, diff)
     client.set_terminated(run_id)
     return run_id
 

@@ -29,8 +29,8 @@ class TrainingRun:
     def log_start(self, params: dict[str, object], dirty: bool) -> None:
         """Log the params, and the diff of a dirty tree."""
         self._send("params", params)
-        if dirty:
-            self._send("diff", git_diff())  # taken now: by the time it is sent, the tree may differ
+        if dirty and (diff := git_diff()) is not None:  # taken now: when it is sent, the tree may differ
+            self._send("diff", diff)
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
         """Log one epoch, in one call; `row` has the epoch's number and metrics."""

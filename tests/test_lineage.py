@@ -1,0 +1,146 @@
+"""git as the stages call it: it leaves the user's repository alone, and says in a line why it fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, git
+
+from lib.lineage import git_diff, git_tags
+from lib.mlflow_log import stand_in
+from lib.store import connect
+from lib.tracking import training_run
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow warns about itself
+
+
+@pytest.fixture
+def repository(workspace):
+    git(workspace, "init", "--quiet")
+    (workspace / "code.py").write_text("one\n")
+    git(workspace, "add", "--all")
+    git(workspace, "commit", "--quiet", "--message", "t")
+    return workspace
+
+
+def run_artifacts() -> set[str]:
+    client, experiment_id = connect()
+    [run] = client.search_runs([experiment_id])
+    return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_the_users_index_is_neither_locked_nor_written(repository):
+    index = repository / ".git/index"
+    os.utime(repository / "code.py", (0, 0))  # for `git status`, a reason to refresh the index
+    before = index.read_bytes()
+    assert git_tags()["git_dirty"] == "false"
+    (repository / "new.py").write_text("new")
+    git_diff()
+    assert index.read_bytes() == before
+    # What the user's own command does with the same file, so that the comparison above can fail.
+    git(repository, "status", "--porcelain")
+    assert index.read_bytes() != before
+
+
+def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_continues(
+    repository, monkeypatch, capsys
+):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with training_run("train_toy_cnn", {}):
+        pass
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("the run does not record its commit: git rev-parse: ")
+    assert f"git config --global --add safe.directory {repository}" in line
+    client, experiment_id = connect()
+    [run] = client.search_runs([experiment_id])
+    assert (run.info.status, "git_commit" in run.data.tags) == ("FINISHED", False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: None, "git rev-parse: fatal: not a git repository"),
+        (lambda folder: git(folder, "init", "--quiet"), "git rev-parse: fatal: Needed a single revision"),
+        (lambda folder: os.environ.update(PATH=""), "git cannot be run: No such file or directory"),
+    ],
+)
+def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoil, words):
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # put back after the test
+    spoil(workspace)
+    assert git_tags() == {}
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"the run does not record its commit: {words}")
+
+
+def test_a_damaged_index_is_not_a_clean_tree(repository, capsys):
+    (repository / ".git/index").write_bytes(b"damaged")
+    assert git_tags() == {}
+    assert "the run does not record its commit: git status: fatal: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("made_by", ["training", "stand-in"])
+def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
+    (repository / "code.py").write_text("two\n")
+    shutil.rmtree(repository / ".git/objects")
+    (repository / ".git/objects").mkdir()
+    tags = {"git_commit": "ab" * 20, "git_dirty": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.tracking.git_tags", lambda: tags)
+        patch.setattr("lib.mlflow_log.git_tags", lambda: tags)
+        if made_by == "training":
+            with training_run("train_toy_cnn", {}):
+                pass
+        else:
+            stand_in(*connect(), "train_toy_cnn", "ab" * 32)
+    assert (
+        "the run does not record the uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
+    )
+    assert "uncommitted.diff" not in run_artifacts()
+    command = [sys.executable, str(ROOT / "tools/trace.py"), "ab" * 32, "--json"]
+    if made_by == "stand-in":
+        [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
+
+
+def test_the_diff_does_not_depend_on_the_users_settings(repository):
+    plain = [git_tags()]
+    (repository / "new.py").write_text("new\n")
+    plain += [git_tags(), git_diff()]
+    (repository / "new.py").unlink()
+    for setting in ("color.ui=always", "diff.noprefix=true", "status.showUntrackedFiles=no"):
+        git(repository, "config", *setting.split("="))
+    git(repository, "config", "diff.external", "false")
+    found = [git_tags()]
+    (repository / "new.py").write_text("new\n")
+    assert [*found, git_tags(), git_diff()] == plain
+
+
+@pytest.mark.parametrize("what", ["-x", "--all", "no-such-commit"])
+def test_trace_takes_no_option_for_a_commit(repository, what):
+    command = [sys.executable, str(ROOT / "tools/trace.py"), "--", what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {what}: expected a run id, a file, a SHA-256 or a git commit (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
+    from sync import record_experiments
+
+    record_experiments(None, "1")
+    assert capsys.readouterr().out.startswith("sync: no experiments looked for: git for-each-ref: fatal: not")
+
+
+def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repository):
+    from sync import _committed
+
+    assert _committed("HEAD", "code.py") == b"one\n"
+    assert _committed("HEAD", Path("absent")) is None
+    with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):
+        _committed("refs/exps/gone", "code.py")
