@@ -61,6 +61,10 @@ def test_committed_params_are_valid_and_only_the_named_sections_come():
         ("split.train_size", 55_001, ["split.train_size", "55001", "at most 55000"]),
         ("fetch.sources", [], ["fetch.sources", "a list of one or more"]),
         ("fetch.sources", "folder", ["fetch.sources", "'folder'", "a list"]),
+        *[
+            ("fetch.sources", ["folder", f"apt:{name}"], [f"fetch.sources.1 is 'apt:{name}'", "lower-case"])
+            for name in ("-oDir::Bin::dpkg=/bin/true", "", "a", "a b", "Name", "a=1", "../x.deb")
+        ],
         ("plot_results", 5, ["plot_results", "5", "a section with dpi"]),
     ],
 )

@@ -1,11 +1,12 @@
 """params.yaml as typed models: validated as a whole before any work."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from lib.errors import StageError
 from lib.params_faults import explain
@@ -19,7 +20,7 @@ AsWritten = WrapValidator(lambda value, validate: (validate(value), value)[1])
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Threads = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
-Source = Annotated[str, Field(min_length=1)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(lambda value: _source(value))]
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["portable", "native"]
 
@@ -152,6 +153,12 @@ def parse_params(path: Path = PARAMS_PATH) -> Params:
         raise StageError(f"{path}: {explain(error, Params)}") from None
     _check_split(params.split, path)
     return params
+
+
+def _source(value: str) -> str:
+    if value.startswith("apt:") and not re.fullmatch("[a-z0-9][a-z0-9+.-]+", value[4:]):
+        raise ValueError("not a package name by Debian's rule: apt-get could take it for an option")
+    return value
 
 
 def _check_split(split: Split, path: Path) -> None:

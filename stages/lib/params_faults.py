@@ -45,7 +45,8 @@ def _describe(schema: dict) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "array":
-        return "a list of one or more folders, http(s) addresses or apt:<package>"
+        kinds = "folders, http(s) addresses or apt:<package>, in lower-case letters, digits, +, - and ."
+        return f"a list of one or more {kinds}"
     words = {"integer": "an integer", "number": "a number", "null": "null", "string": "text"}[schema["type"]]
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high = schema.get("maximum")
