@@ -63,6 +63,7 @@ LIBRARY = {
     "process": ALL,
     "repairs": ["augment_images"],
     "runtime": ["augment_images", *TORCH],
+    "source_kinds": ["fetch_fashion_mnist"],
     "sources": ["fetch_fashion_mnist"],
     "splits": ["train_cnn"],
     "store": LOGGING,

@@ -1,15 +1,20 @@
 """Fetching: the order of sources, faults of each kind, and the message when all fail."""
 
+import contextlib
 import errno
 import gzip
 import hashlib
+import os
+import socketserver
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # the waiting between attempts is left out below
 
 import pytest
 
-from lib import sources
+from lib import source_kinds, sources
 from lib.errors import StageError
 from lib.idx import IdxFile
 
@@ -183,3 +188,142 @@ def test_complete_data_needs_no_source(good, target):
     sources.fetch([str(good)], target)
     sources.fetch(["/absent"], target)
     assert_complete(target)
+
+
+@pytest.fixture
+def answer():
+    """Answer every connection by a function that is given the socket; gives the address."""
+    servers = []
+
+    def start(send):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                with contextlib.suppress(OSError):
+                    self.request.recv(65536)
+                    send(self.request)
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
+COMPRESSED = gzip.compress(CONTENTS[FIRST])
+REDIRECT = b"HTTP/1.0 302 Found\r\nLocation: %s\r\n\r\n"
+
+
+def dripped(content):
+    def send(connection):
+        for byte in content:
+            connection.sendall(bytes([byte]))
+            sleep(0.1)
+
+    return send
+
+
+def endless(start, more):
+    def send(connection):
+        connection.sendall(start)
+        while True:
+            connection.sendall(more)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("send", "words"),
+    [
+        (dripped(HEAD + COMPRESSED + bytes(100)), "not done after 2 s"),
+        (dripped(b"HTTP/1.0 200 OK\r\nName: " + b"x" * 1000), "not done after 2 s"),
+        (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "not done after 2 s"),
+        (endless(HEAD, gzip.compress(b"")), "expected at most 66544 compressed bytes"),
+        (endless(HEAD + COMPRESSED, bytes(10000)), "expected at most 66544 compressed bytes"),
+        (endless(b"HTTP/1.0 200 OK\r\n", b"Name: value\r\n"), "cannot be reached"),
+        (lambda connection: sleep(60), "Read timed out"),
+        (lambda connection: connection.sendall(REDIRECT % b"/"), "Exceeded 5 redirects"),
+        (endless(REDIRECT % b"/", bytes(10000)), "Exceeded 5 redirects"),
+        (lambda connection: connection.sendall(REDIRECT % b"http://["), "Invalid"),
+    ],
+)
+def test_a_source_without_an_end_is_given_up_and_the_next_is_tried(
+    good, target, answer, capsys, monkeypatch, send, words
+):
+    monkeypatch.setattr(sources, "SOURCE_SECONDS", 2)
+    monkeypatch.setattr(source_kinds, "READ_TIMEOUT", 0.5)
+    address = answer(send)
+    began = time.monotonic()
+    sources.fetch([address, str(good)], target)
+    assert time.monotonic() - began < 10
+    assert_complete(target)
+    [line, _] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"fetch: {address}: ")
+    assert words in line
+
+
+def test_a_slow_mirror_may_take_longer_than_one_answer_may(good, target, serve, monkeypatch):
+    class Slow(SimpleHTTPRequestHandler):
+        def copyfile(self, source, outputfile):
+            for byte in source.read():
+                sleep(0.03)
+                outputfile.write(bytes([byte]))
+
+    monkeypatch.setattr(source_kinds, "READ_TIMEOUT", 0.5)
+    began = time.monotonic()
+    sources.fetch([serve(good, Slow)], target)
+    assert time.monotonic() - began > 2
+    assert_complete(target)
+
+
+def test_a_redirect_is_followed_and_its_body_is_not_read(good, target, serve, answer):
+    address = serve(good).encode()
+    names = iter([file.name.encode() for file in CONTENTS])
+
+    def send(connection):
+        endless(REDIRECT % (address + b"/" + next(names) + b".gz"), bytes(10000))(connection)
+
+    sources.fetch([answer(send)], target)
+    assert_complete(target)
+
+
+def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "SOURCE_SECONDS", 1)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / FIRST.name)  # nobody writes into it: to open it waits for ever
+    (tmp_path / "zeros").mkdir()
+    with (tmp_path / "zeros" / f"{FIRST.name}.gz").open("wb") as file:
+        file.write(COMPRESSED)
+        file.truncate(1 << 34)  # takes no room on the disk
+    sources.fetch([str(tmp_path / "pipe"), str(tmp_path / "zeros"), str(good)], target)
+    assert_complete(target)
+    pipe, zeros, _ = capsys.readouterr().out.splitlines()
+    assert "not done after 1 s" in pipe
+    assert "expected at most 66544 compressed bytes" in zeros
+
+
+def test_an_apt_without_an_end_is_killed(good, tmp_path, target, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "SOURCE_SECONDS", 1)
+    program = tmp_path / "apt-get"
+    program.write_text(f"#!/bin/sh\necho $$ >'{tmp_path}/pid'\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    sources.fetch(["apt:some-package", str(good)], target)
+    assert_complete(target)
+    assert "apt:some-package: not done after 1 s, expected all files by then" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_package_name_is_no_option_to_apt(tmp_path, target):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")
+    program.chmod(0o755)
+    with pytest.raises(StageError):
+        sources.fetch([f"apt:-oDir::Bin::dpkg={program}"], target)
+    assert not (tmp_path / "ran").exists()
