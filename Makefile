@@ -4,9 +4,11 @@
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
+export PYTHON
 
-# Stages call `python`, so the environment comes first on the path; the path may have spaces.
-ACTIVATE := PATH="$(CURDIR)/.venv/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv"
+# Stages call `python`, so the environment comes first on the path; the path may have spaces or quotes,
+# since the shell, not make, puts it in.
+ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv"
 
 PIP_FLAGS := --quiet --disable-pip-version-check
 
@@ -41,10 +43,11 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 
 # Written last, so a set-up that was stopped half-way is made anew.
 .venv/ready: requirements.lock requirements-imgaug.lock
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
-	    f"error: $(PYTHON) is Python {sys.version.split()[0]}, expected 3.11 or newer: make PYTHON=...")'
+	@"$$PYTHON" -c 'import os, sys; sys.exit(sys.version_info < (3, 11) and \
+	    "error: %s is Python %s, expected 3.11 or newer: make PYTHON=..." \
+	    % (os.environ["PYTHON"], sys.version.split()[0]))'
 	rm -rf .venv
-	"$(PYTHON)" -m venv .venv
+	"$$PYTHON" -m venv .venv
 	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements.lock
 	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements-imgaug.lock
 	touch .venv/ready

@@ -6,6 +6,7 @@ Usage: python tools/trace.py RUN_ID | FILE | SHA256 | COMMIT [--json]
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -71,17 +72,20 @@ def trace(client, run) -> dict:
 
 
 def restore(run, tags: dict, dirty: bool) -> list[str]:
-    """The commands that make the run's results again, from the DVC cache where it has them."""
-    commands = [f"git checkout {tags['git_commit']}"] if "git_commit" in tags else []
+    """The commands that make the run's results again, from the DVC cache where it has them.
+
+    Quoted: params and tags come from a store that others may write to.
+    """
+    commands = [shlex.join(["git", "checkout", tags["git_commit"]])] if "git_commit" in tags else []
     if dirty:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
         commands.append("git apply uncommitted.diff")
     elif tags.get("git_dirty") == "true":
         commands.append("# the run had uncommitted changes, which it does not record")
-    params = " ".join(
-        f"-S {name}={'null' if value == 'None' else value}" for name, value in sorted(run.data.params.items())
-    )
-    return [*commands, f"dvc exp run {params} {tags['dvc_stage']}"]
+    changes = []
+    for name, value in sorted(run.data.params.items()):
+        changes += ["-S", f"{name}={'null' if value == 'None' else value}"]
+    return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
 
 
 def words(trace: dict) -> str:

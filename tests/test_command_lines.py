@@ -1,0 +1,87 @@
+"""Values that reach a shell: the Makefile's folder and Python, and the commands that trace prints."""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+ODD = 'it\'s "$(touch ran)" `touch ran` & ;x'
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "MAKEFLAGS")}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def stand_in(path: Path) -> None:
+    """A program that writes down how it is called, and makes an environment of itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        'echo "called with: $*"\n'
+        '[ "$2" != venv ] || { mkdir -p .venv/bin && cp "$0" .venv/bin/python; }\n'
+    )
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the project's Makefile in a folder with an odd name."""
+    folder = tmp_path / ODD
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("requirements.lock", "requirements-imgaug.lock"):
+        (folder / name).touch()
+    return folder
+
+
+def test_the_folders_name_is_no_command(folder):
+    stand_in(folder / ".venv/bin/python")
+    (folder / ".venv/ready").touch()
+    done = make(folder, "sync")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "called with: tools/sync.py" in done.stdout
+    assert not (folder / "ran").exists()
+
+
+def test_the_name_of_python_is_no_command(folder):
+    stand_in(folder / ODD)
+    done = make(folder, "setup", f"PYTHON=./{ODD.replace('$', '$$')}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "called with: -m venv .venv" in done.stdout
+    assert "called with: -m pip install" in done.stdout
+    assert not (folder / "ran").exists()
+
+
+def test_an_old_python_is_named(folder):
+    old = folder / "old python"
+    code = "import collections, sys; v = collections.namedtuple('v', 'a b'); sys.version_info = v(3, 9);"
+    old.write_text(f'#!/bin/sh\nexec python3 -c "{code} sys.version = \'3.9.1 x\'; exec(sys.argv[1])" "$2"\n')
+    old.chmod(0o755)
+    done = make(folder, "setup", "PYTHON=./old python")
+    assert done.returncode
+    assert "error: ./old python is Python 3.9.1, expected 3.11 or newer: make PYTHON=" in done.stderr
+
+
+def test_the_commands_that_trace_prints_are_quoted():
+    spec = importlib.util.spec_from_file_location("tools_trace", ROOT / "tools/trace.py")
+    trace = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trace)
+    params = {"train_cnn.device": ODD, "split.train_size": "None", "split.seed": "0"}
+    run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
+    commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, dirty=False)
+    assert [shlex.split(command) for command in commands] == [
+        ["git", "checkout", ODD],
+        [
+            *["dvc", "exp", "run", "-S", "split.seed=0", "-S", "split.train_size=null"],
+            *["-S", f"train_cnn.device={ODD}", "train_cnn@$(touch ran)"],
+        ],
+    ]
