@@ -1,5 +1,7 @@
 """Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +52,20 @@ def main() -> None:
 
 def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:
     """The largest error among the layers whose names begin with `layer`, and where it is."""
-    row = max((row for row in rows if row["layer"].startswith(layer)), key=lambda row: row["error"])
-    return row["error"], f"{model}, {row['layer']}"
+    chosen = [row for row in rows if row["layer"].startswith(layer)]
+    return _worst((row["error"], f"{model}, {row['layer']}") for row in chosen)
 
 
 def _gradient_error(cnn, images: np.ndarray, rows: list[dict], seed: int) -> tuple[float, str]:
     """Both convolutions, on the first image: the second reads what torch's layers before it give."""
     rng = np.random.default_rng(seed)
     inputs = {0: images[:1], 3: rows[2]["by_torch"][:1]}  # layer number: (1, C, H, W)
-    return max((compare_gradients(cnn[n], x, rng), f"CNN, Conv2d-{n + 1}") for n, x in inputs.items())
+    return _worst((compare_gradients(cnn[n], x, rng), f"CNN, Conv2d-{n + 1}") for n, x in inputs.items())
+
+
+def _worst(errors: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    """The largest of `errors`; NaN, which max() alone would pass over, is larger than any number."""
+    return max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])
 
 
 def _check(errors: dict, counts: dict, tolerance: float) -> None:

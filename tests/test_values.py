@@ -1,0 +1,435 @@
+"""Every number, picture and curve that the stages write, computed a second time in another way."""
+
+import json
+
+import matplotlib.colors
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import small_stages as small
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file
+from small_stages import IMAGES, PARAMS, run_stage, table
+
+from lib import figures, manual_conv
+from lib.errors import StageError
+from lib.idx import CLASSES
+from lib.models import build_cnn, build_toy_cnn, fresh
+
+SIX_DIGITS = 1e-5  # relative: what files keep of a float, and float32 beside float64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all stages have run once, on small data."""
+    folder = tmp_path_factory.mktemp("values")
+    small.make_data(folder)
+    for stage in small.PIPELINE:
+        run_stage(folder, *stage)
+    return folder
+
+
+@pytest.fixture
+def again(folder, tmp_path):
+    """A copy of that folder, to run a stage in once more."""
+    return small.copy(folder, tmp_path / "again")
+
+
+def pool_of(folder, images):
+    """(variants, N, 28, 28), the originals first."""
+    paths = sorted((folder / "data/augmented").glob("copy_*.npy")) if images == "augmented" else []
+    return np.stack([small.read_data(folder, "TRAIN_IMAGES"), *map(np.load, paths)])
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images(folder, images):
+    pixels, labels = small.read_data(folder, "TRAIN_IMAGES"), small.read_data(folder, "TRAIN_LABELS")
+    _, val = small.split(labels)
+    loss, accuracy = small.evaluate(folder / f"models/cnn_{images}.safetensors", pixels[val], labels[val])
+    written = json.loads((folder / f"metrics/train_cnn/{images}.json").read_text())
+    assert written["val_loss"] == pytest.approx(loss, rel=SIX_DIGITS)
+    assert written["val_accuracy"] == pytest.approx(accuracy, rel=SIX_DIGITS)
+    last = table(folder / f"metrics/train_cnn/{images}.csv")[-1]
+    assert {name: float(value) for name, value in last.items()} == {
+        "epoch": PARAMS["train_cnn"]["epochs"],
+        **{name: value for name, value in written.items() if name != "weights_sha256"},
+    }
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_a_plain_training_gives_the_written_weights_and_train_metrics(folder, images):
+    weights, rows = small.train(pool_of(folder, images), small.read_data(folder, "TRAIN_LABELS"))
+    written = table(folder / f"metrics/train_cnn/{images}.csv")
+    assert len(written) == len(rows)
+    for mine, row in zip(rows, written, strict=True):
+        assert float(row["train_loss"]) == pytest.approx(mine["train_loss"], rel=1e-3)
+        assert float(row["train_accuracy"]) == pytest.approx(mine["train_accuracy"], abs=0.01)
+    for name, tensor in load_file(folder / f"models/cnn_{images}.safetensors").items():
+        # Adam's steps are of one size, so a rounding error can turn a few that have no direction.
+        assert (tensor - weights[name]).abs().mean() < 0.02 * PARAMS["train_cnn"]["learning_rate"], name
+
+
+def test_a_plain_training_gives_the_written_toy_and_its_curve(folder):
+    params, model = PARAMS["train_toy_cnn"], fresh(build_toy_cnn, PARAMS["train_toy_cnn"]["seed"])
+    toy = load_file(folder / "data/toy.safetensors")
+    optimizer = torch.optim.Adam(model.parameters(), lr=params["learning_rate"])
+    curve = []
+    for _ in range(params["epochs"]):
+        losses = []
+        for image, label in zip(toy["images"], toy["labels"], strict=True):
+            probability = model(image[None]).squeeze()
+            loss = -torch.log(probability if label == 1 else 1 - probability)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curve.append(sum(losses) / 2)
+    written = table(folder / "metrics/train_toy_cnn.csv")
+    assert [int(row["epoch"]) for row in written] == list(range(1, params["epochs"] + 1))
+    assert [float(row["train_loss"]) for row in written] == pytest.approx(curve, rel=1e-4)
+    metrics = json.loads((folder / "metrics/train_toy_cnn.json").read_text())
+    probabilities = model(toy["images"]).flatten().tolist()
+    assert metrics["train_loss"] == pytest.approx(curve[-1], rel=1e-4)
+    assert [metrics["output_image_0"], metrics["output_image_1"]] == pytest.approx(probabilities, rel=1e-4)
+    for name, tensor in load_file(folder / "models/toy_cnn.safetensors").items():
+        assert torch.allclose(tensor, model.state_dict()[name], atol=1e-5), name
+
+
+def test_the_toys_images_are_those_of_the_lesson(folder):
+    toy = load_file(folder / "data/toy.safetensors")
+    assert (toy["images"][:, 0] * 8).tolist() == [
+        [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [1, 3, 4, 5]],
+        [[-1, 2, 3, -4], [2, -3, 4, 5], [-5, 6, -7, 8], [-1, -3, -4, -5]],
+    ]
+    assert toy["labels"].tolist() == [0, 1]
+
+
+def test_the_models_seed_is_that_of_train_cnn_and_not_of_the_split(again):
+    run_stage(again, "train_cnn", "original", train_cnn__learning_rate=1e-12)  # so small that nothing moves
+    initial = fresh(build_cnn, PARAMS["train_cnn"]["seed"]).state_dict()
+    for name, tensor in load_file(again / "models/cnn_original.safetensors").items():
+        assert torch.allclose(tensor, initial[name], atol=1e-9), name
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_test_metrics_are_those_of_the_written_weights(folder, images):
+    pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
+    loss, accuracy = small.evaluate(folder / f"models/cnn_{images}.safetensors", pixels, labels)
+    written = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
+    assert written["test_loss"] == pytest.approx(loss, rel=SIX_DIGITS)
+    assert written["test_accuracy"] == pytest.approx(accuracy, rel=SIX_DIGITS)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_confusion_and_classes_are_those_of_the_written_weights(folder, images):
+    pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
+    weights = load_file(folder / f"models/cnn_{images}.safetensors")
+    predictions = small.logits_of(weights, pixels).argmax(1)
+    written = table(folder / f"metrics/evaluate_cnn/{images}_confusion.csv")
+    pairs = [(CLASSES.index(row["actual"]), CLASSES.index(row["predicted"])) for row in written]
+    assert pairs == list(zip(labels, predictions, strict=True))
+    for number, row in enumerate(table(folder / f"metrics/evaluate_cnn/{images}_per_class.csv")):
+        hits = pairs.count((number, number))
+        predicted, actual = list(predictions).count(number), list(labels).count(number)
+        assert (row["class"], int(row["n"])) == (CLASSES[number], actual)
+        assert float(row["precision"]) == pytest.approx(hits / predicted if predicted else 0, rel=SIX_DIGITS)
+        assert float(row["recall"]) == pytest.approx(hits / actual, rel=SIX_DIGITS)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(folder, images):
+    pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
+    weights = load_file(folder / f"models/cnn_{images}.safetensors")
+    probabilities = small.probabilities(small.logits_of(weights, pixels))
+    confidences = {
+        number: row.max() for number, row in enumerate(probabilities) if row.argmax() != labels[number]
+    }
+    surest = sorted(confidences, key=confidences.get, reverse=True)[: PARAMS["evaluate_cnn"]["mistakes"]]
+    written = table(folder / f"metrics/evaluate_cnn/{images}_mistakes.csv")
+    assert [int(row["image"]) for row in written] == surest
+    for number, row in zip(surest, written, strict=True):
+        assert row["pixels"] == pixels[number].tobytes().hex()
+        assert row["label"] == CLASSES[labels[number]]
+        assert row["prediction"] == CLASSES[probabilities[number].argmax()]
+        assert float(row["confidence"]) == pytest.approx(confidences[number], rel=SIX_DIGITS)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_robustness_is_that_of_the_written_weights_on_moved_images(folder, images):
+    n = PARAMS["evaluate_cnn"]["robustness_images"]
+    pixels, labels = (small.read_data(folder, name)[:n] for name in ("TEST_IMAGES", "TEST_LABELS"))
+    moved = {("shift_x", amount): small.shifted(pixels, amount, 0) for amount in range(-5, 6)}
+    moved |= {("shift_y", amount): small.shifted(pixels, 0, amount) for amount in range(-5, 6)}
+    moved |= {("rotation", amount): small.rotated(pixels, amount) for amount in range(-30, 31, 5)}
+    weights = folder / f"models/cnn_{images}.safetensors"
+    accuracies = {key: small.evaluate(weights, batch, labels)[1] for key, batch in moved.items()}
+    rows = table(folder / f"metrics/evaluate_cnn/{images}_robustness.csv")
+    assert {row["n"] for row in rows} == {str(n)}
+    written = {(row["transform"], int(row["amount"])): float(row["accuracy"]) for row in rows}
+    assert written == pytest.approx(accuracies, rel=SIX_DIGITS)
+    metrics = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
+    by_3 = [accuracies[axis, sign * 3] for axis in ("shift_x", "shift_y") for sign in (-1, 1)]
+    by_15 = [accuracies["rotation", sign * 15] for sign in (-1, 1)]
+    assert metrics["test_accuracy_shift_3px"] == pytest.approx(np.mean(by_3), rel=SIX_DIGITS)
+    assert metrics["test_accuracy_rotation_15deg"] == pytest.approx(np.mean(by_15), rel=SIX_DIGITS)
+
+
+def test_the_examples_of_augmentation_are_the_images_and_their_copies(folder):
+    pool, labels = pool_of(folder, "augmented"), small.read_data(folder, "TRAIN_LABELS")
+    assert len(pool) == 1 + PARAMS["augment_images"]["copies"]
+    assert (np.load(folder / "data/augmented/labels.npy") == labels).all()
+    rows = table(folder / "metrics/augment_images.csv")
+    keys = [(image, copy) for image in range(8) for copy in range(len(pool))]
+    assert [(int(row["image"]), int(row["copy"])) for row in rows] == keys
+    for (image, copy), row in zip(keys, rows, strict=True):
+        assert row["pixels"] == pool[copy, image].tobytes().hex()
+        assert row["label"] == CLASSES[labels[image]]
+
+
+@pytest.fixture(scope="module")
+def drawn(folder):
+    """The figures that plot_results saves, by name."""
+    saved = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, path, dpi: saved.__setitem__(path.stem, figure))
+        run_stage(folder, "plot_results")
+    yield saved
+    plt.close("all")
+
+
+def curves(axes):
+    """What each line's label, colour, x and y are."""
+    return {
+        line.get_label(): (matplotlib.colors.to_hex(line.get_color()), *np.asarray(line.get_data()).tolist())
+        for line in axes.lines
+    }
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows]
+
+
+def test_training_curves_show_each_models_own_values(folder, drawn):
+    for axes, quantity in zip(drawn["training_curves"].axes, ("loss", "accuracy"), strict=True):
+        expected = {}
+        for images in IMAGES:
+            rows = table(folder / f"metrics/train_cnn/{images}.csv")
+            for part in ("train", "val"):
+                values = column(rows, f"{part}_{quantity}")
+                expected[f"{images}, {part}"] = (figures.COLORS[images], column(rows, "epoch"), values)
+        assert curves(axes) == expected
+        assert axes.get_ylabel() == {"loss": "cross-entropy", "accuracy": "accuracy"}[quantity]
+
+
+def test_the_toys_loss_is_its_curve(folder, drawn):
+    rows = table(folder / "metrics/train_toy_cnn.csv")
+    curve, chance = drawn["toy_loss"].axes[0].lines
+    assert np.asarray(curve.get_data()).tolist() == [column(rows, "epoch"), column(rows, "train_loss")]
+    assert chance.get_ydata()[0] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_robustness_shows_each_models_own_accuracies(folder, drawn):
+    figure = drawn["robustness"]
+    assert f"n = {PARAMS['evaluate_cnn']['robustness_images']} " in figure.get_suptitle()
+    expected = {"shifted left and right": "shift_x", "shifted up and down": "shift_y", "rotated": "rotation"}
+    assert [axes.get_title() for axes in figure.axes] == list(expected)
+    for axes in figure.axes:
+        lines = {}
+        for images in IMAGES:
+            rows = [
+                row
+                for row in table(folder / f"metrics/evaluate_cnn/{images}_robustness.csv")
+                if row["transform"] == expected[axes.get_title()]
+            ]
+            values = (column(rows, "amount"), column(rows, "accuracy"))
+            lines[f"trained on {images} images"] = (figures.COLORS[images], *values)
+        assert curves(axes) == lines
+
+
+def test_confusion_shows_each_models_own_shares(folder, drawn):
+    for axes, images in zip(drawn["confusion"].axes, IMAGES, strict=True):
+        assert axes.get_title() == f"trained on {images} images, n = 150"
+        rows = table(folder / f"metrics/evaluate_cnn/{images}_confusion.csv")
+        shares = np.zeros((10, 10))
+        for i, j in np.ndindex(10, 10):
+            actual = [row["predicted"] for row in rows if row["actual"] == CLASSES[i]]
+            shares[i, j] = 100 * actual.count(CLASSES[j]) / len(actual)
+        assert np.allclose(axes.images[0].get_array(), shares)
+        written = {text.get_position(): text.get_text() for text in axes.texts}
+        assert written == {(j, i): f"{shares[i, j]:.0f}" for i, j in zip(*np.nonzero(shares), strict=True)}
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(CLASSES)
+        assert axes.get_xlabel() == "predicted"
+    left = drawn["confusion"].axes[0]
+    assert [label.get_text() for label in left.get_yticklabels()] == list(CLASSES)
+    assert left.get_ylabel() == "actual"
+
+
+def test_mistakes_show_each_models_own_images(folder, drawn):
+    for part, images in zip(drawn["mistakes"].subfigs, IMAGES, strict=True):
+        assert f"Trained on {images} images" in part.get_suptitle()
+        rows = table(folder / f"metrics/evaluate_cnn/{images}_mistakes.csv")
+        shown = [axes for axes in part.axes if axes.images]
+        assert len(rows) == len(shown) == PARAMS["evaluate_cnn"]["mistakes"]
+        for axes, row in zip(shown, rows, strict=True):
+            assert axes.images[0].get_array().tobytes().hex() == row["pixels"]
+            confidence = f"{100 * float(row['confidence']):.2f}%"
+            assert axes.get_title() == f"{row['label']}\ntaken for {row['prediction']}\n{confidence}"
+
+
+def test_augmentation_shows_each_copy_below_its_image(folder, drawn):
+    axes = drawn["augmentation"].axes
+    rows = table(folder / "metrics/augment_images.csv")
+    by_place = sorted(rows, key=lambda row: (int(row["copy"]), int(row["image"])))
+    assert [a.images[0].get_array().tobytes().hex() for a in axes] == [row["pixels"] for row in by_place]
+    assert [a.get_title() for a in axes[:8]] == [row["label"] for row in by_place[:8]]
+    assert [axes[start].get_ylabel() for start in (0, 8, 16)] == ["original", "copy 1", "copy 2"]
+
+
+def verified(folder) -> dict[str, float]:
+    return json.loads((folder / "metrics/verify_manual_conv.json").read_text())
+
+
+def wrong(name: str, add: float, condition=lambda inputs: True):
+    """The function of manual_conv with `add` in one place of its result, if its first argument is so."""
+    right = getattr(manual_conv, name)
+
+    def spoiled(*arguments):
+        result = right(*arguments)
+        if condition(arguments[0]):
+            (result[-1] if isinstance(result, tuple) else result).flat[-1] += add
+        return result
+
+    return spoiled
+
+
+# Which function is wrong, for which of its inputs, and which error is then exactly that large.
+WRONG = [
+    ("conv2d", lambda images: images.shape[1] == 64, "max_abs_error_cnn_conv"),
+    ("max_pool2d", lambda images: images.shape[1] == 128, "max_abs_error_cnn_pool"),
+    ("linear", lambda inputs: inputs.shape[1] == 256, "max_abs_error_cnn_linear"),
+    ("sigmoid", lambda scores: True, "max_abs_error_toy_forward"),
+    ("conv2d_gradients", lambda images: images.shape[1] == 1, "max_abs_error_conv_gradients"),
+    ("conv2d_gradients", lambda images: images.shape[1] == 64, "max_abs_error_conv_gradients"),
+]
+
+
+@pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
+def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, name, condition, metric):
+    assert verified(again)[metric] < 1e-4
+    monkeypatch.setattr(manual_conv, name, wrong(name, 0.25, condition))
+    run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=1.0)
+    assert verified(again)[metric] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
+def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, metric):
+    before = verified(again)
+    monkeypatch.setattr(manual_conv, name, wrong(name, float("nan"), condition))
+    with pytest.raises(StageError, match=r"max_abs_error_.* is nan at .*, expected at most 0.001"):
+        run_stage(again, "verify_manual_conv")
+    assert verified(again) == before
+
+
+def test_an_error_above_the_tolerance_fails_the_stage(again, monkeypatch):
+    monkeypatch.setattr(manual_conv, "sigmoid", wrong("sigmoid", 0.25))
+    with pytest.raises(StageError, match=r"toy_forward is 0.25 at toy, both images, Sigmoid-6, .* 0\.2$"):
+        run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=0.2)
+    run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=0.3)
+
+
+TRAINED = {
+    "metrics/train_cnn/original.csv",
+    "metrics/train_cnn/original.json",
+    "models/cnn_original.safetensors",
+}
+TOY = {"metrics/train_toy_cnn.csv", "metrics/train_toy_cnn.json", "models/toy_cnn.safetensors"}
+COPIES = {
+    "data/augmented/copy_01.npy", "data/augmented/copy_02.npy", "data/augmented/params.json",
+    "metrics/augment_images.csv",
+}  # fmt: skip
+TESTED = "metrics/evaluate_cnn/original"
+FIGURES = {
+    f"metrics/figures/{name}.png"
+    for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation")
+}
+# A param, another value for it, the stage that reads it, and which of its outputs that changes.
+EFFECTS = {
+    "split.seed": (0, ("train_cnn", "original"), TRAINED),
+    "split.val_size": (61, ("train_cnn", "original"), TRAINED),
+    "split.train_size": (None, ("train_cnn", "original"), TRAINED),
+    "augment_images.seed": (6, ("augment_images",), COPIES),
+    "augment_images.copies": (
+        3, ("augment_images",),
+        {"data/augmented/copy_03.npy", "data/augmented/params.json", "metrics/augment_images.csv"},
+    ),
+    "augment_images.max_shift": (4, ("augment_images",), COPIES),
+    "augment_images.max_rotation": (16, ("augment_images",), COPIES),
+    "train_toy_cnn.seed": (1, ("train_toy_cnn",), TOY),
+    "train_toy_cnn.epochs": (41, ("train_toy_cnn",), TOY),
+    "train_toy_cnn.learning_rate": (0.03, ("train_toy_cnn",), TOY),
+    "verify_manual_conv.seed": (7, ("verify_manual_conv",), {"metrics/verify_manual_conv.json"}),
+    "verify_manual_conv.images": (2, ("verify_manual_conv",), {"metrics/verify_manual_conv.json"}),
+    "train_cnn.seed": (0, ("train_cnn", "original"), TRAINED),
+    "train_cnn.epochs": (2, ("train_cnn", "original"), TRAINED),
+    "train_cnn.batch_size": (17, ("train_cnn", "original"), TRAINED),
+    "train_cnn.learning_rate": (0.0011, ("train_cnn", "original"), TRAINED),
+    "evaluate_cnn.robustness_images": (
+        41, ("evaluate_cnn", "original"), {f"{TESTED}.json", f"{TESTED}_robustness.csv"},
+    ),
+    "evaluate_cnn.mistakes": (6, ("evaluate_cnn", "original"), {f"{TESTED}_mistakes.csv"}),
+    "plot_results.dpi": (51, ("plot_results",), FIGURES),
+}  # fmt: skip
+# Those that change no output, or need the network: each has a test of its own.
+OTHERS = [
+    "fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "train_cnn.threads",
+    "evaluate_cnn.device", "evaluate_cnn.threads", "tracking.if_unreachable",
+]  # fmt: skip
+LOGGING = ("train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results")
+
+
+@pytest.mark.parametrize("param", EFFECTS)
+def test_a_param_changes_the_outputs_that_it_is_for_and_no_others(again, param):
+    value, stage, changed = EFFECTS[param]
+    before = small.contents(again)
+    run_stage(again, *stage, **{param.replace(".", "__"): value})
+    after = small.contents(again)
+    assert {path for path in before | after if before.get(path) != after.get(path)} == changed
+
+
+@pytest.mark.parametrize("stage", small.PIPELINE)
+def test_the_same_params_give_the_same_bytes(again, stage):
+    before = small.contents(again)
+    run_stage(again, *stage)
+    assert small.contents(again) == before
+
+
+def test_every_param_has_a_test_of_its_effect():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    leaves = {f"{section}.{leaf}" for section, values in params.items() for leaf in values}
+    assert leaves == {*EFFECTS, *OTHERS}
+
+
+class Asked(Exception):
+    """Carries the number of threads that a stage asks for."""
+
+
+@pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
+def test_device_and_threads_are_those_of_the_stage(again, monkeypatch, stage):
+    def ask(threads):
+        raise Asked(threads)
+
+    monkeypatch.setattr(torch, "set_num_threads", ask)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Asked, match="7"):
+        run_stage(again, stage, "original", **{f"{stage}__threads": 7})
+    with pytest.raises(StageError, match="device is cuda"):
+        run_stage(again, stage, "original", **{f"{stage}__device": "cuda"})
+
+
+@pytest.mark.parametrize("stage", [stage for stage in small.PIPELINE if stage[0] in LOGGING])
+def test_what_to_do_without_the_store_comes_from_params(again, stage):
+    tracking = run_stage(again, *stage, tracking__if_unreachable="continue")
+    asked = [*tracking.require_store.call_args_list, *tracking.training_run.call_args_list]
+    assert ["continue" in call.args for call in asked] == [True]
