@@ -1,54 +1,243 @@
-"""The figures: drawn from rows, and the same bytes each time."""
+"""The figures: what is drawn is read back from the axes, and the same bytes come each time."""
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
 
 from lib import figures
-from lib.files import pixels_to_text
 from lib.idx import CLASSES
+
+COLORS = {"original": "#0072b2", "augmented": "#d55e00"}
+
+
+def as_text(rows: list[dict]) -> list[dict[str, str]]:
+    return [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+def pixels(rng) -> str:
+    return rng.integers(0, 256, 784, np.uint8).tobytes().hex()
+
+
+def tables_of(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Rows as the stages write them, read back as text, with values that no other model has."""
+    rng = np.random.default_rng(seed)
+    moved = [(shift, n) for shift in ("shift_x", "shift_y") for n in (-1, 0, 2)] + [("rotation", 5)]
+    tables = {
+        "training_curves": [
+            {
+                "epoch": n,
+                "train_loss": rng.random(),
+                "train_accuracy": 0.7 + 0.2 * rng.random(),
+                "val_loss": rng.random(),
+                "val_accuracy": 0.7 + 0.2 * rng.random(),
+            }
+            for n in (1, 2, 3)
+        ],
+        "confusion": [
+            {"actual": CLASSES[n % 10], "predicted": CLASSES[rng.integers(0, 1 + n % 9)]}
+            for n in range(10 * (20 + seed))
+        ],
+        "robustness": [
+            {"transform": transform, "amount": amount, "accuracy": rng.random(), "n": 1234}
+            for transform, amount in moved
+        ],
+        "mistakes": [
+            {
+                "label": CLASSES[rng.integers(10)],
+                "prediction": CLASSES[rng.integers(10)],
+                "confidence": rng.random(),
+                "pixels": pixels(rng),
+            }
+            for _ in range(6 + seed)
+        ],
+    }
+    return {name: as_text(rows) for name, rows in tables.items()}
+
+
+MODELS = {"original": tables_of(1), "augmented": tables_of(2)}
+TOY = as_text([{"epoch": n, "train_loss": 1 / n} for n in range(1, 9)])
+EXAMPLES = [(image, copy) for image in (0, 1, 2, 7) for copy in (0, 1)]
+AUGMENTED = as_text(
+    [
+        {
+            "image": image,
+            "copy": copy,
+            "label": CLASSES[image],
+            "pixels": pixels(np.random.default_rng([image, copy])),
+        }
+        for image, copy in EXAMPLES
+    ]
+)
+TABLES = {
+    name: {images: tables[name] for images, tables in MODELS.items()} for name in MODELS["original"]
+} | {"toy_loss": TOY, "augmentation": AUGMENTED}
 
 
 @pytest.fixture
-def rows(images):
-    """Rows as the stages write them, read back as text."""
-    pixels = pixels_to_text(images[0])
-    curve = [{"epoch": str(n), "train_loss": "0.5", "train_accuracy": "0.8"} for n in (1, 2)]
-    moved = [("shift_x", -1), ("shift_x", 1), ("shift_y", 0), ("rotation", 5)]
-    return {
-        "toy_loss": curve,
-        "training_curves": [{**row, "val_loss": "0.4", "val_accuracy": "0.9"} for row in curve],
-        "confusion": [{"actual": CLASSES[n % 10], "predicted": CLASSES[n % 3]} for n in range(40)],
-        "robustness": [
-            {"transform": transform, "amount": str(amount), "accuracy": "0.5", "n": "9"}
-            for transform, amount in moved
-        ],
-        "augmentation": [
-            {"image": str(image), "copy": str(copy), "label": "Bag", "pixels": pixels}
-            for image in range(3)
-            for copy in range(2)
-        ],
-        "mistakes": [{"label": "Bag", "prediction": "Shirt", "confidence": "0.99", "pixels": pixels}] * 7,
-    }
+def draw():
+    """Draw a figure from its rows, laid out."""
+
+    def figure(name):
+        drawn = getattr(figures, name)(TABLES[name])
+        drawn.canvas.draw()
+        return drawn
+
+    yield figure
+    plt.close("all")
 
 
-@pytest.mark.parametrize(
-    "name", ["toy_loss", "training_curves", "confusion", "robustness", "augmentation", "mistakes"]
-)
-def test_a_figure_is_the_same_bytes_when_redrawn(name, rows, tmp_path):
-    content = rows[name]
-    if name not in ("toy_loss", "augmentation"):  # those of both models
-        content = {"original": content, "augmented": content}
+@pytest.mark.parametrize("name", TABLES)
+def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
     for folder in ("first", "second"):
-        figures.save(getattr(figures, name)(content), tmp_path / folder / "figure.png", dpi=50)
+        figures.save(getattr(figures, name)(TABLES[name]), tmp_path / folder / "figure.png", dpi=50)
     first, second = ((tmp_path / folder / "figure.png").read_bytes() for folder in ("first", "second"))
     assert first == second
     assert first.startswith(b"\x89PNG")
     assert b"Software" not in first
+    assert plt.get_fignums() == []  # closed, or memory would grow with each
 
 
-def test_what_is_drawn_is_what_was_measured(rows):
-    axes = figures.robustness({"original": rows["robustness"], "augmented": rows["robustness"]}).axes
-    assert axes[0].lines[0].get_xydata().tolist() == [[-1, 0.5], [1, 0.5]]
-    confusion = figures.confusion({"original": rows["confusion"], "augmented": rows["confusion"]}).axes[0]
-    assert (
-        confusion.images[0].get_array()[0, 0] == 100 / 4 * 2
-    )  # of images 0, 10, 20 and 30, those with n % 3 == 0
+def test_dpi_is_the_size_of_the_file(draw, tmp_path):
+    figures.save(draw("toy_loss"), tmp_path / "figure.png", dpi=50)
+    assert imread(tmp_path / "figure.png").shape[:2] == (3.5 * 50, 6 * 50)
+
+
+def curves(axes):
+    """Each line's colour, marker, line, x and y, by its label."""
+    return {
+        line.get_label(): (
+            to_hex(line.get_color()),
+            line.get_marker(),
+            line.get_linestyle(),
+            *np.asarray(line.get_data()).tolist(),
+        )
+        for line in axes.lines
+    }
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows]
+
+
+def ticks(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_training_curves_show_each_models_own_values(draw):
+    axes = draw("training_curves").axes
+    for part, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        expected = {}
+        for images, rows in TABLES["training_curves"].items():
+            epochs = column(rows, "epoch")
+            for split, marker, line in (("train", "o", "None"), ("val", "None", "-")):
+                values = column(rows, f"{split}_{quantity}")
+                expected[f"{images}, {split}"] = (COLORS[images], marker, line, epochs, values)
+        assert curves(part) == expected
+    assert [part.get_ylabel() for part in axes] == ["cross-entropy", "accuracy"]
+    assert axes[0].get_title() == "CNN on Fashion-MNIST"
+    assert axes[0].get_ylim()[0] == 0
+    assert axes[1].get_xlabel() == "epoch"
+    assert {text.get_text() for text in axes[0].get_legend().get_texts()} == set(curves(axes[0]))
+    # Whole epochs, and whole percents, each once.
+    assert ticks(axes[1].xaxis) == ["0", "1", "2", "3", "4"]
+    assert ticks(axes[1].yaxis) == ["65%", "70%", "75%", "80%", "85%", "90%"]
+
+
+def test_the_toys_loss_is_its_curve_beside_that_of_a_guess(draw):
+    [axes] = draw("toy_loss").axes
+    curve, guess = axes.lines
+    assert np.asarray(curve.get_data()).tolist() == [column(TOY, "epoch"), column(TOY, "train_loss")]
+    assert list(guess.get_ydata()) == pytest.approx([0.693147] * 2, abs=1e-6)
+    [note] = axes.texts
+    assert (note.get_text(), note.xy[1]) == ("ln 2: both outputs 0.5", pytest.approx(0.693147, abs=1e-6))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "binary cross-entropy")
+    assert axes.get_title() == "Toy CNN: training loss"
+    assert axes.get_ylim()[0] == 0
+
+
+def test_robustness_shows_each_models_own_accuracies(draw):
+    figure = draw("robustness")
+    assert figure.get_suptitle() == "Test accuracy when the image is moved (n = 1,234 at each point)"
+    parts = [
+        ("shift_x", "shifted left and right", "pixels (+ right)"),
+        ("shift_y", "shifted up and down", "pixels (+ down)"),
+        ("rotation", "rotated", "degrees (+ counterclockwise)"),
+    ]
+    for axes, (transform, title, label) in zip(figure.axes, parts, strict=True):
+        expected = {}
+        for images, rows in TABLES["robustness"].items():
+            chosen = [row for row in rows if row["transform"] == transform]
+            values = (column(chosen, "amount"), column(chosen, "accuracy"))
+            expected[f"trained on {images} images"] = (COLORS[images], "o", "-", *values)
+        assert curves(axes) == expected
+        assert (axes.get_title(), axes.get_xlabel(), axes.get_ylim()) == (title, label, (0, 1))
+    left = figure.axes[0]
+    assert left.get_ylabel() == "test accuracy"
+    assert ticks(left.yaxis)[0] == "0%"
+    assert ticks(left.yaxis)[-1] == "100%"
+    assert {text.get_text() for text in left.get_legend().get_texts()} == set(curves(left))
+
+
+def test_confusion_shows_each_models_own_shares(draw):
+    figure = draw("confusion")
+    for axes, (images, rows) in zip(figure.axes, TABLES["confusion"].items(), strict=True):
+        assert axes.get_title() == f"trained on {images} images, n = {len(rows)}"
+        shares = np.zeros((10, 10))
+        for i, j in np.ndindex(10, 10):
+            of_class = [row["predicted"] for row in rows if row["actual"] == CLASSES[i]]
+            shares[i, j] = 100 * of_class.count(CLASSES[j]) / len(of_class)
+        [image] = axes.images
+        assert np.allclose(image.get_array(), shares)
+        assert image.get_clim() == (0, 100)
+        written = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+        assert written == {
+            (j, i): (f"{shares[i, j]:.0f}", "white" if shares[i, j] > 50 else "black")
+            for i, j in zip(*np.nonzero(shares), strict=True)
+        }
+        assert ticks(axes.xaxis) == list(CLASSES)
+        assert axes.get_xlabel() == "predicted"
+    assert ticks(figure.axes[0].yaxis) == list(CLASSES)
+    assert figure.axes[0].get_ylabel() == "actual"
+    assert "0.5 % and less left out" in figure.get_suptitle()
+
+
+def test_confusion_leaves_out_half_a_percent_and_a_class_without_images():
+    rows = [{"actual": CLASSES[0], "predicted": CLASSES[1 if n == 0 else 0]} for n in range(200)]
+    rows += [{"actual": CLASSES[1], "predicted": CLASSES[n % 2]} for n in range(2)]
+    axes = figures.confusion({"original": rows, "augmented": rows}).axes[0]
+    plt.close("all")
+    written = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+    # 199 of 200, and 1 of 2 twice: 50 % is still written in black.
+    assert written == {(0, 0): ("100", "white"), (0, 1): ("50", "black"), (1, 1): ("50", "black")}
+    assert not np.isnan(axes.images[0].get_array()).any()
+
+
+def shown(axes) -> str:
+    [image] = axes.images
+    assert image.get_clim() == (0, 255)
+    return image.get_array().tobytes().hex()
+
+
+def test_mistakes_show_each_models_own_images(draw):
+    for part, (images, rows) in zip(draw("mistakes").subfigs, TABLES["mistakes"].items(), strict=True):
+        assert part.get_suptitle() == f"Trained on {images} images: most confident mistakes on the test split"
+        assert len(part.axes) == 12  # two lines of at most six
+        used = [axes for axes in part.axes if axes.axison]
+        assert used == part.axes[: len(rows)]
+        assert [shown(axes) for axes in used] == [row["pixels"] for row in rows]
+        for axes, row in zip(used, rows, strict=True):
+            confidence = f"{100 * float(row['confidence']):.2f}%"
+            assert axes.get_title() == f"{row['label']}\ntaken for {row['prediction']}\n{confidence}"
+            assert [*axes.get_xticks(), *axes.get_yticks()] == []
+
+
+def test_augmentation_shows_each_copy_below_its_image(draw):
+    figure = draw("augmentation")
+    by_place = sorted(AUGMENTED, key=lambda row: (int(row["copy"]), int(row["image"])))
+    assert [shown(axes) for axes in figure.axes] == [row["pixels"] for row in by_place]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [row["label"] for row in by_place[:4]] + [""] * 4
+    assert [axes.get_ylabel() for axes in figure.axes] == ["original", "", "", "", "copy 1", "", "", ""]
+    assert figure.get_suptitle() == "Augmentation: train images and their copies"

@@ -2,8 +2,6 @@
 
 import json
 
-import matplotlib.colors
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import small_stages as small
@@ -22,19 +20,14 @@ SIX_DIGITS = 1e-5  # relative: what files keep of a float, and float32 beside fl
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where all stages have run once, on small data."""
-    folder = tmp_path_factory.mktemp("values")
-    small.make_data(folder)
-    for stage in small.PIPELINE:
-        run_stage(folder, *stage)
-    return folder
+def results(tmp_path_factory):
+    return small.Results(tmp_path_factory.mktemp("values"))
 
 
 @pytest.fixture
-def again(folder, tmp_path):
-    """A copy of that folder, to run a stage in once more."""
-    return small.copy(folder, tmp_path / "again")
+def again(results, tmp_path):
+    """Give a copy of the folder, in which a stage has run, to run it in once more."""
+    return lambda *stage: results.copy(tmp_path / "again", *stage)
 
 
 def pool_of(folder, images):
@@ -44,7 +37,8 @@ def pool_of(folder, images):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images(folder, images):
+def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images(results, images):
+    folder = results.rerun("train_cnn", images)
     pixels, labels = small.read_data(folder, "TRAIN_IMAGES"), small.read_data(folder, "TRAIN_LABELS")
     _, val = small.split(labels)
     loss, accuracy = small.evaluate(folder / f"models/cnn_{images}.safetensors", pixels[val], labels[val])
@@ -59,7 +53,8 @@ def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_a_plain_training_gives_the_written_weights_and_train_metrics(folder, images):
+def test_a_plain_training_gives_the_written_weights_and_train_metrics(results, images):
+    folder = results.rerun("train_cnn", images)
     weights, rows = small.train(pool_of(folder, images), small.read_data(folder, "TRAIN_LABELS"))
     written = table(folder / f"metrics/train_cnn/{images}.csv")
     assert len(written) == len(rows)
@@ -71,7 +66,8 @@ def test_a_plain_training_gives_the_written_weights_and_train_metrics(folder, im
         assert (tensor - weights[name]).abs().mean() < 0.02 * PARAMS["train_cnn"]["learning_rate"], name
 
 
-def test_a_plain_training_gives_the_written_toy_and_its_curve(folder):
+def test_a_plain_training_gives_the_written_toy_and_its_curve(results):
+    folder = results.rerun("train_toy_cnn")
     params, model = PARAMS["train_toy_cnn"], fresh(build_toy_cnn, PARAMS["train_toy_cnn"]["seed"])
     toy = load_file(folder / "data/toy.safetensors")
     optimizer = torch.optim.Adam(model.parameters(), lr=params["learning_rate"])
@@ -97,7 +93,8 @@ def test_a_plain_training_gives_the_written_toy_and_its_curve(folder):
         assert torch.allclose(tensor, model.state_dict()[name], atol=1e-5), name
 
 
-def test_the_toys_images_are_those_of_the_lesson(folder):
+def test_the_toys_images_are_those_of_the_lesson(results):
+    folder = results.rerun("build_toy_tensors")
     toy = load_file(folder / "data/toy.safetensors")
     assert (toy["images"][:, 0] * 8).tolist() == [
         [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [1, 3, 4, 5]],
@@ -107,14 +104,16 @@ def test_the_toys_images_are_those_of_the_lesson(folder):
 
 
 def test_the_models_seed_is_that_of_train_cnn_and_not_of_the_split(again):
-    run_stage(again, "train_cnn", "original", train_cnn__learning_rate=1e-12)  # so small that nothing moves
+    folder = again("train_cnn", "original")
+    run_stage(folder, "train_cnn", "original", train_cnn__learning_rate=1e-12)  # so small that nothing moves
     initial = fresh(build_cnn, PARAMS["train_cnn"]["seed"]).state_dict()
-    for name, tensor in load_file(again / "models/cnn_original.safetensors").items():
+    for name, tensor in load_file(folder / "models/cnn_original.safetensors").items():
         assert torch.allclose(tensor, initial[name], atol=1e-9), name
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_test_metrics_are_those_of_the_written_weights(folder, images):
+def test_test_metrics_are_those_of_the_written_weights(results, images):
+    folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     loss, accuracy = small.evaluate(folder / f"models/cnn_{images}.safetensors", pixels, labels)
     written = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
@@ -123,7 +122,8 @@ def test_test_metrics_are_those_of_the_written_weights(folder, images):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_confusion_and_classes_are_those_of_the_written_weights(folder, images):
+def test_confusion_and_classes_are_those_of_the_written_weights(results, images):
+    folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     weights = load_file(folder / f"models/cnn_{images}.safetensors")
     predictions = small.logits_of(weights, pixels).argmax(1)
@@ -139,7 +139,8 @@ def test_confusion_and_classes_are_those_of_the_written_weights(folder, images):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(folder, images):
+def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(results, images):
+    folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     weights = load_file(folder / f"models/cnn_{images}.safetensors")
     probabilities = small.probabilities(small.logits_of(weights, pixels))
@@ -157,7 +158,8 @@ def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(folder, images
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_robustness_is_that_of_the_written_weights_on_moved_images(folder, images):
+def test_robustness_is_that_of_the_written_weights_on_moved_images(results, images):
+    folder = results.rerun("evaluate_cnn", images)
     n = PARAMS["evaluate_cnn"]["robustness_images"]
     pixels, labels = (small.read_data(folder, name)[:n] for name in ("TEST_IMAGES", "TEST_LABELS"))
     moved = {("shift_x", amount): small.shifted(pixels, amount, 0) for amount in range(-5, 6)}
@@ -176,7 +178,8 @@ def test_robustness_is_that_of_the_written_weights_on_moved_images(folder, image
     assert metrics["test_accuracy_rotation_15deg"] == pytest.approx(np.mean(by_15), rel=SIX_DIGITS)
 
 
-def test_the_examples_of_augmentation_are_the_images_and_their_copies(folder):
+def test_the_examples_of_augmentation_are_the_images_and_their_copies(results):
+    folder = results.rerun("augment_images")
     pool, labels = pool_of(folder, "augmented"), small.read_data(folder, "TRAIN_LABELS")
     assert len(pool) == 1 + PARAMS["augment_images"]["copies"]
     assert (np.load(folder / "data/augmented/labels.npy") == labels).all()
@@ -188,103 +191,26 @@ def test_the_examples_of_augmentation_are_the_images_and_their_copies(folder):
         assert row["label"] == CLASSES[labels[image]]
 
 
-@pytest.fixture(scope="module")
-def drawn(folder):
-    """The figures that plot_results saves, by name."""
-    saved = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "save", lambda figure, path, dpi: saved.__setitem__(path.stem, figure))
-        run_stage(folder, "plot_results")
-    yield saved
-    plt.close("all")
-
-
-def curves(axes):
-    """What each line's label, colour, x and y are."""
-    return {
-        line.get_label(): (matplotlib.colors.to_hex(line.get_color()), *np.asarray(line.get_data()).tolist())
-        for line in axes.lines
+def test_each_figure_is_drawn_from_its_own_tables(again, monkeypatch):
+    folder, drawn, saved = again("plot_results"), {}, {}
+    for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation"):
+        # Each figure stands for itself by its name.
+        monkeypatch.setattr(figures, name, lambda tables, name=name: drawn.__setitem__(name, tables) or name)
+    monkeypatch.setattr(
+        figures, "save", lambda figure, path, dpi: saved.__setitem__(path.stem, (figure, dpi))
+    )
+    run_stage(folder, "plot_results")
+    metrics = folder / "metrics"
+    assert drawn == {
+        "toy_loss": table(metrics / "train_toy_cnn.csv"),
+        "training_curves": {images: table(metrics / f"train_cnn/{images}.csv") for images in IMAGES},
+        **{
+            name: {images: table(metrics / f"evaluate_cnn/{images}_{name}.csv") for images in IMAGES}
+            for name in ("robustness", "confusion", "mistakes")
+        },
+        "augmentation": table(metrics / "augment_images.csv"),
     }
-
-
-def column(rows, name):
-    return [float(row[name]) for row in rows]
-
-
-def test_training_curves_show_each_models_own_values(folder, drawn):
-    for axes, quantity in zip(drawn["training_curves"].axes, ("loss", "accuracy"), strict=True):
-        expected = {}
-        for images in IMAGES:
-            rows = table(folder / f"metrics/train_cnn/{images}.csv")
-            for part in ("train", "val"):
-                values = column(rows, f"{part}_{quantity}")
-                expected[f"{images}, {part}"] = (figures.COLORS[images], column(rows, "epoch"), values)
-        assert curves(axes) == expected
-        assert axes.get_ylabel() == {"loss": "cross-entropy", "accuracy": "accuracy"}[quantity]
-
-
-def test_the_toys_loss_is_its_curve(folder, drawn):
-    rows = table(folder / "metrics/train_toy_cnn.csv")
-    curve, chance = drawn["toy_loss"].axes[0].lines
-    assert np.asarray(curve.get_data()).tolist() == [column(rows, "epoch"), column(rows, "train_loss")]
-    assert chance.get_ydata()[0] == pytest.approx(0.693147, abs=1e-6)
-
-
-def test_robustness_shows_each_models_own_accuracies(folder, drawn):
-    figure = drawn["robustness"]
-    assert f"n = {PARAMS['evaluate_cnn']['robustness_images']} " in figure.get_suptitle()
-    expected = {"shifted left and right": "shift_x", "shifted up and down": "shift_y", "rotated": "rotation"}
-    assert [axes.get_title() for axes in figure.axes] == list(expected)
-    for axes in figure.axes:
-        lines = {}
-        for images in IMAGES:
-            rows = [
-                row
-                for row in table(folder / f"metrics/evaluate_cnn/{images}_robustness.csv")
-                if row["transform"] == expected[axes.get_title()]
-            ]
-            values = (column(rows, "amount"), column(rows, "accuracy"))
-            lines[f"trained on {images} images"] = (figures.COLORS[images], *values)
-        assert curves(axes) == lines
-
-
-def test_confusion_shows_each_models_own_shares(folder, drawn):
-    for axes, images in zip(drawn["confusion"].axes, IMAGES, strict=True):
-        assert axes.get_title() == f"trained on {images} images, n = 150"
-        rows = table(folder / f"metrics/evaluate_cnn/{images}_confusion.csv")
-        shares = np.zeros((10, 10))
-        for i, j in np.ndindex(10, 10):
-            actual = [row["predicted"] for row in rows if row["actual"] == CLASSES[i]]
-            shares[i, j] = 100 * actual.count(CLASSES[j]) / len(actual)
-        assert np.allclose(axes.images[0].get_array(), shares)
-        written = {text.get_position(): text.get_text() for text in axes.texts}
-        assert written == {(j, i): f"{shares[i, j]:.0f}" for i, j in zip(*np.nonzero(shares), strict=True)}
-        assert [label.get_text() for label in axes.get_xticklabels()] == list(CLASSES)
-        assert axes.get_xlabel() == "predicted"
-    left = drawn["confusion"].axes[0]
-    assert [label.get_text() for label in left.get_yticklabels()] == list(CLASSES)
-    assert left.get_ylabel() == "actual"
-
-
-def test_mistakes_show_each_models_own_images(folder, drawn):
-    for part, images in zip(drawn["mistakes"].subfigs, IMAGES, strict=True):
-        assert f"Trained on {images} images" in part.get_suptitle()
-        rows = table(folder / f"metrics/evaluate_cnn/{images}_mistakes.csv")
-        shown = [axes for axes in part.axes if axes.images]
-        assert len(rows) == len(shown) == PARAMS["evaluate_cnn"]["mistakes"]
-        for axes, row in zip(shown, rows, strict=True):
-            assert axes.images[0].get_array().tobytes().hex() == row["pixels"]
-            confidence = f"{100 * float(row['confidence']):.2f}%"
-            assert axes.get_title() == f"{row['label']}\ntaken for {row['prediction']}\n{confidence}"
-
-
-def test_augmentation_shows_each_copy_below_its_image(folder, drawn):
-    axes = drawn["augmentation"].axes
-    rows = table(folder / "metrics/augment_images.csv")
-    by_place = sorted(rows, key=lambda row: (int(row["copy"]), int(row["image"])))
-    assert [a.images[0].get_array().tobytes().hex() for a in axes] == [row["pixels"] for row in by_place]
-    assert [a.get_title() for a in axes[:8]] == [row["label"] for row in by_place[:8]]
-    assert [axes[start].get_ylabel() for start in (0, 8, 16)] == ["original", "copy 1", "copy 2"]
+    assert saved == {name: (name, PARAMS["plot_results"]["dpi"]) for name in drawn}
 
 
 def verified(folder) -> dict[str, float]:
@@ -317,26 +243,29 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
 def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, name, condition, metric):
-    assert verified(again)[metric] < 1e-4
+    folder = again("verify_manual_conv")
+    assert verified(folder)[metric] < 1e-4
     monkeypatch.setattr(manual_conv, name, wrong(name, 0.25, condition))
-    run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=1.0)
-    assert verified(again)[metric] == pytest.approx(0.25, abs=1e-4)
+    run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=1.0)
+    assert verified(folder)[metric] == pytest.approx(0.25, abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
 def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, metric):
-    before = verified(again)
+    folder = again("verify_manual_conv")
+    before = verified(folder)
     monkeypatch.setattr(manual_conv, name, wrong(name, float("nan"), condition))
     with pytest.raises(StageError, match=r"max_abs_error_.* is nan at .*, expected at most 0.001"):
-        run_stage(again, "verify_manual_conv")
-    assert verified(again) == before
+        run_stage(folder, "verify_manual_conv")
+    assert verified(folder) == before
 
 
 def test_an_error_above_the_tolerance_fails_the_stage(again, monkeypatch):
+    folder = again("verify_manual_conv")
     monkeypatch.setattr(manual_conv, "sigmoid", wrong("sigmoid", 0.25))
     with pytest.raises(StageError, match=r"toy_forward is 0.25 at toy, both images, Sigmoid-6, .* 0\.2$"):
-        run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=0.2)
-    run_stage(again, "verify_manual_conv", verify_manual_conv__tolerance=0.3)
+        run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=0.2)
+    run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=0.3)
 
 
 TRAINED = {
@@ -392,17 +321,19 @@ LOGGING = ("train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "
 @pytest.mark.parametrize("param", EFFECTS)
 def test_a_param_changes_the_outputs_that_it_is_for_and_no_others(again, param):
     value, stage, changed = EFFECTS[param]
-    before = small.contents(again)
-    run_stage(again, *stage, **{param.replace(".", "__"): value})
-    after = small.contents(again)
+    folder = again(*stage)
+    before = small.contents(folder)
+    run_stage(folder, *stage, **{param.replace(".", "__"): value})
+    after = small.contents(folder)
     assert {path for path in before | after if before.get(path) != after.get(path)} == changed
 
 
 @pytest.mark.parametrize("stage", small.PIPELINE)
 def test_the_same_params_give_the_same_bytes(again, stage):
-    before = small.contents(again)
-    run_stage(again, *stage)
-    assert small.contents(again) == before
+    folder = again(*stage)
+    before = small.contents(folder)
+    run_stage(folder, *stage)
+    assert small.contents(folder) == before
 
 
 def test_every_param_has_a_test_of_its_effect():
@@ -417,19 +348,21 @@ class Asked(Exception):
 
 @pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
 def test_device_and_threads_are_those_of_the_stage(again, monkeypatch, stage):
+    folder = again(stage, "original")
+
     def ask(threads):
         raise Asked(threads)
 
     monkeypatch.setattr(torch, "set_num_threads", ask)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Asked, match="7"):
-        run_stage(again, stage, "original", **{f"{stage}__threads": 7})
+        run_stage(folder, stage, "original", **{f"{stage}__threads": 7})
     with pytest.raises(StageError, match="device is cuda"):
-        run_stage(again, stage, "original", **{f"{stage}__device": "cuda"})
+        run_stage(folder, stage, "original", **{f"{stage}__device": "cuda"})
 
 
 @pytest.mark.parametrize("stage", [stage for stage in small.PIPELINE if stage[0] in LOGGING])
 def test_what_to_do_without_the_store_comes_from_params(again, stage):
-    tracking = run_stage(again, *stage, tracking__if_unreachable="continue")
+    tracking = run_stage(again(*stage), *stage, tracking__if_unreachable="continue")
     asked = [*tracking.require_store.call_args_list, *tracking.training_run.call_args_list]
     assert ["continue" in call.args for call in asked] == [True]
