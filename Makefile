@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test soak ui sync bench clean
+.PHONY: help setup repro back baseline test committed seeds soak ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -17,13 +17,27 @@ help: ## list the targets
 
 setup: .venv/ready ## make .venv and install the locked dependencies
 repro: .venv/ready ## run the pipeline: only what changed reruns
-	$(ACTIVATE) python -m dvc repro || \
+	@$(ACTIVATE) python -m dvc repro || \
 	    { $(ACTIVATE) python tools/mend_lock.py && $(ACTIVATE) python -m dvc repro; }
+	@$(ACTIVATE) python tools/summary.py
+
+back: .venv/ready ## return from experiments to the committed params and results
+	@$(ACTIVATE) python tools/back.py
+
+baseline: ## commit this machine's results, to compare with from now on
+	git commit --message "Take this machine's results as the baseline" -- params.yaml dvc.lock metrics
 
 test: .venv/ready ## lint, then all tests
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) python -m pytest
+
+# For maintainers, and in CI: users' trees may hold any params and results.
+committed: .venv/ready ## check that what is committed belongs together: code, params, results, README
+	$(ACTIVATE) python -m pytest -m committed
+
+seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
+	$(ACTIVATE) python tools/seeds.py
 
 soak: .venv/ready ## kill, spoil and repeat for a quarter of an hour, and print what was lost
 	$(ACTIVATE) python tests/soak.py

@@ -51,8 +51,8 @@ def _local_imports(path: Path) -> list[Path]:
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch) -> Path:
-    """An empty folder to run stage code in, with params.yaml and an MLflow store of its own."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    """An empty folder to run stage code in, with the tests' params.yaml and an MLflow store of its own."""
+    shutil.copy(ROOT / "tests/params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

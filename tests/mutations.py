@@ -28,7 +28,7 @@ SMALL = IdxFile("small-idx3-ubyte", (5, 4, 4), "unused")
 
 def params(rng: random.Random, path: Path) -> None:
     """Write a mutated params.yaml to `path` and read it."""
-    good = (ROOT / "params.yaml").read_bytes()
+    good = (ROOT / "tests/params.yaml").read_bytes()
     if rng.random() < 0.5:
         content = yaml.safe_load(good)
         section = rng.choice(list(content))

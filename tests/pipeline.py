@@ -9,15 +9,7 @@ from pathlib import Path
 import yaml
 from mlflow import MlflowClient
 
-SMALL = {
-    "split": {"val_size": 500, "train_size": 1000},
-    "augment_images": {"copies": 1},
-    "train_toy_cnn": {"epochs": 100},
-    "verify_manual_conv": {"images": 1},
-    "train_cnn": {"epochs": 2},
-    "evaluate_cnn": {"robustness_images": 100},
-    "plot_results": {"dpi": 50},
-}
+SMALL = yaml.safe_load((Path(__file__).parent / "params.yaml").read_text())
 
 
 def set_params(project: Path, changes: dict) -> None:

@@ -28,8 +28,11 @@ PARAMS = {
     "verify_manual_conv": {"seed": 6, "images": 1, "tolerance": 0.001},
     "train_cnn": {
         "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "device": "cpu", "threads": 1,
+        "numerics": "portable",
     },
-    "evaluate_cnn": {"device": "cpu", "threads": 1, "robustness_images": 40, "mistakes": 7},
+    "evaluate_cnn": {
+        "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,
+    },
     "plot_results": {"dpi": 50},
     "tracking": {"if_unreachable": "stop"},
 }  # fmt: skip

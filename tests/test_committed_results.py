@@ -3,9 +3,13 @@
 Needs neither data nor cache: DVC compares what is there with dvc.lock.
 """
 
+import csv
+import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, code_deps, copy_of_project, stage_definitions
@@ -114,8 +118,9 @@ def with_change(stale: dict[str, set[str]], stages: list[str], item: str) -> dic
     return stale | {name: {item} | stale.get(name, set()) for name in names}
 
 
+@pytest.mark.committed
 def test_committed_results_are_current(project):
-    assert changed(project) == {}
+    assert changed(project) == {}, "code or params changed: run `make repro` and commit dvc.lock and metrics"
     with Repo(str(project)) as repo:
         status = repo.status()
     # Data and models are not in git; every metrics file is, and is the one that dvc.lock names. Where an
@@ -133,6 +138,35 @@ def test_committed_results_are_current(project):
     for stage in lock.values():
         for dep in stage["deps"]:
             assert made.get(dep["path"], dep["md5"]) == dep["md5"], dep["path"]
+
+
+def seed_runs() -> list[dict[str, str]]:
+    with (ROOT / "benchmarks/seeds.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.committed
+def test_the_readmes_table_is_that_of_the_committed_runs():
+    """Computed once more, by NumPy."""
+    lines = []
+    for metric in ("test_accuracy", "test_accuracy_shift_3px", "test_accuracy_rotation_15deg"):
+        cells = []
+        for images in ("original", "augmented"):
+            values = 100 * np.array([float(run[metric]) for run in seed_runs() if run["images"] == images])
+            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f} %")
+        lines.append(tuple(cells))
+    cell = r"([\d.]+ ± [\d.]+ %)"
+    assert re.findall(rf"\| {cell} \| {cell} \|", (ROOT / "README.md").read_text()) == lines
+
+
+@pytest.mark.committed
+@pytest.mark.parametrize("images", ["original", "augmented"])
+def test_the_committed_results_are_the_run_of_their_seed(images):
+    [run] = [run for run in seed_runs() if (run["seed"], run["images"]) == ("0", images)]
+    for stage in ("train_cnn", "evaluate_cnn"):
+        metrics = json.loads((ROOT / f"metrics/{stage}/{images}.json").read_text())
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        assert {name: run[name] for name in metrics} == {name: str(value) for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

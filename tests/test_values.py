@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from small_stages import IMAGES, PARAMS, run_stage, table
 
-from lib import figures, manual_conv
+from lib import figures, manual_conv, runtime
 from lib.errors import StageError
 from lib.idx import CLASSES
 from lib.models import build_cnn, build_toy_cnn, fresh
@@ -313,7 +313,8 @@ EFFECTS = {
 # Those that change no output, or need the network: each has a test of its own.
 OTHERS = [
     "fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "train_cnn.threads",
-    "evaluate_cnn.device", "evaluate_cnn.threads", "tracking.if_unreachable",
+    "train_cnn.numerics", "evaluate_cnn.device", "evaluate_cnn.threads", "evaluate_cnn.numerics",
+    "tracking.if_unreachable",
 ]  # fmt: skip
 LOGGING = ("train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results")
 
@@ -343,7 +344,7 @@ def test_every_param_has_a_test_of_its_effect():
 
 
 class Asked(Exception):
-    """Carries the number of threads that a stage asks for."""
+    """Carries what a stage asks for."""
 
 
 @pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
@@ -359,6 +360,18 @@ def test_device_and_threads_are_those_of_the_stage(again, monkeypatch, stage):
         run_stage(folder, stage, "original", **{f"{stage}__threads": 7})
     with pytest.raises(StageError, match="device is cuda"):
         run_stage(folder, stage, "original", **{f"{stage}__device": "cuda"})
+
+
+@pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
+def test_numerics_are_those_of_the_stage(again, monkeypatch, stage):
+    def ask(device, torch):
+        raise Asked("portable")
+
+    folder = again(stage, "original")
+    monkeypatch.setattr(runtime, "_hold_to_portable_code", ask)
+    with pytest.raises(Asked, match="portable"):
+        run_stage(folder, stage, "original", **{f"{stage}__numerics": "portable"})
+    run_stage(folder, stage, "original", **{f"{stage}__numerics": "native"})
 
 
 @pytest.mark.parametrize("stage", [stage for stage in small.PIPELINE if stage[0] in LOGGING])

@@ -54,8 +54,9 @@ def results(seed: int, images: str) -> dict:
     metrics = {}
     for file in files:
         metrics |= dvc.api.metrics_show(file, rev=f"seed-{seed}")
-    [weights_sha256] = metrics.pop("weights_sha256")
-    return {"seed": seed, "images": images, **metrics, "weights_sha256": weights_sha256}
+    [weights_sha256] = metrics["weights_sha256"]
+    numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    return {"seed": seed, "images": images, **numbers, "weights_sha256": weights_sha256}
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -48,18 +48,28 @@ def prepare_torch(device: str, threads: int, numerics: str = "portable"):
     return torch.device(device)
 
 
+def why_not_portable(device: str = "auto") -> str | None:
+    """Why results here differ from those of other machines, in a clause; None if they do not."""
+    import torch
+
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return "portable numerics hold on CPUs, and this is a GPU"
+    if not torch.cpu._is_avx2_supported():
+        return (
+            f"portable numerics hold on x86-64 CPUs with AVX2, and this CPU ({platform.machine()}) has none"
+        )
+    return None
+
+
 def _hold_to_portable_code(device: str, torch) -> None:
     # ATen runs what it is told to, so a CPU without AVX2 would meet an illegal instruction.
-    if has_avx2 := torch.cpu._is_avx2_supported():
-        os.environ |= PORTABLE
+    if reason := why_not_portable(device):
+        print(f"the last digits of results differ from other machines': {reason}")
+        return
+    os.environ |= PORTABLE
     used = torch.backends.cpu.get_cpu_capability()
-    if has_avx2 and used != PORTABLE["ATEN_CPU_CAPABILITY"].upper():
+    if used != PORTABLE["ATEN_CPU_CAPABILITY"].upper():
         raise RuntimeError(f"torch computed before prepare_torch: it uses {used}, expected AVX2")
-    if device == "cuda" or not has_avx2:
-        here = "a GPU" if device == "cuda" else f"this CPU ({platform.machine()}, {used})"
-        print(
-            f"numerics: portable holds on x86-64 CPUs with AVX2; on {here} the last digits of results differ"
-        )
 
 
 def _keep_freed_memory() -> None:
