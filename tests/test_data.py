@@ -5,7 +5,14 @@ import pytest
 
 from lib.copies import load_copies, save_copies
 from lib.errors import StageError
-from lib.files import pixels_from_text, pixels_to_text, read_tensors, replace_atomically, write_tensors
+from lib.files import (
+    pixels_from_text,
+    pixels_to_text,
+    read_tensors,
+    replace_atomically,
+    write_json,
+    write_tensors,
+)
 from lib.idx import IdxFile, read_idx
 from lib.splits import split_indices
 
@@ -76,7 +83,18 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_pixels_survive_a_csv_cell(images):
+def test_metrics_have_a_line_a_row_and_numbers_of_six_digits(tmp_path):
+    path = tmp_path / "metrics.json"
+    rows = [{"by": -1, "share": 1 / 3}, {"by": 1, "share": 2 / 3}]
+    returned = write_json(path, {"loss": 1 / 7, "count": 3, "weights_sha256": ["ab"], "rows": rows})
+    assert path.read_text() == (
+        '{\n  "loss": 0.142857,\n  "count": 3,\n  "weights_sha256": [\n    "ab"\n  ],\n'
+        '  "rows": [\n    {"by": -1, "share": 0.333333},\n    {"by": 1, "share": 0.666667}\n  ]\n}\n'
+    )
+    assert returned == {"loss": 0.142857, "count": 3}
+
+
+def test_pixels_survive_being_text(images):
     assert (pixels_from_text(pixels_to_text(images[0])) == images[0]).all()
 
 

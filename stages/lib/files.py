@@ -39,10 +39,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, metrics: dict) -> dict:
-    """Write metrics; floats keep six significant digits. Returns them as written, to be logged so."""
-    metrics = {key: round_float(value) for key, value in metrics.items()}
-    write_text(path, json.dumps(metrics, indent=2) + "\n")
-    return metrics
+    """Write metrics, lists with one item a line; floats keep six significant digits.
+
+    A list of rows is what `dvc plots` draws, and `dvc metrics show` leaves it out. Returns the numbers
+    as written, without the lists, so that MLflow shows the same.
+    """
+    metrics = round_floats(metrics)
+    lines = [f"  {json.dumps(name)}: {_json_value(value)}" for name, value in metrics.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    return numbers(metrics)
+
+
+def numbers(metrics: dict) -> dict:
+    """The metrics that are numbers: those that MLflow and `dvc metrics show` have a place for."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def read_json(path: Path) -> dict:
@@ -55,7 +65,7 @@ def read_json(path: Path) -> dict:
 
 def write_csv(path: Path, rows: list[dict]) -> list[dict]:
     """Write rows with the keys of the first; floats keep six significant digits. Returns them as written."""
-    rows = [{key: round_float(value) for key, value in row.items()} for row in rows]
+    rows = round_floats(rows)
     with replace_atomically(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -108,6 +118,16 @@ def pixels_from_text(text: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(28, 28)
 
 
-def round_float(value: object) -> object:
-    """A float to six significant digits; anything else as it is."""
+def round_floats(value: object) -> object:
+    """Floats to six significant digits, also those in lists and dictionaries; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: round_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [round_floats(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+    return json.dumps(value)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib.checkpoints import Checkpoint
 from lib.cuda_graph import GraphedStep
-from lib.files import round_float
+from lib.files import round_floats
 from lib.inference import loss_and_accuracy, predict, to_device, to_input
 
 REFRESH = 50  # steps between two readings of loss and accuracy for the progress bar
@@ -72,7 +72,7 @@ def train_cnn(
                 "val_accuracy": val_accuracy,
             }
             # Rounded here, so that every place that shows a value shows the same one.
-            row = {"epoch": epoch} | {name: round_float(value) for name, value in row.items()}
+            row = {"epoch": epoch} | round_floats(row)
             rows.append(row)
             checkpoint.save(model, optimizer, rows)
             tqdm.write(_describe(row, epochs, speed))

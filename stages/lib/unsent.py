@@ -1,10 +1,11 @@
 """What a training could not send to the MLflow store, kept until the next command."""
 
+import json
 from pathlib import Path
 
 from filelock import FileLock
 
-from lib.files import read_json, write_json
+from lib.files import read_json, write_text
 from lib.lineage import repository_root
 from lib.mlflow_log import SEND, has_run
 
@@ -20,7 +21,8 @@ def unsent_dir() -> Path:
 def write_unsent(run_id: str, missed: dict[str, list]) -> None:
     """Write down what a run in the present store lacks, but for its model, which `make sync` logs."""
     missed = {what: arguments for what, arguments in missed.items() if what != "model"}
-    write_json(unsent_dir() / f"{run_id}.json", {"store": _store(), "missed": missed})
+    record = json.dumps({"store": _store(), "missed": missed}, indent=2)  # unrounded: params are in it
+    write_text(unsent_dir() / f"{run_id}.json", record + "\n")
 
 
 def send_unsent(client, experiment_id: str) -> int:
