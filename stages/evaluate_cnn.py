@@ -35,21 +35,23 @@ def main() -> None:
     metrics = {
         "test_loss": loss,
         "test_accuracy": accuracy,
-        "test_accuracy_shift_3px": evaluation.mean_accuracy(moved, ("shift_x", "shift_y"), 3),
-        "test_accuracy_rotation_15deg": evaluation.mean_accuracy(moved, ("rotation",), 15),
+        "test_accuracy_shift_3px": evaluation.mean_accuracy(
+            moved["shifts"], "pixels", 3, "shift_x", "shift_y"
+        ),
+        "test_accuracy_rotation_15deg": evaluation.mean_accuracy(
+            moved["rotations"], "degrees", 15, "rotation"
+        ),
+    }
+    mistakes = {
+        "test_mistakes": int((predictions != labels).sum()),
+        "surest": evaluation.mistakes(images, labels, logits, params.mistakes),
     }
 
-    folder = Path("metrics/evaluate_cnn")
-    tables = {
-        "per_class": evaluation.per_class(labels, predictions),
-        "confusion": evaluation.confusion(labels, predictions),
-        "robustness": moved,
-        "mistakes": evaluation.mistakes(images, labels, logits, params.mistakes),
-    }
-    paths = [folder / f"{name}_{table}.csv" for table in tables]
-    for path, rows in zip(paths, tables.values(), strict=True):
-        write_csv(path, rows)
-    metrics = write_json(folder / f"{name}.json", metrics)
+    stem = f"metrics/evaluate_cnn/{name}"
+    paths = [Path(stem + end) for end in (".json", "_mistakes.json", "_per_class.csv", "_confusion.csv")]
+    metrics = write_json(paths[0], metrics | moved) | write_json(paths[1], mistakes)
+    write_csv(paths[2], evaluation.per_class(labels, predictions))
+    write_csv(paths[3], evaluation.confusion(labels, predictions))
     attach("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
 
 

@@ -1,33 +1,39 @@
-"""Draw the figures from metrics and curves: metrics/figures/*.png."""
+"""Draw the figures from metrics, curves and train images: metrics/figures/*.png."""
 
 from pathlib import Path
 
 from lib import figures
 from lib.arguments import IMAGES
+from lib.copies import load_copies
 from lib.errors import run_stage
 from lib.files import read_csv, read_json
+from lib.idx import TRAIN_IMAGES, read_idx
 from lib.params import load_params
 from lib.tracking import attach, require_store
 
 METRICS = Path("metrics")
 FIGURES = METRICS / "figures"
+EXAMPLES = 8  # images shown with their copies
 
 
 def main() -> None:
     params = load_params("plot_results", "tracking")
     require_store(params.tracking.if_unreachable)
 
-    def evaluation_tables(table: str) -> dict:
-        return {name: read_csv(METRICS / "evaluate_cnn" / f"{name}_{table}.csv") for name in IMAGES}
-
+    evaluations = METRICS / "evaluate_cnn"
+    confusion = {name: read_csv(evaluations / f"{name}_confusion.csv") for name in IMAGES}
+    mistakes = {name: read_json(evaluations / f"{name}_mistakes.json")["surest"] for name in IMAGES}
+    moved = {name: read_json(evaluations / f"{name}.json") for name in IMAGES}
+    copies, labels, _ = load_copies()
+    variants = [images[:EXAMPLES] for images in (read_idx(TRAIN_IMAGES), *copies)]
     curves = {name: read_csv(METRICS / "train_cnn" / f"{name}.csv") for name in IMAGES}
     toy = {"toy_loss": figures.toy_loss(read_csv(METRICS / "train_toy_cnn.csv"))}
     cnn = {
         "training_curves": figures.training_curves(curves),
-        "robustness": figures.robustness(evaluation_tables("robustness")),
-        "confusion": figures.confusion(evaluation_tables("confusion")),
-        "mistakes": figures.mistakes(evaluation_tables("mistakes")),
-        "augmentation": figures.augmentation(read_csv(METRICS / "augment_images.csv")),
+        "robustness": figures.robustness(moved),
+        "confusion": figures.confusion(confusion),
+        "mistakes": figures.mistakes(mistakes),
+        "augmentation": figures.augmentation(variants, labels[:EXAMPLES]),
     }
     for name, figure in (toy | cnn).items():
         figures.save(figure, FIGURES / f"{name}.png", params.plot_results.dpi)

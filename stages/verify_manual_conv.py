@@ -47,7 +47,7 @@ def main() -> None:
     metrics = {name: error for name, (error, _) in errors.items()} | totals
     metrics = write_json(METRICS, metrics)
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
-    attach("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [WALKTHROUGH])
+    attach("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [METRICS, WALKTHROUGH])
 
 
 def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:

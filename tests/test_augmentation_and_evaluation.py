@@ -112,9 +112,11 @@ class LeftOrRight(nn.Module):
 def test_robustness_sees_what_a_shift_does():
     images = np.zeros((4, 28, 28), np.uint8)
     images[:, 14, 12] = 255  # two pixels left of the middle: a shift right by 2 moves it over
-    rows = evaluation.robustness(LeftOrRight(), images, np.zeros(4, np.uint8), torch.device("cpu"))
-    shifts = {row["amount"]: row["accuracy"] for row in rows if row["transform"] == "shift_x"}
-    assert shifts == {amount: float(amount < 2) for amount in range(-5, 6)}
-    assert {row["amount"] for row in rows if row["transform"] == "rotation"} == set(range(-30, 31, 5))
-    assert {row["n"] for row in rows} == {4}
-    assert evaluation.mean_accuracy(rows, ("shift_x", "shift_y"), 3) == (1 + 0 + 1 + 1) / 4
+    moved = evaluation.robustness(LeftOrRight(), images, np.zeros(4, np.uint8), torch.device("cpu"))
+    assert moved["shifts"] == [
+        {"pixels": by, "shift_x": float(by < 2), "shift_y": 1.0, "n": 4} for by in range(-5, 6)
+    ]
+    assert [row["degrees"] for row in moved["rotations"]] == list(range(-30, 31, 5))
+    assert {row["n"] for row in moved["rotations"]} == {4}
+    assert evaluation.mean_accuracy(moved["shifts"], "pixels", 3, "shift_x", "shift_y") == (1 + 0 + 1 + 1) / 4
+    assert evaluation.mean_accuracy(moved["shifts"], "pixels", 3, "shift_x") == (1 + 0) / 2

@@ -49,7 +49,7 @@ LIBRARY = {
     "arguments": [*IMAGES, "plot_results"],
     "augmentation": ["augment_images"],
     "checkpoints": ["train_cnn"],
-    "copies": ["augment_images", "train_cnn"],
+    "copies": ["augment_images", "train_cnn", "plot_results"],
     "cuda_graph": ["train_cnn"],
     "errors": ALL,
     "evaluation": ["evaluate_cnn"],

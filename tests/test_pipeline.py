@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool, tracked_runs
 from torchvision import datasets
 
+from lib.files import numbers
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.mlflow_log import has_model
 
@@ -79,6 +80,67 @@ def test_metrics_and_curves_are_there(project):
     assert float(curve[1]["train_loss"]) < float(curve[0]["train_loss"])
     figures = {path.stem for path in (project / "metrics/figures").iterdir()}
     assert figures == {"toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation"}
+
+
+CURVES = ["metrics/train_cnn/original.csv", "metrics/train_cnn/augmented.csv"]
+TABLES = {
+    f"metrics/evaluate_cnn/{images}_{table}.csv": axes
+    for images in ("original", "augmented")
+    for table, axes in (("confusion", ("predicted", "actual")), ("per_class", ("recall", "class")))
+}
+MOVED = {  # title: list in metrics/evaluate_cnn/*.json, and its columns
+    "Test accuracy when shifted left and right": ("shifts", "pixels", "shift_x"),
+    "Test accuracy when shifted up and down": ("shifts", "pixels", "shift_y"),
+    "Test accuracy when rotated": ("rotations", "degrees", "rotation"),
+}
+
+
+@pytest.fixture(scope="module")
+def plots(project, tmp_path_factory) -> dict[str, dict]:
+    """What `dvc plots show` draws: each plot as a Vega-Lite specification, an image as {}."""
+    out = str(tmp_path_factory.mktemp("plots"))
+    shown = json.loads(dvc(project, "plots", "show", "--json", "--out", out).stdout)
+    assert shown.keys() == {"data"}  # no errors
+    return {name: plot.get("content", {}) for name, [plot] in shown["data"].items()}
+
+
+def test_dvc_draws_the_curves_tables_robustness_and_figures_and_no_pixels(project, plots):
+    figures = {f"metrics/figures/{path.name}" for path in (project / "metrics/figures").iterdir()}
+    assert {name for name, spec in plots.items() if not spec} == figures
+    assert set(plots) - figures == {"metrics/train_toy_cnn.csv", *CURVES, *TABLES, *MOVED}
+    for name in set(plots) - figures:
+        assert plots[name]["title"]["text"].startswith(
+            name if name in MOVED else ("Toy CNN: ", "CNN trained")
+        )
+        values = [value for row in plots[name]["data"]["values"] for value in row.values()]
+        assert max(len(str(value)) for value in values) < 40  # an image is 1,568 digits
+
+
+def test_dvc_draws_every_row_and_train_beside_val(project, plots):
+    for path in ("metrics/train_toy_cnn.csv", *CURVES, *TABLES):
+        with (project / path).open() as file:
+            rows = list(csv.DictReader(file))
+        assert [{key: row[key] for key in rows[0]} for row in plots[path]["data"]["values"]] == rows
+        if path in CURVES:
+            assert {"epoch", *plots[path]["transform"][0]["fold"]} == set(rows[0])
+            assert plots[path]["spec"]["encoding"]["x"]["field"] == "epoch"
+    for path, axes in TABLES.items():
+        encoding = plots[path].get("spec", plots[path])["encoding"]
+        assert (encoding["x"]["field"], encoding["y"]["field"]) == axes
+
+
+@pytest.mark.parametrize("title", MOVED)
+def test_dvc_draws_both_cnns_on_one_pair_of_axes(project, plots, title):
+    table, amount, accuracy = MOVED[title]
+    encoding = plots[title]["encoding"]
+    assert (encoding["x"]["field"], encoding["y"]["field"]) == (amount, accuracy)
+    assert encoding["strokeDash"]["field"] == "filename"
+    for images in ("original", "augmented"):
+        measured = json.loads((project / f"metrics/evaluate_cnn/{images}.json").read_text())[table]
+        rows = [row for row in plots[title]["data"]["values"] if row["filename"] == f"{images}.json"]
+        # The file's other table may be longer, and rows of that part alone lack these columns.
+        drawn = [(row[amount], row[accuracy]) for row in rows if amount in row]
+        assert drawn == [(row[amount], row[accuracy]) for row in measured]
 
 
 def test_each_training_is_one_run_with_all_its_results(project):
@@ -172,7 +234,7 @@ def assert_runs_match(project: Path) -> None:
             metrics |= json.loads((project / f"metrics/{file}.json").read_text())
         run = found[training]
         assert [run.data.tags["weights_sha256"]] == metrics.pop("weights_sha256")
-        for name, value in metrics.items():
+        for name, value in numbers(metrics).items():
             if training != "train_toy_cnn" or name != "train_loss":
                 assert run.data.metrics[name] == value, (training, name)
         with (project / f"metrics/{files[0]}.csv").open() as file:

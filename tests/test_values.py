@@ -148,13 +148,15 @@ def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(results, image
         number: row.max() for number, row in enumerate(probabilities) if row.argmax() != labels[number]
     }
     surest = sorted(confidences, key=confidences.get, reverse=True)[: PARAMS["evaluate_cnn"]["mistakes"]]
-    written = table(folder / f"metrics/evaluate_cnn/{images}_mistakes.csv")
-    assert [int(row["image"]) for row in written] == surest
+    mistakes = lists(folder / f"metrics/evaluate_cnn/{images}_mistakes.json")
+    written = mistakes["surest"]
+    assert mistakes["test_mistakes"] == len(confidences)
+    assert [row["image"] for row in written] == surest
     for number, row in zip(surest, written, strict=True):
         assert row["pixels"] == pixels[number].tobytes().hex()
         assert row["label"] == CLASSES[labels[number]]
         assert row["prediction"] == CLASSES[probabilities[number].argmax()]
-        assert float(row["confidence"]) == pytest.approx(confidences[number], rel=SIX_DIGITS)
+        assert row["confidence"] == pytest.approx(confidences[number], rel=SIX_DIGITS)
 
 
 @pytest.mark.parametrize("images", IMAGES)
@@ -167,50 +169,59 @@ def test_robustness_is_that_of_the_written_weights_on_moved_images(results, imag
     moved |= {("rotation", amount): small.rotated(pixels, amount) for amount in range(-30, 31, 5)}
     weights = folder / f"models/cnn_{images}.safetensors"
     accuracies = {key: small.evaluate(weights, batch, labels)[1] for key, batch in moved.items()}
-    rows = table(folder / f"metrics/evaluate_cnn/{images}_robustness.csv")
-    assert {row["n"] for row in rows} == {str(n)}
-    written = {(row["transform"], int(row["amount"])): float(row["accuracy"]) for row in rows}
+    metrics = lists(folder / f"metrics/evaluate_cnn/{images}.json")
+    assert {row["n"] for row in metrics["shifts"] + metrics["rotations"]} == {n}
+    written = {
+        (transform, row["pixels"]): row[transform]
+        for row in metrics["shifts"]
+        for transform in ("shift_x", "shift_y")
+    }
+    written |= {("rotation", row["degrees"]): row["rotation"] for row in metrics["rotations"]}
     assert written == pytest.approx(accuracies, rel=SIX_DIGITS)
-    metrics = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
     by_3 = [accuracies[axis, sign * 3] for axis in ("shift_x", "shift_y") for sign in (-1, 1)]
     by_15 = [accuracies["rotation", sign * 15] for sign in (-1, 1)]
     assert metrics["test_accuracy_shift_3px"] == pytest.approx(np.mean(by_3), rel=SIX_DIGITS)
     assert metrics["test_accuracy_rotation_15deg"] == pytest.approx(np.mean(by_15), rel=SIX_DIGITS)
 
 
-def test_the_examples_of_augmentation_are_the_images_and_their_copies(results):
+def test_the_copies_are_those_of_every_image_in_order(results):
     folder = results.rerun("augment_images")
     pool, labels = pool_of(folder, "augmented"), small.read_data(folder, "TRAIN_LABELS")
     assert len(pool) == 1 + PARAMS["augment_images"]["copies"]
     assert (np.load(folder / "data/augmented/labels.npy") == labels).all()
-    rows = table(folder / "metrics/augment_images.csv")
-    keys = [(image, copy) for image in range(8) for copy in range(len(pool))]
-    assert [(int(row["image"]), int(row["copy"])) for row in rows] == keys
-    for (image, copy), row in zip(keys, rows, strict=True):
-        assert row["pixels"] == pool[copy, image].tobytes().hex()
-        assert row["label"] == CLASSES[labels[image]]
 
 
 def test_each_figure_is_drawn_from_its_own_tables(again, monkeypatch):
     folder, drawn, saved = again("plot_results"), {}, {}
     for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation"):
         # Each figure stands for itself by its name.
-        monkeypatch.setattr(figures, name, lambda tables, name=name: drawn.__setitem__(name, tables) or name)
+        monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.__setitem__(name, given) or name)
     monkeypatch.setattr(
         figures, "save", lambda figure, path, dpi: saved.__setitem__(path.stem, (figure, dpi))
     )
     run_stage(folder, "plot_results")
+    variants, labels = drawn.pop("augmentation")
+    pool = pool_of(folder, "augmented")
+    assert (np.stack(variants) == pool[:, :8]).all()
+    assert (labels == small.read_data(folder, "TRAIN_LABELS")[:8]).all()
     metrics = folder / "metrics"
-    assert drawn == {
+    tested = {images: f"evaluate_cnn/{images}" for images in IMAGES}
+    assert {name: tables for name, (tables,) in drawn.items()} == {
         "toy_loss": table(metrics / "train_toy_cnn.csv"),
         "training_curves": {images: table(metrics / f"train_cnn/{images}.csv") for images in IMAGES},
-        **{
-            name: {images: table(metrics / f"evaluate_cnn/{images}_{name}.csv") for images in IMAGES}
-            for name in ("robustness", "confusion", "mistakes")
+        "confusion": {images: table(metrics / f"{path}_confusion.csv") for images, path in tested.items()},
+        "robustness": {images: lists(metrics / f"{path}.json") for images, path in tested.items()},
+        "mistakes": {
+            images: lists(metrics / f"{path}_mistakes.json")["surest"] for images, path in tested.items()
         },
-        "augmentation": table(metrics / "augment_images.csv"),
     }
-    assert saved == {name: (name, PARAMS["plot_results"]["dpi"]) for name in drawn}
+    names = [*drawn, "augmentation"]
+    assert saved == {name: (name, PARAMS["plot_results"]["dpi"]) for name in names}
+
+
+def lists(path) -> dict:
+    """A file of metrics, with its lists of rows."""
+    return json.loads(path.read_text())
 
 
 def verified(folder) -> dict[str, float]:
@@ -276,7 +287,6 @@ TRAINED = {
 TOY = {"metrics/train_toy_cnn.csv", "metrics/train_toy_cnn.json", "models/toy_cnn.safetensors"}
 COPIES = {
     "data/augmented/copy_01.npy", "data/augmented/copy_02.npy", "data/augmented/params.json",
-    "metrics/augment_images.csv",
 }  # fmt: skip
 TESTED = "metrics/evaluate_cnn/original"
 FIGURES = {
@@ -291,7 +301,7 @@ EFFECTS = {
     "augment_images.seed": (6, ("augment_images",), COPIES),
     "augment_images.copies": (
         3, ("augment_images",),
-        {"data/augmented/copy_03.npy", "data/augmented/params.json", "metrics/augment_images.csv"},
+        {"data/augmented/copy_03.npy", "data/augmented/params.json"},
     ),
     "augment_images.max_shift": (4, ("augment_images",), COPIES),
     "augment_images.max_rotation": (16, ("augment_images",), COPIES),
@@ -305,9 +315,9 @@ EFFECTS = {
     "train_cnn.batch_size": (17, ("train_cnn", "original"), TRAINED),
     "train_cnn.learning_rate": (0.0011, ("train_cnn", "original"), TRAINED),
     "evaluate_cnn.robustness_images": (
-        41, ("evaluate_cnn", "original"), {f"{TESTED}.json", f"{TESTED}_robustness.csv"},
+        41, ("evaluate_cnn", "original"), {f"{TESTED}.json"},
     ),
-    "evaluate_cnn.mistakes": (6, ("evaluate_cnn", "original"), {f"{TESTED}_mistakes.csv"}),
+    "evaluate_cnn.mistakes": (6, ("evaluate_cnn", "original"), {f"{TESTED}_mistakes.json"}),
     "plot_results.dpi": (51, ("plot_results",), FIGURES),
 }  # fmt: skip
 # Those that change no output, or need the network: each has a test of its own.

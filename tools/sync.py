@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib import mlflow_log
 from lib.errors import StageError, run_stage
-from lib.files import read_csv, read_json
+from lib.files import numbers, read_csv, read_json
 from lib.lineage import GitError, git
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 from lib.store import connect, told_in_one_line
@@ -168,10 +168,10 @@ def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files
     name = stage.split("@")[0]
     for file in files:
         if file.suffix == ".json":
-            metrics |= read_json(file)
+            metrics |= numbers(read_json(file))
 
     def send():
-        report(name, training, weights_sha256, metrics, [file for file in files if file.suffix != ".json"])
+        report(name, training, weights_sha256, metrics, files)
 
     return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
 

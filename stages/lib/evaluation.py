@@ -49,15 +49,23 @@ def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count
     ]
 
 
-def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> list[dict]:
-    """Accuracy on `images` (N, 28, 28) uint8 shifted along either axis and rotated; one row each."""
-    rows = []
-    for transform, amounts in (("shift_x", SHIFTS), ("shift_y", SHIFTS), ("rotation", ANGLES)):
-        for amount in amounts:
-            moved = move(images, transform, amount)
-            _, accuracy = loss_and_accuracy(predict(model, moved, device), labels)
-            rows.append({"transform": transform, "amount": amount, "accuracy": accuracy, "n": len(labels)})
-    return rows
+def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict:
+    """Accuracy on `images` (N, 28, 28) uint8 when shifted along either axis, and when rotated.
+
+    Two tables, since pixels and degrees are no common axis; their columns differ but for `n`, since
+    `dvc plots` joins the tables of a file by row.
+    """
+
+    def accuracy(transform: str, amount: int) -> float:
+        return loss_and_accuracy(predict(model, move(images, transform, amount), device), labels)[1]
+
+    n = len(labels)
+    shifts = [
+        {"pixels": by, "shift_x": accuracy("shift_x", by), "shift_y": accuracy("shift_y", by), "n": n}
+        for by in SHIFTS
+    ]
+    rotations = [{"degrees": by, "rotation": accuracy("rotation", by), "n": n} for by in ANGLES]
+    return {"shifts": shifts, "rotations": rotations}
 
 
 def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
@@ -72,7 +80,6 @@ def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
     return functional.affine(tensor, 0, translate, scale=1, shear=[0]).numpy()
 
 
-def mean_accuracy(rows: list[dict], transforms: tuple[str, ...], distance: int) -> float:
-    """Mean accuracy of `rows` from `robustness` at ±distance, over `transforms`."""
-    chosen = [row for row in rows if row["transform"] in transforms and abs(row["amount"]) == distance]
-    return float(np.mean([row["accuracy"] for row in chosen]))
+def mean_accuracy(rows: list[dict], amount: str, distance: int, *columns: str) -> float:
+    """Mean of `columns` in those rows of `robustness` whose `amount` is ±distance."""
+    return float(np.mean([row[name] for row in rows for name in columns if abs(row[amount]) == distance]))

@@ -1,4 +1,4 @@
-"""The figures, each from the rows of a metrics or curves file; byte-identical when redrawn."""
+"""The figures, each from rows of metrics or from images; byte-identical when redrawn."""
 
 from pathlib import Path
 
@@ -84,45 +84,41 @@ def confusion(tables: dict[str, Rows]) -> Figure:
     return figure
 
 
-def robustness(tables: dict[str, Rows]) -> Figure:
+def robustness(tables: dict[str, dict[str, Rows]]) -> Figure:
     """Accuracy of both CNNs on shifted and rotated test images."""
     figure, columns = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    titles = {
-        "shift_x": ("shifted left and right", "pixels (+ right)"),
-        "shift_y": ("shifted up and down", "pixels (+ down)"),
-        "rotation": ("rotated", "degrees (+ counterclockwise)"),
-    }
-    for axes, (transform, (title, label)) in zip(columns, titles.items(), strict=True):
+    panels = [
+        ("shifts", "pixels", "shift_x", "shifted left and right", "pixels (+ right)"),
+        ("shifts", "pixels", "shift_y", "shifted up and down", "pixels (+ down)"),
+        ("rotations", "degrees", "rotation", "rotated", "degrees (+ counterclockwise)"),
+    ]
+    for axes, (table, amount, accuracy, title, label) in zip(columns, panels, strict=True):
         for images, rows in tables.items():
-            chosen = [row for row in rows if row["transform"] == transform]
             axes.plot(
-                _column(chosen, "amount"), _column(chosen, "accuracy"), "o-", color=COLORS[images],
+                _column(rows[table], amount), _column(rows[table], accuracy), "o-", color=COLORS[images],
                 markersize=4, label=f"trained on {images} images",
             )  # fmt: skip
         axes.set(title=title, xlabel=label, ylim=(0, 1))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     columns[0].set_ylabel("test accuracy")
     columns[0].legend(loc="lower center")
-    n = int(next(iter(tables.values()))[0]["n"])
+    n = int(next(iter(tables.values()))["shifts"][0]["n"])
     figure.suptitle(f"Test accuracy when the image is moved (n = {n:,} at each point)")
     return figure
 
 
-def augmentation(rows: Rows) -> Figure:
-    """Train images and what imgaug makes of them, one column an image."""
-    images = sorted({int(row["image"]) for row in rows})
-    copies = sorted({int(row["copy"]) for row in rows})
+def augmentation(variants: list[np.ndarray], labels: np.ndarray) -> Figure:
+    """Images of each variant (n, 28, 28), the original first, one column an image; labels (n,)."""
     figure, grid = plt.subplots(
-        len(copies), len(images), figsize=(1.25 * len(images), 1.3 * len(copies) + 0.5),
+        len(variants), len(labels), figsize=(1.25 * len(labels), 1.3 * len(variants) + 0.5),
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for row in rows:
-        axes = grid[copies.index(int(row["copy"])), images.index(int(row["image"]))]
-        _show(axes, row)
-        if row["copy"] == "0":
-            axes.set_title(row["label"], fontsize=9)
-    for copy, first in zip(copies, grid[:, 0], strict=True):
-        first.set_ylabel(f"copy {copy}" if copy else "original", fontsize=9)
+    for number, (line, images) in enumerate(zip(grid, variants, strict=True)):
+        line[0].set_ylabel(f"copy {number}" if number else "original", fontsize=9)
+        for axes, image in zip(line, images, strict=True):
+            _show(axes, image)
+    for axes, label in zip(grid[0], labels, strict=True):
+        axes.set_title(CLASSES[label], fontsize=9)
     figure.suptitle("Augmentation: train images and their copies")
     return figure
 
@@ -140,15 +136,15 @@ def mistakes(tables: dict[str, Rows]) -> Figure:
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, row in zip(grid.flat, rows, strict=False):
-            _show(axes, row)
+            _show(axes, pixels_from_text(row["pixels"]))
             axes.set_axis_on()
             confidence = f"{float(row['confidence']):.2%}"
             axes.set_title(f"{row['label']}\ntaken for {row['prediction']}\n{confidence}", fontsize=8)
     return figure
 
 
-def _show(axes: Axes, row: dict[str, str]) -> None:
-    axes.imshow(pixels_from_text(row["pixels"]), cmap="gray", vmin=0, vmax=255)
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
 
