@@ -1,12 +1,16 @@
 """Training on a few images: what an epoch sees, what it reports, and that it repeats itself."""
 
 import contextlib
+import io
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from tqdm import tqdm
 
+from lib import training
 from lib.checkpoints import Checkpoint, exclusive_checkpoint
 from lib.cuda_graph import GraphedStep
 from lib.errors import StageError
@@ -15,7 +19,7 @@ from lib.runtime import prepare_torch
 from lib.training import TrainStep, train_cnn
 
 CPU = torch.device("cpu")
-LABELS = np.arange(16, dtype=np.uint8) % 4
+LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
 
 
@@ -77,6 +81,81 @@ def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(trai
     # 1,200 draws: 300 expected of each; five standard deviations are 75.
     assert counts.sum() == 1200
     assert (abs(counts - 300) < 75).all()
+
+
+def test_an_epochs_metrics_are_means_over_its_images(train, images):
+    """By hand from every batch's logits, of which the last has two images, the others five."""
+    label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
+    seen = {True: [], False: []}  # loss and hit of each image, by whether the model trains
+
+    def watch(module, args, logits):
+        for pixels, row in zip((args[0][:, 0] * 255).round().to(torch.uint8).numpy(), logits, strict=True):
+            label = label_of[pixels.tobytes()]
+            loss = torch.logsumexp(row, 0) - row[label]
+            seen[module.training].append((loss.item(), int(row.argmax()) == label))
+
+    model = fresh(build_cnn, 0)
+    model.register_forward_hook(watch)
+    _, [row] = train(images[None], model, epochs=1, learning_rate=0.01)
+    expected = {"epoch": 1}
+    for split, trains in (("train", True), ("val", False)):
+        losses, hits = zip(*seen[trains], strict=True)
+        expected |= {f"{split}_loss": np.mean(losses), f"{split}_accuracy": np.mean(hits)}
+    assert list(row) == list(expected)
+    assert row == pytest.approx(expected, rel=1e-5)
+    assert (len(seen[True]), len(seen[False])) == (12, 4)
+
+
+@pytest.mark.parametrize("learning_rate", [0.001, 0.004])
+def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learning_rate):
+    """Adam's first step is the learning rate, whatever the gradient is, so long as there is one."""
+    model, _ = train(images[None], epochs=1, batch_size=12, learning_rate=learning_rate)
+    moved = (model[9].bias - fresh(build_cnn, 0)[9].bias).abs()
+    assert moved.max().item() == pytest.approx(learning_rate, rel=1e-3)
+
+
+def test_an_epoch_is_reported_with_its_images_a_second(train, images, monkeypatch, capsys):
+    clock = iter([10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    heard = []
+    _, rows = train(images[None], on_epoch=lambda row, speed: heard.append((row, speed)))
+    assert heard == [(rows[0], 6.0), (rows[1], 3.0)]
+    lines = [
+        f"epoch {row['epoch']}/2: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
+        f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%}; {speed} images/s"
+        for row, speed in zip(rows, (6, 3), strict=True)
+    ]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+class Bar(tqdm):
+    """The progress bar as on a terminal, which writes down what it shows after each change."""
+
+    shown: ClassVar[list] = []
+
+    def __init__(self, **settings):
+        super().__init__(
+            **settings | {"disable": False, "file": io.StringIO(), "mininterval": 0, "miniters": 1}
+        )
+
+    def refresh(self, **settings):
+        self.shown.append((self.desc, self.n, self.total, self.postfix))
+        return super().refresh(**settings)
+
+
+def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "tqdm", Bar)
+    monkeypatch.setattr(training, "REFRESH", 3)  # the last of each epoch's three batches
+    monkeypatch.setattr(Bar, "shown", [])
+    checkpoint = Checkpoint("k", tmp_path)
+    _, [first] = train(images[None], epochs=1, checkpoint=checkpoint)
+    assert Bar.shown[-1][:3] == ("epoch 1/1: ", 12, 12)
+    means = f"accuracy={first['train_accuracy']:.2%}, loss={first['train_loss']:.4f}"
+    assert Bar.shown[-1][3] == means
+    Bar.shown.clear()
+    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path))
+    assert Bar.shown[0][1:3] == (12, 24)  # begins where the first epoch ended
+    assert Bar.shown[-1][:3] == ("epoch 2/2: ", 24, 24)
 
 
 class Killed(Exception):
@@ -159,11 +238,12 @@ def test_the_graphed_step_trains_as_the_plain_one(images):
     def run(wrap):
         model = fresh(build_cnn, 0)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        step = TrainStep(model, optimizer, torch.from_numpy(images[None]), torch.from_numpy(LABELS).long())
+        pool = torch.from_numpy(np.stack([images, 255 - images, images // 2]))
+        step = TrainStep(model, optimizer, pool, torch.from_numpy(LABELS).long())
         run_step = wrap(step)
         for _ in range(3):
             for index in torch.arange(12).split(5):  # 5, 5 and 2 images
-                run_step(torch.zeros_like(index), index)
+                run_step(index % 3, index)
         return model[9].weight, step.loss_sum.item(), step.correct.item()
 
     graph = StandInGraph()
