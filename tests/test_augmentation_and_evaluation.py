@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import small_stages
 import torch
 from conftest import STAGES
 from torch import nn
@@ -55,6 +56,29 @@ def test_row_i_is_made_from_image_i():
     assert (copy.sum((1, 2), dtype=int) == images.sum((1, 2), dtype=int)).all()
 
 
+def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
+    images = np.full((2000, 28, 28), 200, np.uint8)
+    [copy] = augmentation.augment(images, copies=1, max_shift=3, max_rotation=0.0, seed=0)
+    # How many columns or rows are black at each side of each image.
+    for axis in (1, 2):
+        black = copy.max(axis=3 - axis) == 0  # (N, 28)
+        first, last = black.argmin(axis=1), black[:, ::-1].argmin(axis=1)
+        shifts = first - last
+        assert set(np.unique(shifts)) == set(range(-3, 4))
+        assert np.bincount(shifts + 3).min() > 2000 / 7 * 0.75  # uniform: 286 expected of each
+    assert set(np.unique(copy)) == {0, 200}
+    # A bar through the middle: how far its right end stands from the middle is the angle.
+    images = np.zeros((1000, 28, 28), np.uint8)
+    images[:, 13:15] = 255
+    [copy] = augmentation.augment(images, copies=1, max_shift=0, max_rotation=20.0, seed=0)
+    rows = np.arange(28)[:, None]
+    end = copy[:, :, 24].astype(float)
+    height = 13.5 - (end * rows[:, 0]).sum(1) / end.sum(1)
+    angles = np.rad2deg(np.arctan2(height, 24 - 13.5))
+    assert (angles.min(), angles.max()) == pytest.approx((-20, 20), abs=1)
+    assert angles.mean() == pytest.approx(0, abs=2)
+
+
 def test_no_shift_and_no_rotation_change_nothing(images):
     [copy] = augmentation.augment(images, copies=1, max_shift=0, max_rotation=0.0, seed=0)
     assert (copy == images).all()
@@ -74,13 +98,21 @@ def test_rotation_is_counterclockwise_and_none_is_none(images):
     assert (evaluation.move(images, "rotation", 90) == np.rot90(images, axes=(1, 2))).all()
 
 
+@pytest.mark.parametrize("degrees", [-30, -15, 5, 20])
+def test_rotation_takes_each_pixel_from_the_four_about_its_place(images, degrees):
+    expected = small_stages.rotated(images, degrees).astype(int)
+    difference = np.abs(evaluation.move(images, "rotation", degrees).astype(int) - expected)
+    assert difference.max() <= 1  # a value at the middle between two integers
+    assert (difference > 0).mean() < 0.01
+
+
 def test_per_class_in_the_head():
     labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     rows = evaluation.per_class(labels, predictions)
     assert [row["class"] for row in rows] == list(CLASSES)
     assert rows[0] == {"class": CLASSES[0], "precision": 1.0, "recall": 2 / 3, "n": 3}
     assert rows[1] == {"class": CLASSES[1], "precision": 0.5, "recall": 1.0, "n": 1}
-    assert rows[2]["precision"] == rows[2]["recall"] == 0
+    assert rows[2] == {"class": CLASSES[2], "precision": 0, "recall": 0, "n": 0}
 
 
 def test_confusion_has_a_row_an_image():
@@ -99,6 +131,15 @@ def test_mistakes_are_the_surest_first_and_only_mistakes(images):
         (1, "T-shirt/top", "Trouser"),
         (3, "T-shirt/top", "Dress"),
     ]
+    for row in rows:
+        assert row["pixels"] == images[row["image"]].tobytes().hex()
+        assert row["confidence"] == logits.softmax(1)[row["image"]].max().item()
+    assert evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=1) == rows[:1]
+
+
+def test_mistakes_of_one_confidence_come_in_order(images):
+    rows = evaluation.mistakes(images, np.ones(16, np.uint8), torch.zeros(16, 10), count=16)
+    assert [row["image"] for row in rows] == list(range(16))
 
 
 class LeftOrRight(nn.Module):

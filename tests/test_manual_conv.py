@@ -23,6 +23,13 @@ def test_bias_is_added_once_and_channels_are_summed():
     assert manual_conv.conv2d(images, np.ones((1, 2, 3, 3)), np.array([0.5])).item() == 9 + 90 + 0.5
 
 
+def test_a_kernel_meets_each_patch_in_place():
+    images = np.arange(12.0).reshape(1, 1, 3, 4)
+    kernel = np.array([[[[1.0, 0, 0], [0, 0, 10.0]]]])  # 2×3: its corners tell rows from columns
+    by_hand = [[0 + 60 + 2, 1 + 70 + 2], [4 + 100 + 2, 5 + 110 + 2]]
+    assert manual_conv.conv2d(images, kernel, np.array([2.0]))[0, 0].tolist() == by_hand
+
+
 def test_pooling_takes_the_largest_and_drops_the_border():
     images = np.arange(25.0).reshape(1, 1, 5, 5)
     assert manual_conv.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
@@ -62,12 +69,59 @@ def test_a_wrong_layer_shows(number, monkeypatch):
     assert all(row["error"] < 1e-5 for row in rows[:number])
 
 
+def test_an_error_is_the_largest_one_and_carries_on(monkeypatch):
+    model = build_toy_cnn()
+    with torch.no_grad():
+        for layer, weight, bias in ((0, 1.0, 0.0), (4, 2.0, -18.0)):
+            model[layer].weight.fill_(weight)
+            model[layer].bias.fill_(bias)
+    right = manual_conv.conv2d
+
+    def wrong(*args):
+        result = right(*args)  # 9 in all four places
+        result[0, 0, 0, 0] += 0.5
+        return result
+
+    monkeypatch.setattr(manual_conv, "conv2d", wrong)
+    rows = compare_layers(model, np.ones((1, 1, 4, 4), np.float32))
+    assert [row["layer"] for row in rows] == [
+        "Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4", "Linear-5", "Sigmoid-6",
+    ]  # fmt: skip
+    by_hand = [row["by_hand"].max() for row in rows]
+    assert by_hand == pytest.approx([9.5, 9.5, 9.5, 9.5, 1, 1 / (1 + np.exp(-1))])
+    assert [row["by_torch"].max() for row in rows] == [9, 9, 9, 9, 0, 0.5]
+    assert [row["error"] for row in rows] == pytest.approx(
+        [0.5, 0.5, 0.5, 0.5, 1, 1 / (1 + np.exp(-1)) - 0.5]
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_wrong_gradient_shows_with_its_size(monkeypatch, which, value):
+    right = manual_conv.conv2d_gradients
+
+    def wrong(*args):
+        gradients = right(*args)
+        gradients[which].flat[0] += value
+        return gradients
+
+    rng = np.random.default_rng(0)
+    images, layer = rng.standard_normal((2, 3, 5, 5), np.float32), nn.Conv2d(3, 2, 3)
+    assert compare_gradients(layer, images, rng) < 1e-4
+    monkeypatch.setattr(manual_conv, "conv2d_gradients", wrong)
+    assert compare_gradients(layer, images, rng) == pytest.approx(value, abs=1e-4, nan_ok=True)
+
+
 def test_an_unknown_layer_is_an_error():
     with pytest.raises(TypeError, match="Tanh"):
         compare_layers(nn.Sequential(nn.Tanh()), np.ones((1, 1), np.float32))
 
 
 def test_counts_are_compared_layer_by_layer():
+    rows = compare_counts(build_toy_cnn(), (1, 4, 4))
+    counts = {"Conv2d-1": 10, "MaxPool2d-2": 0, "ReLU-3": 0, "Flatten-4": 0, "Linear-5": 2, "Sigmoid-6": 0}
+    assert rows == [
+        {"layer": layer, "by_formula": count, "by_summary": count} for layer, count in counts.items()
+    ]
     rows = compare_counts(build_cnn(), (1, 28, 28))
     assert sum(row["by_formula"] for row in rows) == sum(row["by_summary"] for row in rows) == 896_522
-    assert torch.tensor([row["by_formula"] == row["by_summary"] for row in rows]).all()

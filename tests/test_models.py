@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from lib import inference
 from lib.errors import StageError
-from lib.inference import loss_and_accuracy
+from lib.inference import loss_and_accuracy, predict, to_device, to_input
 from lib.models import (
     CNN_SHAPE,
     TOY_SHAPE,
@@ -44,10 +46,40 @@ def test_weights_come_back_whatever_their_layout(tmp_path):
     assert torch.equal(again[9].weight, model[9].weight)
 
 
+def test_the_cnns_layers_are_those_of_the_lesson():
+    shapes = [tuple(tensor.shape) for tensor in build_cnn().state_dict().values()]
+    assert shapes == [(64, 1, 3, 3), (64,), (128, 64, 3, 3), (128,), (256, 3200), (256,), (10, 256), (10,)]
+    kinds = [type(layer) for layer in build_cnn()]
+    block = [nn.Conv2d, nn.MaxPool2d, nn.ReLU]
+    assert kinds == [*block, *block, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+    kinds = [type(layer) for layer in build_toy_cnn()]
+    assert kinds == [nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Flatten, nn.Linear, nn.Sigmoid]
+    assert {layer.kernel_size for layer in build_cnn() if isinstance(layer, nn.MaxPool2d)} == {2}
+
+
+def test_a_fresh_model_has_torchs_weights_for_its_seed():
+    torch.manual_seed(7)
+    expected = nn.Linear(1, 1).weight
+    assert torch.equal(fresh(lambda: nn.Sequential(nn.Linear(1, 1)), 7)[0].weight, expected)
+
+
+def test_a_summary_is_text_and_leaves_the_model_as_it_is(capsys):
+    model = build_toy_cnn()
+    text = summarize(model, TOY_SHAPE)
+    assert "Conv2d-1" in text
+    assert "Total params: 12" in text
+    assert capsys.readouterr().out == ""
+    assert not any(layer._forward_hooks for layer in model)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     save_weights(build_toy_cnn(), tmp_path / "toy.safetensors")
-    with pytest.raises(StageError, match=r"toy\.safetensors: weights do not fit"):
+    with pytest.raises(
+        StageError, match=r"toy\.safetensors: weights do not fit the model: Error.* .*Missing key"
+    ) as e:
         load_weights(build_cnn(), tmp_path / "toy.safetensors")
+    assert "\n" not in str(e.value)
+    assert "  " not in str(e.value)
 
 
 def test_loss_and_accuracy_in_the_head():
@@ -55,6 +87,40 @@ def test_loss_and_accuracy_in_the_head():
     loss, accuracy = loss_and_accuracy(logits, np.array([0, 1], np.uint8))
     assert loss == pytest.approx(np.log(2))
     assert accuracy == 0.5
+    sure = torch.tensor([[0.0, np.log(3)], [np.log(3), 0.0], [0.0, np.log(3)]])  # shares of 1/4 and 3/4
+    loss, accuracy = loss_and_accuracy(sure, np.array([1, 1, 1], np.uint8))
+    assert loss == pytest.approx((2 * np.log(4 / 3) + np.log(4)) / 3)
+    assert accuracy == pytest.approx(2 / 3)
+
+
+def test_input_is_a_channel_of_fractions_of_255():
+    images = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
+    given = to_input(images)
+    assert (given.shape, given.dtype) == ((1, 1, 2, 2), torch.float32)
+    assert given.flatten().tolist() == pytest.approx([0, 0.2, 0.4, 1])
+    assert images.flatten().tolist() == [0, 51, 102, 255]
+
+
+def test_predictions_come_in_order_batch_by_batch_in_eval_mode(images, monkeypatch):
+    monkeypatch.setattr(inference, "BATCH", 5)  # 5, 5, 5 and 1
+    batches = []
+
+    class Mean(nn.Module):
+        """Twice the mean while it trains; remembers how large its batches are."""
+
+        def forward(self, inputs):
+            batches.append(len(inputs))
+            return inputs.mean((1, 2, 3))[:, None].repeat(1, 10) * (2 if self.training else 1)
+
+    logits = predict(Mean().train(), images, torch.device("cpu"))
+    assert logits[:, 3].tolist() == pytest.approx((images.mean((1, 2)) / 255).tolist())
+    assert batches == [5, 5, 5, 1]
+    assert logits.is_inference()
+
+
+def test_a_model_moves_in_the_layout_of_its_convolutions():
+    model = to_device(build_cnn(), torch.device("cpu"))
+    assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 TOY_IMAGES = np.stack([np.full((1, 4, 4), 0.5), np.full((1, 4, 4), -0.5)]).astype(np.float32)
@@ -67,6 +133,21 @@ def test_the_toy_learns_and_repeats_itself():
     low, high = outputs(model, TOY_IMAGES)
     assert low < 0.5 < high
     assert train_toy(TOY_IMAGES, TOY_LABELS, epochs=300, learning_rate=0.01, seed=0)[1] == losses
+
+
+def test_the_toys_first_loss_and_steps_by_hand():
+    initial = fresh(build_toy_cnn, 3)
+    [first, second] = outputs(initial, TOY_IMAGES)
+    # No step to speak of: the losses of labels 0 and 1 are those of the initial outputs.
+    _, losses = train_toy(TOY_IMAGES, TOY_LABELS, epochs=2, learning_rate=1e-12, seed=3)
+    expected = (-np.log(1 - first) - np.log(second)) / 2
+    assert losses == pytest.approx([expected, expected], rel=1e-5)
+    # Twice the same image and label: Adam's two steps are each the learning rate.
+    same, label = np.stack([TOY_IMAGES[0]] * 2), np.zeros(2, np.float32)
+    model, _ = train_toy(same, label, epochs=1, learning_rate=0.001, seed=3)
+    assert not model.training
+    moved = (model[4].bias - initial[4].bias).abs().item()
+    assert moved == pytest.approx(0.002, rel=0.02)
 
 
 def test_a_dead_relu_is_told_from_a_live_one():
