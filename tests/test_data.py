@@ -2,18 +2,26 @@
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
 from lib.copies import load_copies, save_copies
 from lib.errors import StageError
 from lib.files import (
     pixels_from_text,
     pixels_to_text,
+    read_csv,
+    read_json,
     read_tensors,
     replace_atomically,
+    round_floats,
+    sha256_of,
+    write_array,
+    write_csv,
     write_json,
     write_tensors,
+    write_text,
 )
-from lib.idx import IdxFile, read_idx
+from lib.idx import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
 from lib.splits import split_indices
 
 SMALL = IdxFile("small-idx3-ubyte", (3, 2, 2), "unused")
@@ -43,9 +51,33 @@ def test_a_damaged_idx_file_is_named_with_what_was_expected(tmp_path, content, w
     assert words in str(raised.value)
 
 
+def test_the_four_files_are_those_of_fashion_mnist():
+    assert [(file.name, file.size, file.sha256[:8]) for file in FILES] == [
+        ("train-images-idx3-ubyte", 47_040_016, "c59f468a"),
+        ("train-labels-idx1-ubyte", 60_008, "bad3541b"),
+        ("t10k-images-idx3-ubyte", 7_840_016, "5b4141f0"),
+        ("t10k-labels-idx1-ubyte", 10_008, "0402a96d"),
+    ]
+    assert [file.header.hex() for file in FILES[:2]] == [
+        "000008030000ea600000001c0000001c",
+        "000008010000ea60",
+    ]
+    assert list(CLASSES) == datasets.FashionMNIST.classes
+    assert RAW_DIR.as_posix() == "data/FashionMNIST/raw"
+
+
+def test_an_idx_file_is_writable_bytes(tmp_path):
+    (tmp_path / SMALL.name).write_bytes(CONTENT)
+    values = read_idx(SMALL, tmp_path)
+    assert values.dtype == np.uint8
+    values += 1  # torch warns of arrays that cannot be written to
+
+
 def test_a_missing_idx_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(StageError, match="dvc repro fetch_fashion_mnist"):
+    with pytest.raises(StageError) as raised:
         read_idx(SMALL, tmp_path)
+    path = tmp_path / SMALL.name
+    assert str(raised.value) == f"{path}: not found; `dvc repro fetch_fashion_mnist` fetches it"
 
 
 def test_tensors_come_back_and_their_bytes_do_not_vary(tmp_path):
@@ -83,6 +115,83 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_floats_keep_six_significant_digits():
+    assert round_floats(1 / 3) == 0.333333
+    assert round_floats(123456.7) == 123457.0
+    assert round_floats(1234567) == 1234567  # no float
+    assert round_floats("0.1234567") == "0.1234567"
+    assert round_floats(float("nan")) != round_floats(float("nan"))
+
+
+def test_metrics_are_written_as_they_are_returned_and_read_back(tmp_path):
+    path = tmp_path / "new/folder/m.json"
+    written = write_json(path, {"loss": 1 / 3, "n": 7, "names": ["é"]})
+    assert written == {"loss": 0.333333, "n": 7}
+    assert read_json(path) == written | {"names": ["é"]}
+    assert path.read_bytes().endswith(b"\n}\n") is True
+    assert path.read_text().startswith('{\n  "loss": 0.333333,\n')
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff"])
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "m.json"
+    path.write_bytes(content)
+    with pytest.raises(StageError, match=r"/m\.json: .*; expected JSON as a stage writes it$"):
+        read_json(path)
+
+
+def test_rows_are_written_as_they_are_returned_and_read_back_as_text(tmp_path):
+    path = tmp_path / "new/t.csv"
+    rows = [{"epoch": 1, "loss": 1 / 3, "name": 'é, "x"'}, {"epoch": 2, "loss": 0.5, "name": ""}]
+    assert write_csv(path, rows) == [rows[0] | {"loss": 0.333333}, rows[1]]
+    assert path.read_bytes() == 'epoch,loss,name\n1,0.333333,"é, ""x"""\n2,0.5,\n'.encode()
+    assert read_csv(path) == [
+        {"epoch": "1", "loss": "0.333333", "name": 'é, "x"'},
+        {"epoch": "2", "loss": "0.5", "name": ""},
+    ]
+
+
+def test_text_is_utf_8_with_plain_line_feeds(tmp_path):
+    write_text(tmp_path / "t.md", "é\n4×4\n")
+    assert (tmp_path / "t.md").read_bytes() == b"\xc3\xa9\n4\xc3\x974\n"
+
+
+def test_a_digest_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_an_array_comes_back_and_one_of_objects_is_refused(tmp_path):
+    write_array(tmp_path / "a.npy", np.arange(3))
+    assert np.load(tmp_path / "a.npy", allow_pickle=False).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="pickle"):
+        write_array(tmp_path / "a.npy", np.array([{}], object))
+    assert np.load(tmp_path / "a.npy", allow_pickle=False).tolist() == [0, 1, 2]
+
+
+def test_a_file_is_seen_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new/out.txt"
+    with replace_atomically(path) as partial:
+        partial.write_text("half")
+        assert partial.parent == path.parent  # on the same disk, so that it can be renamed
+        assert partial.name == ".out.txt.part"
+        assert not path.exists()
+    assert path.read_text() == "half"
+    with replace_atomically(path) as partial:  # into a folder that is there
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+def test_missing_tensors_say_how_to_get_them(tmp_path):
+    with pytest.raises(StageError) as raised:
+        read_tensors(tmp_path / "x.safetensors")
+    words = "not found, expected a safetensors file; `dvc repro` makes it"
+    assert str(raised.value) == f"{tmp_path}/x.safetensors: {words}"
+    write_tensors(tmp_path / "x.safetensors", {})
+    with pytest.raises(StageError, match=r"holds nothing, expected images$"):
+        read_tensors(tmp_path / "x.safetensors", "images")
+
+
 def test_metrics_have_a_line_a_row_and_numbers_of_six_digits(tmp_path):
     path = tmp_path / "metrics.json"
     rows = [{"by": -1, "share": 1 / 3}, {"by": 1, "share": 2 / 3}]
@@ -101,6 +210,8 @@ def test_pixels_survive_being_text(images):
 def test_splits_are_disjoint_complete_and_seeded():
     train, val = split_indices(100, 20, None, seed=3)
     assert sorted([*train, *val]) == list(range(100))
+    assert [list(train), list(val)] == [sorted(train), sorted(val)]
+    assert set(val) == set(np.random.default_rng(3).permutation(100)[:20])
     assert len(val) == 20
     again, other = split_indices(100, 20, None, seed=3)[0], split_indices(100, 20, None, seed=4)[0]
     assert train.tolist() == again.tolist() != other.tolist()
@@ -120,17 +231,22 @@ def test_copies_come_back_and_stale_ones_go(tmp_path, images):
     save_copies([images, images + 1], labels, {"copies": 2, "max_rotation": 12.3456789}, tmp_path)
     copies, read_labels, params = load_copies(tmp_path)
     assert (len(copies), params) == (2, {"copies": 2, "max_rotation": 12.3456789})
+    assert isinstance(copies[0], np.memmap)  # 47 MB each
+    names = ["copy_01.npy", "copy_02.npy", "labels.npy", "params.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "params.json").read_text() == '{\n  "copies": 2,\n  "max_rotation": 12.3456789\n}\n'
     assert (copies[1] == images + 1).all()
     assert read_labels.tolist() == labels.tolist()
 
 
 def test_damaged_or_absent_copies_are_named(tmp_path, images):
-    with pytest.raises(StageError, match="dvc repro augment_images"):
+    with pytest.raises(StageError) as raised:
         load_copies(tmp_path)
+    assert str(raised.value) == f"{tmp_path}: no copies found; `dvc repro augment_images` makes them"
     save_copies([images], np.zeros(16, np.uint8), {}, tmp_path)
     for damaged in (b"not numpy", b""):
         (tmp_path / "copy_01.npy").write_bytes(damaged)
-        with pytest.raises(StageError, match="damaged"):
+        with pytest.raises(StageError, match=f"^{tmp_path}: a file is damaged: "):
             load_copies(tmp_path)
     save_copies([images[:3]], np.zeros(16, np.uint8), {}, tmp_path)
     with pytest.raises(StageError, match=r"copy_01\.npy: shape \(3, 28, 28\), expected \(16, 28, 28\)"):

@@ -13,9 +13,7 @@ from tqdm import tqdm
 from lib import training
 from lib.checkpoints import Checkpoint, exclusive_checkpoint
 from lib.cuda_graph import GraphedStep
-from lib.errors import StageError
 from lib.models import build_cnn, fresh
-from lib.runtime import prepare_torch
 from lib.training import TrainStep, train_cnn
 
 CPU = torch.device("cpu")
@@ -252,16 +250,3 @@ def test_the_graphed_step_trains_as_the_plain_one(images):
     assert torch.equal(graphed[0], plain[0])
     assert graphed[1:] == plain[1:]
     assert (graph.warm_ups, graph.captures, graph.replays) == (3, 1, 3)
-
-
-def test_device_and_threads_are_what_was_asked_for():
-    assert prepare_torch("cpu", threads=1).type == "cpu"
-    assert torch.get_num_threads() == 1
-    assert prepare_torch("auto", threads=2).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_says_what_to_do():
-    with pytest.raises(StageError, match=r"device is cuda, but .* expected auto or cpu"):
-        prepare_torch("cuda", threads=1)

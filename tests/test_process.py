@@ -1,0 +1,196 @@
+"""A stage as a process: its argument, its one line and exit code, its end with its parent, torch's set-up."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from conftest import STAGES
+
+from lib import errors, process, runtime
+from lib.arguments import images_argument
+from lib.errors import StageError, run_stage
+from lib.runtime import prepare_torch, usable_cores
+
+
+class Left(Exception):
+    """Stands for the end of the process, with its exit code."""
+
+
+@pytest.fixture
+def code_of(monkeypatch):
+    """Run `main` as a stage; gives the exit code."""
+
+    def leave(code):
+        raise Left(code)
+
+    def run(main) -> int:
+        monkeypatch.setattr(errors.os, "_exit", leave)
+        monkeypatch.setattr(errors.atexit, "_run_exitfuncs", lambda: print("exit functions"))
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(Left) as raised:
+                run_stage(main)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return raised.value.args[0]
+
+    return run
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "line"),
+    [
+        (lambda: None, 0, ""),
+        (failing(StageError("x is 1, expected 2")), 1, "error: x is 1, expected 2\n"),
+        (failing(PermissionError(13, "Permission denied", "a/b")), 1, "error: a/b: Permission denied\n"),
+        (failing(OSError(28, "No space left on device")), 1, "error: output: No space left on device\n"),
+        (failing(OSError("no number")), 1, "error: output: no number\n"),
+        (failing(KeyboardInterrupt()), 130, "stopped on request\n"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 130, "stopped on request\n"),
+    ],
+)
+def test_a_stage_ends_with_a_code_and_at_most_one_line(code_of, capsys, main, code, line):
+    assert code_of(main) == code
+    printed = capsys.readouterr()
+    assert printed.err == line
+    assert printed.out == "exit functions\n"
+
+
+def test_a_bug_keeps_its_traceback(code_of):
+    with pytest.raises(ZeroDivisionError):
+        code_of(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("images", ["original", "augmented"])
+def test_the_argument_says_which_images(monkeypatch, images):
+    monkeypatch.setattr(sys, "argv", ["train_cnn.py", images])
+    assert images_argument() == images
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [([], "nothing"), (["both"], "both"), (["original", "augmented"], "original augmented")],
+)
+def test_another_argument_is_named(monkeypatch, given, shown):
+    monkeypatch.setattr(sys, "argv", ["train_cnn.py", *given])
+    with pytest.raises(StageError) as raised:
+        images_argument()
+    assert str(raised.value) == f"argument is {shown}, expected one of original, augmented"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of the C library and of os.kill."""
+    made = []
+
+    class Library:
+        def __init__(self, name):
+            assert name is None  # this process's own
+
+        def prctl(self, *arguments):
+            made.append(("prctl", *arguments))
+
+        def mallopt(self, *arguments):
+            made.append(("mallopt", *arguments))
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(process.os, "kill", lambda *arguments: made.append(("kill", *arguments)))
+    return made
+
+
+def test_linux_is_asked_to_kill_with_the_parent(calls, monkeypatch):
+    monkeypatch.setattr(process.os, "getsid", lambda pid: 5)
+    process.die_with_parent()
+    assert calls == [("prctl", 1, signal.SIGKILL)]  # 1 is PR_SET_PDEATHSIG
+
+
+def test_a_parent_that_died_before_is_noticed(calls, monkeypatch):
+    monkeypatch.setattr(process.os, "getppid", lambda: 1)
+    monkeypatch.setattr(process.os, "getsid", lambda pid: {1: 1, 0: 5}[pid])
+    process.die_with_parent()
+    assert calls[1:] == [("kill", os.getpid(), signal.SIGKILL)]
+
+
+def test_elsewhere_nothing_is_asked(calls, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    process.die_with_parent()
+    prepare_torch("cpu", threads=1)
+    assert calls == []
+
+
+def test_a_process_ends_with_its_parent():
+    child = (
+        "from lib.process import die_with_parent; import time\n"
+        "die_with_parent(); print('ready', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "os._exit(0)"
+    )
+    command = [sys.executable, "-c", parent]
+    done = subprocess.run(command, cwd=STAGES, capture_output=True, text=True, check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(timeout=20)
+
+
+def test_freed_memory_is_kept(calls):
+    prepare_torch("cpu", threads=1)
+    assert calls == [("mallopt", -3, 1 << 30), ("mallopt", -1, 1 << 30)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def test_a_library_without_mallopt_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert prepare_torch("cpu", threads=1).type == "cpu"
+
+
+@pytest.mark.parametrize(("device", "cuda"), [("cpu", False), ("cpu", True), ("auto", True), ("cuda", True)])
+def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
+    asked = {}
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(
+        torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.update(mode=mode, warn=warn_only)
+    )
+    found = prepare_torch(device, threads=1).type
+    assert found == ("cpu" if device == "cpu" else "cuda")
+    assert asked == {"mode": True, "warn": found == "cuda"}
+    assert torch.utils.deterministic.fill_uninitialized_memory is False
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.get_num_threads() == 1
+    prepare_torch("cpu", threads=2)
+    assert torch.get_num_threads() == 2
+
+
+def test_cuda_without_a_device_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StageError) as raised:
+        prepare_torch("cuda", threads=1)
+    assert str(raised.value) == "device is cuda, but torch finds no CUDA device here; expected auto or cpu"
+    assert prepare_torch("auto", threads=1).type == "cpu"
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5} if pid == 0 else {}, raising=False)
+    assert usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 6)
+    assert usable_cores() == 6
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
