@@ -1,13 +1,17 @@
 """params.yaml: what is accepted, and the one line for what is not."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import ROOT
+from small_stages import PARAMS
 
 from lib.errors import StageError
 from lib.params import leaves, load_params
 
-GOOD = yaml.safe_load((ROOT / "tests/params.yaml").read_text())
+GOOD = yaml.safe_load(yaml.safe_dump(PARAMS))
+GOOD["split"] |= {"val_size": 5000, "train_size": None}
 
 
 @pytest.fixture
@@ -35,10 +39,13 @@ def message(path) -> str:
     return str(raised.value)
 
 
-def test_only_the_named_sections_come():
-    params = load_params("split", "train_cnn", path=ROOT / "tests/params.yaml")
+def test_committed_params_are_valid_and_only_the_named_sections_come():
+    path = ROOT / "params.yaml"
+    params = load_params("split", "train_cnn", path=path)
     assert sorted(vars(params)) == ["split", "train_cnn"]
-    assert leaves(params)["train_cnn.epochs"] == GOOD["train_cnn"]["epochs"]
+    committed = yaml.safe_load(path.read_text())
+    assert leaves(params)["train_cnn.epochs"] == committed["train_cnn"]["epochs"]
+    assert {name.split(".")[0] for name in leaves(params)} == {"split", "train_cnn"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_only_the_named_sections_come():
         ("split", {**GOOD["split"], 1: 2}, ["split.1 is not a known key"]),
         ("train_cn", {}, ["train_cn", "not a known key", "did you mean train_cnn?"]),
         ("split.train_size", "all", ["split.train_size", "'all'", "or null"]),
-        ("split.train_size", 59_501, ["split.train_size", "59501", "at most 59500"]),
+        ("split.train_size", 55_001, ["split.train_size", "55001", "at most 55000"]),
         ("fetch.sources", [], ["fetch.sources", "a list of one or more"]),
         ("fetch.sources", "folder", ["fetch.sources", "'folder'", "a list"]),
         *[
@@ -72,6 +79,143 @@ def test_a_wrong_value_is_named_with_what_is_allowed(written, where, value, word
     text = message(written(where, value))
     for word in ["params.yaml", *words]:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "line"),
+    [
+        ("train_cnn.epochs", "five", "train_cnn.epochs is 'five', expected an integer from 1 to 1000"),
+        ("split.seed", -1, "split.seed is -1, expected an integer from 0 to 4294967295"),
+        ("split.train_size", "all", "split.train_size is 'all', expected an integer from 1 to 59999 or null"),
+        (
+            "split.train_size",
+            55_001,
+            "split.train_size is 55001, expected at most 55000 (60,000 - split.val_size)",
+        ),
+        (
+            "augment_images.max_rotation",
+            -0.5,
+            "augment_images.max_rotation is -0.5, expected a number from 0 to 180",
+        ),
+        (
+            "train_cnn.learning_rate",
+            0,
+            "train_cnn.learning_rate is 0, expected a number above 0 and at most 1",
+        ),
+        ("train_cnn.device", "gpu", "train_cnn.device is 'gpu', expected one of auto, cpu, cuda"),
+        ("tracking.if_unreachable", 1, "tracking.if_unreachable is 1, expected one of stop, continue"),
+        (
+            "fetch.sources",
+            [],
+            "fetch.sources is [], expected a list of one or more folders, http(s) addresses "
+            "or apt:<package>, in lower-case letters, digits, +, - and .",
+        ),
+        (
+            "fetch.sources",
+            ["a", 5],
+            "fetch.sources.1 is 5, expected a list of one or more folders, http(s) addresses "
+            "or apt:<package>, in lower-case letters, digits, +, - and .",
+        ),
+        ("train_cnn.epoch", 3, "train_cnn.epoch is not a known key; did you mean epochs?"),
+        ("plot_results.zzz", 3, "plot_results.zzz is not a known key, expected one of dpi"),
+        ("train_cn", {}, "train_cn is not a known key; did you mean train_cnn?"),
+        (
+            "zzzzzzzz",
+            {},
+            "zzzzzzzz is not a known key, expected one of fetch, split, augment_images, train_toy_cnn, "
+            "verify_manual_conv, train_cnn, evaluate_cnn, plot_results, tracking",
+        ),
+        (
+            "train_toy_cnn",
+            5,
+            "train_toy_cnn is 5, expected a section with seed, epochs, learning_rate",
+        ),
+        (
+            "plot_results.dpi",
+            [[1, [2]]] * 30,
+            "plot_results.dpi is [[1, [2]], [1, [2]], [1, [2]], [1, [2]], "
+            "[1, [2]], [1, [2]], ...], expected an integer from 50 to 600",
+        ),
+        (
+            "plot_results.dpi",
+            "x" * 200,
+            f"plot_results.dpi is '{'x' * 37}...{'x' * 38}', expected an integer from 50 to 600",
+        ),
+    ],
+)
+def test_the_line_on_a_wrong_value(written, where, value, line):
+    path = written(where, value)
+    assert message(path) == f"{path}: {line}"
+
+
+RANGES = {
+    "split.seed": (0, 4294967295),
+    "split.val_size": (1, 59999),
+    "split.train_size": (1, 59999),
+    "augment_images.seed": (0, 4294967295),
+    "augment_images.copies": (1, 20),
+    "augment_images.max_shift": (0, 14),
+    "augment_images.max_rotation": (0, 180),
+    "train_toy_cnn.seed": (0, 4294967295),
+    "train_toy_cnn.epochs": (1, 100_000),
+    "verify_manual_conv.seed": (0, 4294967295),
+    "verify_manual_conv.images": (1, 16),
+    "train_cnn.seed": (0, 4294967295),
+    "train_cnn.epochs": (1, 1000),
+    "train_cnn.batch_size": (1, 60000),
+    "train_cnn.threads": (1, 256),
+    "evaluate_cnn.threads": (1, 256),
+    "evaluate_cnn.robustness_images": (1, 10000),
+    "evaluate_cnn.mistakes": (1, 100),
+    "plot_results.dpi": (50, 600),
+}
+ABOVE_0_AT_MOST_1 = ["train_toy_cnn.learning_rate", "verify_manual_conv.tolerance", "train_cnn.learning_rate"]
+
+
+@pytest.mark.parametrize("where", RANGES)
+def test_both_ends_of_a_range_are_taken_and_nothing_beyond(tmp_path, where):
+    low, high = RANGES[where]
+    section, leaf = where.split(".")
+    for value, taken in ((low, True), (high, True), (low - 1, False), (high + 1, False)):
+        params = {name: dict(values) for name, values in PARAMS.items()}
+        params["split"] |= {"val_size": 1, "train_size": 1} if leaf != "val_size" else {"train_size": None}
+        params[section][leaf] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(params))
+        if taken:
+            assert getattr(getattr(load_params(section, path=path), section), leaf) == value
+        else:
+            assert f"{where} is {value}, expected " in message(path)
+            assert f" from {low} to {high}" in message(path)
+
+
+@pytest.mark.parametrize("where", ABOVE_0_AT_MOST_1)
+def test_rates_are_above_0_and_at_most_1(written, where):
+    for value in (1e-300, 1, 1.0):
+        assert leaves(load_params(where.split(".")[0], path=written(where, value)))[where] == value
+    for value in (0, 0.0, 1.0000001, "0.1", True):
+        assert "expected a number above 0 and at most 1" in message(written(where, value))
+
+
+def test_every_number_has_a_test_of_its_range():
+    numbers = {
+        f"{section}.{leaf}"
+        for section, values in PARAMS.items()
+        for leaf, value in values.items()
+        if isinstance(value, int | float)
+    }
+    assert numbers == {*RANGES, *ABOVE_0_AT_MOST_1}
+
+
+def test_the_train_images_that_remain_may_all_train(tmp_path):
+    for train_size, taken in ((59_940, True), (59_941, False)):
+        params = PARAMS | {"split": {"seed": 0, "val_size": 60, "train_size": train_size}}
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(params))
+        if taken:
+            assert load_params("split", path=path).split.train_size == train_size
+        else:
+            assert "expected at most 59940 (60,000 - split.val_size)" in message(path)
 
 
 def test_a_missing_key_is_named(tmp_path):
@@ -118,7 +262,8 @@ def test_a_file_that_is_not_params_is_one_line(tmp_path, content, words):
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):
-    assert "run from the repository root" in message(tmp_path / "params.yaml")
+    path = tmp_path / "params.yaml"
+    assert message(path) == f"{path}: not found in {Path.cwd()}; run from the repository root"
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001"])
