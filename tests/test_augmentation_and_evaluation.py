@@ -1,8 +1,10 @@
 """Augmented copies, and what evaluation makes of known inputs."""
 
 import hashlib
+import io
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import small_stages
 import torch
 from conftest import STAGES
 from torch import nn
+from tqdm import tqdm
 
 from lib import augmentation, evaluation
 from lib.idx import CLASSES
@@ -24,6 +27,30 @@ def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, work
     assert copies.shape == (2, *images.shape)
     assert copies.dtype == np.uint8
     assert hashlib.sha256(copies).hexdigest().startswith("07ee61c2b2b0cf50")
+
+
+def test_blocks_and_copies_are_drawn_apart(images, monkeypatch):
+    monkeypatch.setattr(augmentation, "BLOCK", 4)
+    same = np.repeat(images[:4], 4, axis=0).reshape(4, 4, 28, 28).transpose(1, 0, 2, 3).reshape(16, 28, 28)
+    copies = [*augmentation.augment(same, **SETTINGS)]
+    blocks = {copy[start : start + 4].tobytes() for copy in copies for start in range(0, 16, 4)}
+    assert len(blocks) == 8  # of four blocks with the same four images, in two copies
+
+
+class Bar(tqdm):
+    made: ClassVar[list] = []
+
+    def __init__(self, **settings):
+        super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+        self.made.append(self)
+
+
+def test_the_bar_counts_the_images_of_all_copies(images, monkeypatch):
+    monkeypatch.setattr(augmentation, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    list(augmentation.augment(images, **SETTINGS))
+    [bar] = Bar.made
+    assert (bar.n, bar.total, bar.unit, bar.desc) == (32, 32, " images", "augment")
 
 
 def test_workers_start_beside_threads_of_opencv():
