@@ -29,6 +29,14 @@ def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, work
     assert hashlib.sha256(copies).hexdigest().startswith("07ee61c2b2b0cf50")
 
 
+def test_a_block_is_drawn_by_its_seed_alone(images):
+    """In this process; the workers make the same."""
+    block = augmentation._augment_block(images, (0, 0, 0), max_shift=4, max_rotation=20.0)
+    [copy] = augmentation.augment(images, copies=1, max_shift=4, max_rotation=20.0, seed=0)
+    assert (block == copy).all()
+    assert hashlib.sha256(block).hexdigest().startswith("03b6e7ff50edaf73")
+
+
 def test_blocks_and_copies_are_drawn_apart(images, monkeypatch):
     monkeypatch.setattr(augmentation, "BLOCK", 4)
     same = np.repeat(images[:4], 4, axis=0).reshape(4, 4, 28, 28).transpose(1, 0, 2, 3).reshape(16, 28, 28)
@@ -85,7 +93,7 @@ def test_row_i_is_made_from_image_i():
 
 def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
     images = np.full((2000, 28, 28), 200, np.uint8)
-    [copy] = augmentation.augment(images, copies=1, max_shift=3, max_rotation=0.0, seed=0)
+    copy = augmentation._augment_block(images, (0, 0, 0), max_shift=3, max_rotation=0.0)
     # How many columns or rows are black at each side of each image.
     for axis in (1, 2):
         black = copy.max(axis=3 - axis) == 0  # (N, 28)
@@ -97,7 +105,7 @@ def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
     # A bar through the middle: how far its right end stands from the middle is the angle.
     images = np.zeros((1000, 28, 28), np.uint8)
     images[:, 13:15] = 255
-    [copy] = augmentation.augment(images, copies=1, max_shift=0, max_rotation=20.0, seed=0)
+    copy = augmentation._augment_block(images, (0, 0, 0), max_shift=0, max_rotation=20.0)
     rows = np.arange(28)[:, None]
     end = copy[:, :, 24].astype(float)
     height = 13.5 - (end * rows[:, 0]).sum(1) / end.sum(1)

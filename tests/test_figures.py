@@ -1,12 +1,17 @@
 """The figures: what is drawn is read back from the axes, and the same bytes come each time."""
 
+import hashlib
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import yaml
+from conftest import ROOT
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from lib import figures
+from lib.files import read_csv
 from lib.idx import CLASSES
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}
@@ -236,3 +241,33 @@ def test_augmentation_shows_each_copy_below_its_image(draw):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["original", "", "", "", "copy 1", "", "", "", "copy 2", "", "", ""]
     assert figure.get_suptitle() == "Augmentation: train images and their copies"
+
+
+def committed(name: str) -> list | dict:
+    """The tables from which plot_results draws the figure `name`."""
+    metrics = ROOT / "metrics"
+    if name == "toy_loss":
+        return read_csv(metrics / "train_toy_cnn.csv")
+    if name == "augmentation":
+        return read_csv(metrics / "augment_images.csv")
+    if name == "training_curves":
+        return {images: read_csv(metrics / f"train_cnn/{images}.csv") for images in COLORS}
+    return {images: read_csv(metrics / f"evaluate_cnn/{images}_{name}.csv") for images in COLORS}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_figure_is_what_this_code_draws(name, tmp_path):
+    """Of whatever results are in the tree, so long as the figures are drawn from them."""
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]["plot_results"]
+    drawn, tables = ROOT / f"metrics/figures/{name}.png", [d for d in lock["deps"] if "metrics/" in d["path"]]
+    files = [ROOT / table["path"] for table in tables]
+    if not all(path.is_file() for path in (drawn, *files)):
+        pytest.skip("results are missing")
+    if [hashlib.md5(path.read_bytes()).hexdigest() for path in files] != [table["md5"] for table in tables]:
+        pytest.skip("the tables are newer than the figures")
+    again, dpi = tmp_path / "again.png", lock["params"]["params.yaml"]["plot_results.dpi"]
+    figures.save(getattr(figures, name)(committed(name)), again, dpi)
+    first, second = imread(drawn), imread(again)
+    assert first.shape == second.shape
+    # One pixel in a thousand: another processor may round a line's place otherwise.
+    assert (np.abs(first - second).max(axis=2) > 0.1).mean() < 0.001

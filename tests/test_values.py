@@ -246,7 +246,8 @@ WRONG = [
     ("conv2d", lambda images: images.shape[1] == 64, "max_abs_error_cnn_conv"),
     ("max_pool2d", lambda images: images.shape[1] == 128, "max_abs_error_cnn_pool"),
     ("linear", lambda inputs: inputs.shape[1] == 256, "max_abs_error_cnn_linear"),
-    ("sigmoid", lambda scores: True, "max_abs_error_toy_forward"),
+    ("sigmoid", lambda scores: scores.item() < 0, "max_abs_error_toy_forward"),  # of the first image
+    ("sigmoid", lambda scores: scores.item() > 0, "max_abs_error_toy_forward"),  # of the second
     ("conv2d_gradients", lambda images: images.shape[1] == 1, "max_abs_error_conv_gradients"),
     ("conv2d_gradients", lambda images: images.shape[1] == 64, "max_abs_error_conv_gradients"),
 ]
