@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline test committed seeds soak ui sync bench clean
+.PHONY: help setup repro back baseline test committed seeds soak mutate ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -41,6 +41,13 @@ seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchma
 
 soak: .venv/ready ## kill, spoil and repeat for a quarter of an hour, and print what was lost
 	$(ACTIVATE) python tests/soak.py
+
+# mutmut names a module by its path below src/ and the stages import lib.…: hence the link. What it needs
+# beside the locked packages changes none of them. MUTANTS='lib.toy*' names those of one module.
+mutate: .venv/ready ## put small faults into stages/lib and list those that no fast test notices (an hour)
+	$(ACTIVATE) python -m pip install $(PIP_FLAGS) --constraint requirements.lock mutmut==3.8.1
+	mkdir -p mutants && ln -sfn src mutants/stages && ln -sfn stages src
+	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS); $(ACTIVATE) mutmut results; rm src
 
 bench: .venv/ready ## measure beside the lesson's own loops (25 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
