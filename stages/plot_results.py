@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from lib import figures
+from lib import figures, results
 from lib.arguments import IMAGES
 from lib.copies import load_copies
 from lib.errors import run_stage
-from lib.files import read_csv, read_json
 from lib.idx import TRAIN_IMAGES, read_idx
 from lib.params import load_params
+from lib.results import read_rows, read_table, read_weights_sha256
 from lib.tracking import attach, require_store
 
 METRICS = Path("metrics")
@@ -20,14 +20,21 @@ def main() -> None:
     params = load_params("plot_results", "tracking")
     require_store(params.tracking.if_unreachable)
 
-    evaluations = METRICS / "evaluate_cnn"
-    confusion = {name: read_csv(evaluations / f"{name}_confusion.csv") for name in IMAGES}
-    mistakes = {name: read_json(evaluations / f"{name}_mistakes.json")["surest"] for name in IMAGES}
-    moved = {name: read_json(evaluations / f"{name}.json") for name in IMAGES}
+    toy_curve = read_table(METRICS / "train_toy_cnn.csv", results.TOY_CURVE)
+    curves, confusion, moved, mistakes = {}, {}, {}, {}
+    for name in IMAGES:
+        evaluation = METRICS / f"evaluate_cnn/{name}.json"
+        curves[name] = read_table(METRICS / f"train_cnn/{name}.csv", results.CURVE)
+        confusion[name] = read_table(evaluation.with_name(f"{name}_confusion.csv"), results.CONFUSION)
+        moved[name] = {
+            "shifts": read_rows(evaluation, "shifts", results.SHIFTS),
+            "rotations": read_rows(evaluation, "rotations", results.ROTATIONS),
+        }
+        surest = evaluation.with_name(f"{name}_mistakes.json")
+        mistakes[name] = read_rows(surest, "surest", results.MISTAKES)
     copies, labels, _ = load_copies()
     variants = [images[:EXAMPLES] for images in (read_idx(TRAIN_IMAGES), *copies)]
-    curves = {name: read_csv(METRICS / "train_cnn" / f"{name}.csv") for name in IMAGES}
-    toy = {"toy_loss": figures.toy_loss(read_csv(METRICS / "train_toy_cnn.csv"))}
+    toy = {"toy_loss": figures.toy_loss(toy_curve)}
     cnn = {
         "training_curves": figures.training_curves(curves),
         "robustness": figures.robustness(moved),
@@ -42,9 +49,8 @@ def main() -> None:
     trainings = [("train_toy_cnn", METRICS / "train_toy_cnn.json", toy)]
     trainings += [(f"train_cnn@{name}", METRICS / "train_cnn" / f"{name}.json", cnn) for name in IMAGES]
     for training, metrics, drawn in trainings:
-        [weights_sha256] = read_json(metrics)["weights_sha256"]
         paths = [FIGURES / f"{name}.png" for name in drawn]
-        attach("plot_results", training, weights_sha256, artifacts=paths)
+        attach("plot_results", training, read_weights_sha256(metrics), artifacts=paths)
 
 
 if __name__ == "__main__":

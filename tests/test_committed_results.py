@@ -66,6 +66,7 @@ LIBRARY = {
     "params_yaml": PARAMS,
     "process": ALL,
     "repairs": ["augment_images"],
+    "results": ["plot_results"],
     "runtime": ["augment_images", *TORCH],
     "source_kinds": ["fetch_fashion_mnist"],
     "sources": ["fetch_fashion_mnist"],

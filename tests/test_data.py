@@ -9,7 +9,6 @@ from lib.errors import StageError
 from lib.files import (
     pixels_from_text,
     pixels_to_text,
-    read_csv,
     read_json,
     read_tensors,
     replace_atomically,
@@ -140,15 +139,11 @@ def test_damaged_json_is_named(tmp_path, content):
         read_json(path)
 
 
-def test_rows_are_written_as_they_are_returned_and_read_back_as_text(tmp_path):
+def test_rows_are_written_as_they_are_returned(tmp_path):
     path = tmp_path / "new/t.csv"
     rows = [{"epoch": 1, "loss": 1 / 3, "name": 'é, "x"'}, {"epoch": 2, "loss": 0.5, "name": ""}]
     assert write_csv(path, rows) == [rows[0] | {"loss": 0.333333}, rows[1]]
     assert path.read_bytes() == 'epoch,loss,name\n1,0.333333,"é, ""x"""\n2,0.5,\n'.encode()
-    assert read_csv(path) == [
-        {"epoch": "1", "loss": "0.333333", "name": 'é, "x"'},
-        {"epoch": "2", "loss": "0.5", "name": ""},
-    ]
 
 
 def test_text_is_utf_8_with_plain_line_feeds(tmp_path):

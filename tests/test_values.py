@@ -205,18 +205,27 @@ def test_each_figure_is_drawn_from_its_own_tables(again, monkeypatch):
     assert (np.stack(variants) == pool[:, :8]).all()
     assert (labels == small.read_data(folder, "TRAIN_LABELS")[:8]).all()
     metrics = folder / "metrics"
-    tested = {images: f"evaluate_cnn/{images}" for images in IMAGES}
-    assert {name: tables for name, (tables,) in drawn.items()} == {
-        "toy_loss": table(metrics / "train_toy_cnn.csv"),
-        "training_curves": {images: table(metrics / f"train_cnn/{images}.csv") for images in IMAGES},
-        "confusion": {images: table(metrics / f"{path}_confusion.csv") for images, path in tested.items()},
-        "robustness": {images: lists(metrics / f"{path}.json") for images, path in tested.items()},
-        "mistakes": {
-            images: lists(metrics / f"{path}_mistakes.json")["surest"] for images, path in tested.items()
-        },
-    }
+    of_both = ("training_curves", "confusion", "robustness", "mistakes")
+    expected = {name: {} for name in of_both} | {"toy_loss": numbers(table(metrics / "train_toy_cnn.csv"))}
+    for images in IMAGES:
+        tested = metrics / f"evaluate_cnn/{images}.json"
+        moved = lists(tested)
+        surest = lists(tested.with_name(f"{images}_mistakes.json"))["surest"]
+        expected["training_curves"][images] = numbers(table(metrics / f"train_cnn/{images}.csv"))
+        expected["confusion"][images] = table(tested.with_name(f"{images}_confusion.csv"))
+        expected["robustness"][images] = {name: moved[name] for name in ("shifts", "rotations")}
+        expected["mistakes"][images] = [
+            {name: row[name] for name in ("label", "prediction", "confidence", "pixels")} for row in surest
+        ]
+        for row in drawn["mistakes"][0][images]:
+            row["pixels"] = row["pixels"].tobytes().hex()
+    assert {name: tables for name, (tables,) in drawn.items()} == expected
     names = [*drawn, "augmentation"]
     assert saved == {name: (name, PARAMS["plot_results"]["dpi"]) for name in names}
+
+
+def numbers(rows: list[dict[str, str]]) -> list[dict[str, float]]:
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def lists(path) -> dict:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib.arguments import IMAGES
 from lib.errors import StageError, run_stage
-from lib.files import read_csv, write_csv
+from lib.files import write_csv
 
 RUNS = Path(__file__).resolve().parents[1] / "benchmarks/seeds.csv"
 ROWS = {
@@ -34,8 +34,8 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     for seed in seeds:
         run_experiment(seed)
-    write_csv(RUNS, [results(seed, images) for seed in seeds for images in IMAGES])
-    print("\n".join(table(read_csv(RUNS))))
+    runs = write_csv(RUNS, [results(seed, images) for seed in seeds for images in IMAGES])
+    print("\n".join(table(runs)))
 
 
 def run_experiment(seed: int) -> None:
@@ -63,9 +63,7 @@ def table(rows: list[dict]) -> list[str]:
     """The README's table of the rows of seeds.csv, in Markdown."""
     lines = ["| test images | trained on original | trained on augmented |", "|---|---|---|"]
     for words, metric in ROWS.items():
-        cells = [
-            spread([100 * float(row[metric]) for row in rows if row["images"] == images]) for images in IMAGES
-        ]
+        cells = [spread([100 * row[metric] for row in rows if row["images"] == images]) for images in IMAGES]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return lines
 

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib import mlflow_log
 from lib.errors import StageError, run_stage
-from lib.files import numbers, read_csv, read_json
+from lib.files import numbers, read_json
 from lib.lineage import GitError, git
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from lib.store import connect, told_in_one_line
 from lib.tracking import report
 from lib.unsent import send_unsent
@@ -67,8 +68,9 @@ def end_abandoned(client, experiment_id: str) -> None:
 def sync_training(client, experiment_id: str, training: str, stages: dict) -> tuple[str, list[str]]:
     """Complete one training's run; returns its id and what was added."""
     outs = {Path(out["path"]).suffix: _checked(out) for out in stages[training]["outs"]}
+    weights_sha256 = read_weights_sha256(outs[".json"])
     metrics = read_json(outs[".json"])
-    [weights_sha256] = metrics.pop("weights_sha256")
+    del metrics["weights_sha256"]
     changes = []
     run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
     if run_id is None:
@@ -136,10 +138,7 @@ def _sync_params(client, run_id: str, params: dict) -> list[str]:
 
 
 def _sync_curve(client, run_id: str, path: Path) -> list[str]:
-    rows = [
-        {name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
-        for row in read_csv(path)
-    ]
+    rows = read_table(path, TOY_CURVE, others=NUMBER)
     return ["curve"] if mlflow_log.log_missing(client, run_id, rows) else []
 
 

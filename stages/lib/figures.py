@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lib.files import pixels_from_text, replace_atomically
+from lib.files import replace_atomically
 from lib.idx import CLASSES
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}  # told apart by colour-blind readers, too
@@ -20,7 +20,7 @@ plt.rcParams.update(
     {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 )
 
-Rows = list[dict[str, str]]
+Rows = list[dict]
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
@@ -102,7 +102,7 @@ def robustness(tables: dict[str, dict[str, Rows]]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     columns[0].set_ylabel("test accuracy")
     columns[0].legend(loc="lower center")
-    n = int(next(iter(tables.values()))["shifts"][0]["n"])
+    n = next(iter(tables.values()))["shifts"][0]["n"]
     figure.suptitle(f"Test accuracy when the image is moved (n = {n:,} at each point)")
     return figure
 
@@ -136,9 +136,9 @@ def mistakes(tables: dict[str, Rows]) -> Figure:
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, row in zip(grid.flat, rows, strict=False):
-            _show(axes, pixels_from_text(row["pixels"]))
+            _show(axes, row["pixels"])
             axes.set_axis_on()
-            confidence = f"{float(row['confidence']):.2%}"
+            confidence = f"{row['confidence']:.2%}"
             axes.set_title(f"{row['label']}\ntaken for {row['prediction']}\n{confidence}", fontsize=8)
     return figure
 
@@ -150,4 +150,4 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 
 def _column(rows: Rows, name: str) -> list[float]:
-    return [float(row[name]) for row in rows]
+    return [row[name] for row in rows]

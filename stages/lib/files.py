@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,14 @@ def numbers(metrics: dict) -> dict:
 def read_json(path: Path) -> dict:
     """Read what write_json wrote. Raises StageError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, deep nesting
         raise StageError(f"{path}: {error}; expected JSON as a stage writes it") from None
+    if not isinstance(content, dict):
+        raise StageError(
+            f"{path}: holds {reprlib.repr(content)}, expected a JSON object as a stage writes it"
+        )
+    return content
 
 
 def write_csv(path: Path, rows: list[dict]) -> list[dict]:
@@ -71,12 +77,6 @@ def write_csv(path: Path, rows: list[dict]) -> list[dict]:
         writer.writeheader()
         writer.writerows(rows)
     return rows
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read rows as write_csv wrote them; every value is text."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
