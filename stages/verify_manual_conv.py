@@ -14,7 +14,7 @@ from lib.params import load_params
 from lib.runtime import prepare_torch
 from lib.tracking import attach, require_store
 from lib.verification import compare_counts, compare_gradients, compare_layers
-from lib.walkthrough import matrix, parameters_table, write_out
+from lib.walkthrough import parameters_table, weights_table, write_out
 
 WEIGHTS = Path("models/toy_cnn.safetensors")
 METRICS = Path("metrics/verify_manual_conv.json")
@@ -57,10 +57,14 @@ def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]
 
 
 def _gradient_error(cnn, images: np.ndarray, rows: list[dict], seed: int) -> tuple[float, str]:
-    """Both convolutions, on the first image: the second reads what torch's layers before it give."""
+    """Each convolution, on the first image: it reads what torch's layers before it give."""
     rng = np.random.default_rng(seed)
-    inputs = {0: images[:1], 3: rows[2]["by_torch"][:1]}  # layer number: (1, C, H, W)
-    return _worst((compare_gradients(cnn[n], x, rng), f"CNN, Conv2d-{n + 1}") for n, x in inputs.items())
+    inputs = [images, *(row["by_torch"] for row in rows)]  # of each layer
+    return _worst(
+        (compare_gradients(cnn[n], inputs[n][:1], rng), f"CNN, {row['layer']}")
+        for n, row in enumerate(rows)
+        if row["layer"].startswith("Conv2d")
+    )
 
 
 def _worst(errors: Iterable[tuple[float, str]]) -> tuple[float, str]:
@@ -82,16 +86,12 @@ def _check(errors: dict, counts: dict, tolerance: float) -> None:
 
 
 def _walkthrough(toy: dict, model, rows: list[list[dict]], counts: dict) -> str:
-    kernel, bias = model[0].weight.detach().numpy()[0, 0], model[0].bias.item()
-    linear = model[4].weight.item(), model[4].bias.item()
     text = (
         "# The toy CNN by hand\n\nEvery intermediate value of both images, by loops and by torch; "
-        "written by `verify_manual_conv`.\n\n"
-        f"The trained kernel, with bias {bias:+.4f}:\n\n{matrix(kernel)}\n\n"
-        f"The linear layer: weight {linear[0]:+.4f}, bias {linear[1]:+.4f}.\n"
+        f"written by `verify_manual_conv`.\n\n{weights_table(model)}"
     )
     for number, (image, label) in enumerate(zip(toy["images"], toy["labels"], strict=True)):
-        text += f"\n## Image {number}\n\n" + write_out(image[0], kernel, bias, linear, rows[number], label)
+        text += f"\n## Image {number}\n\n" + write_out(model, image, rows[number], label)
     for name, title in (("toy_cnn", "The toy's parameters"), ("cnn", "The Fashion-MNIST CNN's parameters")):
         text += f"\n## {title}\n\n" + parameters_table(counts[name])
     return text
