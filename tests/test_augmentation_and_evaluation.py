@@ -150,6 +150,16 @@ def test_per_class_in_the_head():
     assert rows[2] == {"class": CLASSES[2], "precision": 0, "recall": 0, "n": 0}
 
 
+def test_a_class_predicted_once_and_rightly_has_full_precision():
+    rows = evaluation.per_class(np.array([4, 4]), np.array([4, 5]))
+    assert (rows[4]["precision"], rows[4]["recall"]) == (1.0, 0.5)
+
+
+def test_confusion_takes_a_prediction_for_each_label():
+    with pytest.raises(ValueError, match="shorter"):
+        evaluation.confusion(np.array([0, 9]), np.array([6]))
+
+
 def test_confusion_has_a_row_an_image():
     rows = evaluation.confusion(np.array([0, 9]), np.array([6, 9]))
     assert rows == [
@@ -173,8 +183,9 @@ def test_mistakes_are_the_surest_first_and_only_mistakes(images):
 
 
 def test_mistakes_of_one_confidence_come_in_order(images):
-    rows = evaluation.mistakes(images, np.ones(16, np.uint8), torch.zeros(16, 10), count=16)
-    assert [row["image"] for row in rows] == list(range(16))
+    many = np.repeat(images, 30, axis=0)
+    rows = evaluation.mistakes(many, np.ones(480, np.uint8), torch.zeros(480, 10), count=480)
+    assert [row["image"] for row in rows] == list(range(480))
 
 
 class LeftOrRight(nn.Module):
@@ -183,6 +194,27 @@ class LeftOrRight(nn.Module):
     def forward(self, images):
         left, right = images[..., :14].sum((1, 2, 3)), images[..., 14:].sum((1, 2, 3))
         return torch.stack([left - right, right - left, *[torch.full_like(left, -1e9)] * 8], dim=1)
+
+
+class UpperLeft(nn.Module):
+    """Class 0 where most of the light is in the first eight rows of the left half, 1 otherwise."""
+
+    def forward(self, images):
+        share = images[..., :8, :14].sum((1, 2, 3)) / images.sum((1, 2, 3))
+        return torch.stack([share, 1 - share], dim=1)
+
+
+def test_robustness_sees_what_a_shift_down_and_a_turn_do():
+    images = np.zeros((3, 28, 28), np.uint8)
+    images[:, 6, 13] = 255  # a shift down by 2, right by 1, or a turn clockwise moves it out
+    labels, device = np.zeros(3, np.uint8), torch.device("cpu")
+    moved = evaluation.robustness(UpperLeft(), images, labels, device)
+    assert moved["shifts"] == [
+        {"pixels": by, "shift_x": float(by < 1), "shift_y": float(by < 2), "n": 3} for by in range(-5, 6)
+    ]
+    assert moved["rotations"] == [
+        {"degrees": by, "rotation": float(by >= 0), "n": 3} for by in range(-30, 31, 5)
+    ]
 
 
 def test_robustness_sees_what_a_shift_does():

@@ -146,6 +146,11 @@ def test_rows_are_written_as_they_are_returned(tmp_path):
     assert path.read_bytes() == 'epoch,loss,name\n1,0.333333,"é, ""x"""\n2,0.5,\n'.encode()
 
 
+def test_one_row_is_a_table(tmp_path):
+    write_csv(tmp_path / "t.csv", [{"epoch": 1}])
+    assert (tmp_path / "t.csv").read_text() == "epoch\n1\n"
+
+
 def test_text_is_utf_8_with_plain_line_feeds(tmp_path):
     write_text(tmp_path / "t.md", "é\n4×4\n")
     assert (tmp_path / "t.md").read_bytes() == b"\xc3\xa9\n4\xc3\x974\n"
@@ -182,6 +187,9 @@ def test_missing_tensors_say_how_to_get_them(tmp_path):
         read_tensors(tmp_path / "x.safetensors")
     words = "not found, expected a safetensors file; `dvc repro` makes it"
     assert str(raised.value) == f"{tmp_path}/x.safetensors: {words}"
+    write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(1), "b": np.zeros(1)})
+    with pytest.raises(StageError, match=r"holds (a, b|b, a), expected images, labels$"):
+        read_tensors(tmp_path / "x.safetensors", "images", "labels")
     write_tensors(tmp_path / "x.safetensors", {})
     with pytest.raises(StageError, match=r"holds nothing, expected images$"):
         read_tensors(tmp_path / "x.safetensors", "images")

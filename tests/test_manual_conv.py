@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import manual_conv
+from lib import manual_conv, verification
 from lib.models import build_cnn, build_toy_cnn, fresh
 from lib.verification import compare_counts, compare_gradients, compare_layers
 
@@ -53,7 +53,7 @@ def test_random_layers_and_gradients_agree_with_torch():
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, 3, 7, 6), np.float32)
     layer = nn.Conv2d(3, 4, kernel_size=(2, 3))
-    rows = compare_layers(nn.Sequential(layer, nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()), images)
+    rows = compare_layers(nn.Sequential(layer, nn.MaxPool2d(3), nn.ReLU(), nn.Flatten()), images)
     assert [row["layer"] for row in rows] == ["Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4"]
     assert max(row["error"] for row in rows) < 1e-5
     assert compare_gradients(layer, images, rng) < 1e-4
@@ -125,3 +125,9 @@ def test_counts_are_compared_layer_by_layer():
     ]
     rows = compare_counts(build_cnn(), (1, 28, 28))
     assert sum(row["by_formula"] for row in rows) == sum(row["by_summary"] for row in rows) == 896_522
+
+
+def test_a_layer_that_the_summary_lacks_is_an_error(monkeypatch):
+    monkeypatch.setattr(verification, "counts_by_summary", lambda table: [10, 0, 0])
+    with pytest.raises(ValueError, match="shorter"):
+        compare_counts(build_toy_cnn(), (1, 4, 4))
