@@ -53,6 +53,11 @@ class Bar(tqdm):
         self.made.append(self)
 
 
+def test_there_is_no_bar_but_on_a_terminal(images, capfd):
+    list(augmentation.augment(images, **SETTINGS))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_bar_counts_the_images_of_all_copies(images, monkeypatch):
     monkeypatch.setattr(augmentation, "tqdm", Bar)
     monkeypatch.setattr(Bar, "made", [])

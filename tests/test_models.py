@@ -121,6 +121,7 @@ def test_predictions_come_in_order_batch_by_batch_in_eval_mode(images, monkeypat
 def test_a_model_moves_in_the_layout_of_its_convolutions():
     model = to_device(build_cnn(), torch.device("cpu"))
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
+    assert to_device(model, torch.device("meta"))[3].weight.device.type == "meta"
 
 
 TOY_IMAGES = np.stack([np.full((1, 4, 4), 0.5), np.full((1, 4, 4), -0.5)]).astype(np.float32)

@@ -194,3 +194,49 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
     assert usable_cores() == 6
     monkeypatch.setattr(runtime.os, "cpu_count", lambda: None)
     assert usable_cores() == 1
+
+
+@pytest.mark.parametrize(("given", "held"), [([], True), (["portable"], True), (["native"], False)])
+def test_portable_numerics_are_asked_for_unless_native_ones_are(monkeypatch, given, held):
+    asked = []
+    monkeypatch.setattr(runtime, "_hold_to_portable_code", lambda *arguments: asked.append(arguments))
+    prepare_torch("cpu", 1, *given)
+    assert asked == ([("cpu", torch)] if held else [])
+
+
+def test_why_results_differ_from_other_machines(monkeypatch):
+    for cuda, avx2, reasons in (
+        (False, True, {"auto": None, "cpu": None, "cuda": GPU}),
+        (True, True, {"auto": GPU, "cpu": None, "cuda": GPU}),
+        (False, False, {"auto": NO_AVX2, "cpu": NO_AVX2, "cuda": GPU}),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda avx2=avx2: avx2)
+        monkeypatch.setattr(runtime.platform, "machine", lambda: "arm64")
+        assert {device: runtime.why_not_portable(device) for device in reasons} == reasons
+        assert runtime.why_not_portable() == reasons["auto"]
+
+
+GPU = "portable numerics hold on CPUs, and this is a GPU"
+NO_AVX2 = "portable numerics hold on x86-64 CPUs with AVX2, and this CPU (arm64) has none"
+
+
+def test_a_machine_that_is_not_portable_is_told_and_left_alone(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "why_not_portable", {"cpu": "it is odd"}.get)
+    monkeypatch.setattr(os, "environ", {})
+    runtime._hold_to_portable_code("cpu", torch)
+    assert capsys.readouterr().out == "the last digits of results differ from other machines': it is odd\n"
+    assert os.environ == {}
+
+
+def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "why_not_portable", lambda device: None)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    runtime._hold_to_portable_code("cpu", torch)
+    wanted = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+    assert os.environ == wanted
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with pytest.raises(RuntimeError, match=r"it uses AVX512, expected AVX2"):
+        runtime._hold_to_portable_code("cpu", torch)

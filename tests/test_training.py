@@ -26,7 +26,12 @@ TRAIN, VAL = np.arange(12), np.arange(12, 16)
 def build_small() -> nn.Sequential:
     """Layers of the kinds that the CNN has, a hundred times as fast."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, kernel_size=3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(676, 10)
+        nn.Conv2d(1, 4, kernel_size=3),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, kernel_size=3),  # several inputs, so that channels_last is another layout
+        nn.Flatten(),
+        nn.Linear(726, 10),
     )
 
 
@@ -55,8 +60,8 @@ def test_it_learns_twelve_images_by_heart(train, images):
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(train, images):
     first, second, other = (train(images[None], seed=seed)[0] for seed in (0, 0, 1))
-    assert torch.equal(first[4].weight, second[4].weight)
-    assert not torch.equal(first[4].weight, other[4].weight)
+    assert torch.equal(first[5].weight, second[5].weight)
+    assert not torch.equal(first[5].weight, other[5].weight)
 
 
 def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
@@ -117,7 +122,7 @@ def test_an_epochs_metrics_are_means_over_its_images(train, images):
 def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learning_rate):
     """Adam's first step is the learning rate, whatever the gradient is, so long as there is one."""
     model, _ = train(images[None], epochs=1, batch_size=12, learning_rate=learning_rate)
-    moved = (model[4].bias - fresh(build_small, 0)[4].bias).abs()
+    moved = (model[5].bias - fresh(build_small, 0)[5].bias).abs()
     assert moved.max().item() == pytest.approx(learning_rate, rel=1e-3)
 
 
@@ -132,7 +137,9 @@ def test_an_epoch_is_reported_with_its_images_a_second(train, images, monkeypatc
         f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%}; {speed} images/s"
         for row, speed in zip(rows, (6, 3), strict=True)
     ]
-    assert capsys.readouterr().out.splitlines() == lines
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == lines
+    assert printed.err == ""  # no bar but on a terminal
 
 
 class Bar(tqdm):
@@ -146,6 +153,7 @@ class Bar(tqdm):
         )
 
     def refresh(self, **settings):
+        assert self.unit == " images"
         self.shown.append((self.desc, self.n, self.total, self.postfix))
         return super().refresh(**settings)
 
@@ -283,7 +291,7 @@ def test_the_graphed_step_trains_as_the_plain_one(images):
         for _ in range(3):
             for index in torch.arange(12).split(5):  # 5, 5 and 2 images
                 run_step(index % 3, index)
-        return model[4].weight, step.loss_sum.item(), step.correct.item()
+        return model[5].weight, step.loss_sum.item(), step.correct.item()
 
     graph = StandInGraph()
     graphed = run(lambda step: GraphedStep(step, 5, CPU, graph=graph))
