@@ -1,8 +1,12 @@
 """MLflow: one training one run, attaching leaves it alone, and the store is where it should be."""
 
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -272,3 +276,24 @@ def test_a_training_that_fails_to_log_its_params_still_trains(workspace, monkeyp
     assert require_store("stop")
     [run] = all_runs()
     assert run.data.params == {"train_toy_cnn.seed": "0"}
+
+
+def schema(store: Path) -> set[tuple]:
+    with closing(sqlite3.connect(store)) as database:
+        version = database.execute("SELECT version_num FROM alembic_version").fetchall()
+        return {*database.execute("SELECT sql FROM sqlite_master").fetchall(), *version}
+
+
+def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace):
+    (workspace / ".mlflow.db.part").write_text("what an earlier kill left")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "stages")}
+    code = "from lib.store import connect; connect()"
+    started = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while not (workspace / "mlflow.db").exists() and started.poll() is None:
+        time.sleep(0.001)
+    started.kill()
+    assert started.wait() == -signal.SIGKILL
+    found = schema(workspace / "mlflow.db")
+    mlflow.MlflowClient(f"sqlite:///{workspace}/other.db").search_experiments()
+    assert found == schema(workspace / "other.db")
+    assert all_runs() == []

@@ -4,10 +4,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import FileLock
 
 from lib.errors import StageError
+from lib.files import replace_atomically
 from lib.lineage import repository_root
 
 EXPERIMENT = "fashion-cnn"
@@ -38,6 +40,7 @@ def connect():
     mlflow.set_tracking_uri(uri)
     # Without the lock, stages that meet a new store at once crash while they create its tables.
     with FileLock(root / "mlflow.db.lock"), told_in_one_line():
+        _create_whole(uri)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment:
@@ -45,6 +48,22 @@ def connect():
         # Left out, it would be the folder that the process happens to stand in; a server knows its own.
         location = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
         return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
+
+
+def _create_whole(uri: str) -> None:
+    """Create a new store of SQLite under another name, and rename it.
+
+    MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing opens.
+    """
+    import mlflow
+    from sqlalchemy.engine import make_url
+
+    path = Path(make_url(uri).database or "") if uri.startswith("sqlite:") else Path()
+    if path.exists() or not path.parent.exists():
+        return
+    with replace_atomically(path) as partial:
+        partial.unlink(missing_ok=True)  # what an earlier kill left
+        mlflow.MlflowClient(str(make_url(uri).set(database=str(partial)))).search_experiments()
 
 
 @contextmanager
