@@ -1,10 +1,15 @@
 """The figures: what is drawn is read back from the axes, and the same bytes come each time."""
 
+import subprocess
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import STAGES
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from pipeline import environment
 
 from lib import figures
 from lib.idx import CLASSES
@@ -83,6 +88,24 @@ def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
     assert first.startswith(b"\x89PNG")
     assert b"Software" not in first
     assert plt.get_fignums() == []  # closed, or memory would grow with each
+
+
+def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: pink\nlines.linewidth: 9\n")
+    code = (
+        "from pathlib import Path; from lib import figures;"
+        "rows = [{'epoch': n, 'train_loss': 1 / n} for n in range(1, 9)];"
+        "figures.save(figures.toy_loss(rows), Path('figure.png'), dpi=50);"
+        "print(figures.plt.rcParams['font.size'])"
+    )
+    command = [sys.executable, "-c", code]
+    settings = {"MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(STAGES)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(**settings), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "10.0\n"
+    figures.save(figures.toy_loss(TOY), tmp_path / "here.png", dpi=50)
+    assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
 def test_dpi_is_the_size_of_the_file(draw, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT, STAGES, code_deps, stage_definitions
 
+from lib.idx import FILES
 from lib.params import Params
 
 SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
@@ -76,6 +77,13 @@ def test_lock_files_pin_every_direct_dependency_and_name_no_registry():
     project = (ROOT / "pyproject.toml").read_text()
     direct = set(re.findall(r'"([\w.-]+)>=', project))
     assert direct <= pinned
+
+
+def test_the_data_card_has_the_files_that_are_fetched():
+    card = (ROOT / "data/README.md").read_text()
+    for file in FILES:
+        shape = f"({', '.join(map(str, file.shape))}{',' * (len(file.shape) == 1)})"
+        assert f"| `{file.name}` | {shape} uint8 | {file.size:,} | `{file.sha256}` |" in card
 
 
 def test_sizes_stay_readable():

@@ -16,6 +16,7 @@ from lib.files import replace_atomically
 from lib.idx import CLASSES
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}  # told apart by colour-blind readers, too
+plt.rcdefaults()  # a user's matplotlibrc moves no byte
 plt.rcParams.update(
     {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 )
