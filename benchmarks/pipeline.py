@@ -7,8 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from report import ROOT, Report, spread
+from ruamel.yaml import YAML
 
 STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
 
@@ -76,7 +76,7 @@ def first_run_rows(report: Report) -> None:
         if process.wait():
             sys.exit("error: `make repro` failed in a fresh clone")
         ends = [time for _, time in marks[1:]] + [time.perf_counter() - began]
-        locks = [yaml.safe_load((root / "dvc.lock").read_text())["stages"] for root in (ROOT, clone)]
+        locks = [YAML(typ="safe").load(root / "dvc.lock")["stages"] for root in (ROOT, clone)]
     rows = [
         f"{name} | {end - start:.1f} | {(end - start) / ends[-1]:.1%}"
         for (name, start), end in zip(marks, ends, strict=True)

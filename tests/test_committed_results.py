@@ -63,7 +63,6 @@ LIBRARY = {
     "models": TORCH,
     "params": PARAMS,
     "params_faults": PARAMS,
-    "params_yaml": PARAMS,
     "process": ALL,
     "repairs": ["augment_images"],
     "results": ["plot_results"],

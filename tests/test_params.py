@@ -1,10 +1,12 @@
 """params.yaml: what is accepted, and the one line for what is not."""
 
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from dvc.utils.serialize import load_yaml
 from small_stages import PARAMS
 
 from lib.errors import StageError
@@ -228,13 +230,13 @@ def test_a_missing_key_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"split: {seed: 0, seed: 1}", "'seed' stands twice"),
+        (b"split: {seed: 0, seed: 1}", 'found duplicate key "seed"'),
         (b"split: [", "not valid YAML"),
         (b"split: !!python/object/apply:os.system ['true']", "not valid YAML"),
         (b"split: \xff", "not UTF-8"),
         (b"", "the whole file is None"),
         (b"[1, 2]", "the whole file is [1, 2]"),
-        (b"? [a]\n: 1", "not valid YAML"),
+        (b"? [a]\n: 1", "fetch is missing"),
         (b"split: {? {a: 1} : 2}", "not valid YAML"),
         (b"a: &a [*a]", "not"),
         *[
@@ -266,18 +268,47 @@ def test_a_missing_file_says_where_to_run(tmp_path):
     assert message(path) == f"{path}: not found in {Path.cwd()}; run from the repository root"
 
 
-@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001"])
-def test_numbers_are_read_as_dvc_reads_them(written, text):
-    path = written("train_cnn.learning_rate", "PLACE")
-    path.write_text(path.read_text().replace("PLACE", text))
-    assert load_params("train_cnn", path=path).train_cnn.learning_rate == 0.001
+NUMBERS = {
+    "0.001": 0.001, "1e-3": 0.001, "1E-3": 0.001, "1.e-3": 0.001, ".5": 0.5, "1.": 1.0, "+1": 1,
+    "010": 10, "-07": -7, "09": 9, "0x10": 16, "0o10": 8, "0b1": 1, "1_000": 1000, "1_0.5": 10.5,
+    "1:30": "1:30", "1:30.5": "1:30.5", "1e": "1e", "yes": "yes", "'010'": "010",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["010", "-07", "1:30", "0x10", "0b1", "1_000", "1:30.5", "1_0.5"])
-def test_numbers_that_dvc_may_read_otherwise_are_refused(written, text):
+@pytest.mark.parametrize(("text", "value"), NUMBERS.items())
+def test_a_value_is_read_as_dvc_reads_it_or_refused(written, text, value):
     path = written("train_cnn.learning_rate", "PLACE")
     path.write_text(path.read_text().replace("PLACE", text))
-    assert f"{text} is not a plain decimal number" in message(path)
+    assert load_yaml(path)["train_cnn"]["learning_rate"] == value
+    if isinstance(value, str) or not 0 < value <= 1:
+        assert f"train_cnn.learning_rate is {value!r}, expected a number above 0" in message(path)
+    else:
+        read = load_params("train_cnn", path=path).train_cnn.learning_rate
+        assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("section", "dpi"),
+    [
+        ("{<<: {dpi: 77}}", 77),
+        ("{<<: {dpi: 77}, dpi: 99}", 99),  # its own value comes first
+        ("{dpi: 99, <<: [{dpi: 77}, {dpi: 88}]}", 99),
+        ("{<<: [&a {dpi: 77}, {dpi: 88}]}", 77),
+    ],
+)
+def test_merge_keys_are_read_as_dvc_reads_them(tmp_path, section, dpi):
+    path = tmp_path / "params.yaml"
+    others = {name: values for name, values in GOOD.items() if name != "plot_results"}
+    path.write_text(yaml.safe_dump(others) + f"plot_results: {section}\n")
+    assert load_yaml(path)["plot_results"]["dpi"] == dpi
+    assert leaves(load_params("plot_results", path=path)) == {"plot_results.dpi": dpi}
+
+
+def test_a_file_ten_times_as_long_is_not_read_a_hundred_times_as_long(written):
+    path = written("split", GOOD["split"] | {f"key_{number}": 1 for number in range(30_000)})
+    began = time.monotonic()
+    assert "split.key_0 is not a known key" in message(path)
+    assert time.monotonic() - began < 15  # 2 s on a busy machine; a pass over all keys for each key, 40
 
 
 def test_a_whole_number_stays_as_written(written):

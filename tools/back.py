@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-from mend_lock import LOCK
+from dvc.utils.serialize import dump_yaml
+from mend_lock import LOCK, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -41,7 +41,7 @@ def drop_unknown_results() -> None:
     """
     done = subprocess.run(["dvc", "data", "status", "--json"], check=True, capture_output=True, text=True)
     unknown = set(json.loads(done.stdout).get("not_in_cache", []))
-    lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+    lock = read_lock()
     kept = {
         name: stage
         for name, stage in lock["stages"].items()
@@ -49,7 +49,7 @@ def drop_unknown_results() -> None:
     }
     if len(kept) < len(lock["stages"]):
         print(f"not in the cache, so not of this machine: {', '.join(sorted(unknown))}", flush=True)
-        LOCK.write_text(yaml.safe_dump(lock | {"stages": kept}, sort_keys=False), encoding="utf-8")
+        dump_yaml(LOCK, lock | {"stages": kept})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ or holds a merge conflict, which is for a person to settle.
 import sys
 from pathlib import Path
 
-import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from ruamel.yaml import YAML, YAMLError
 from voluptuous import Invalid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
@@ -30,9 +30,9 @@ def main() -> None:
 def read_lock() -> dict | None:
     """What dvc.lock holds; None where it is not what DVC writes."""
     try:
-        content = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))  # as DVC does
         COMPILED_LOCKFILE_SCHEMA(content)
-    except (yaml.YAMLError, UnicodeDecodeError, Invalid):
+    except (YAMLError, UnicodeDecodeError, Invalid):
         return None
     return content
 

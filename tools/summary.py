@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-import yaml
 from mend_lock import LOCK, read_lock
+from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -27,7 +27,7 @@ def main() -> None:
 def committed_lock() -> dict | None:
     """The dvc.lock of the last commit; None if there is none."""
     try:
-        return yaml.safe_load(git("show", f"HEAD:./{LOCK}"))
+        return YAML(typ="safe").load(git("show", f"HEAD:./{LOCK}"))
     except GitError:
         return None
 

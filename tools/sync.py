@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import psutil
-import yaml
 from mend_lock import LOCK, read_lock
+from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -101,7 +101,7 @@ def record_experiments(client, experiment_id: str) -> None:
         print(f"sync: no experiments looked for: {error}")
         return
     for reference in references:
-        stages = yaml.safe_load(_committed(reference, LOCK) or b"stages: {}")["stages"]
+        stages = YAML(typ="safe").load(_committed(reference, LOCK) or b"stages: {}")["stages"]
         for training in trainings(stages):
             [path] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
             metrics = _committed(reference, path)

@@ -5,13 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from ruamel.yaml import YAML, YAMLError
 
 from lib.errors import StageError
 from lib.params_faults import explain
-from lib.params_yaml import PARAMS_PATH, ParamsLoader
 
+PARAMS_PATH = Path("params.yaml")
 TRAIN_IMAGES = 60_000  # in Fashion-MNIST's train files
 
 # A number stays as written, 20 or 20.0, so that MLflow shows what DVC does.
@@ -139,13 +139,14 @@ def leaves(params: SimpleNamespace) -> dict[str, object]:
 def parse_params(path: Path = PARAMS_PATH) -> Params:
     """Read and validate `path`; see load_params for the errors."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), ParamsLoader)  # noqa: S506 (a SafeLoader)
+        # DVC's own reader, set up as DVC does: another might read 010, 1:30 or 1e-3 as another value.
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
     except UnicodeDecodeError as error:
         raise StageError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    # Beside its own errors, PyYAML lets through those of int(), of dates and of deep nesting.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    # Beside its own errors, it lets through those of int(), of dates and of deep nesting.
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     try:
         params = Params.model_validate(content)
