@@ -38,7 +38,7 @@ def compared(lock: dict, committed: dict | None) -> str:
         return "The pipeline is up to date. No dvc.lock is committed to compare its results with."
     now, then = lock["stages"], committed["stages"]
     made = {out["path"] for stage in now.values() for out in stage["outs"]}
-    if {name: inputs(now[name], made) for name in now} != {name: inputs(then[name], made) for name in then}:
+    if now.keys() != then.keys() or any(inputs(now[name], made) != inputs(then[name], made) for name in now):
         return "The results are those of your params and code, which differ from the committed ones."
     before = {(out["path"], out["md5"]) for stage in then.values() for out in stage["outs"]}
     outs = [(out["path"], out["md5"]) for stage in now.values() for out in stage["outs"]]
