@@ -144,3 +144,15 @@ def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repositor
     assert _committed("HEAD", Path("absent")) is None
     with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):
         _committed("refs/exps/gone", "code.py")
+
+
+def test_the_summary_says_why_it_compares_nothing(repository, capsys):
+    from summary import committed_lock, compared
+
+    assert compared({}, committed_lock()) == "The pipeline is up to date."
+    said = capsys.readouterr().out
+    assert said.startswith("no committed results to compare with: git show: fatal: path 'dvc.lock'")
+    (repository / "dvc.lock").write_text("stages: {}")
+    git(repository, "add", "dvc.lock")
+    git(repository, "commit", "--quiet", "--message", "lock")
+    assert committed_lock() == {"stages": {}}

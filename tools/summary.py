@@ -25,17 +25,18 @@ def main() -> None:
 
 
 def committed_lock() -> dict | None:
-    """The dvc.lock of the last commit; None if there is none."""
+    """The dvc.lock of the last commit; None, after a line that says why, if git has none."""
     try:
         return YAML(typ="safe").load(git("show", f"HEAD:./{LOCK}"))
-    except GitError:
+    except GitError as error:
+        print(f"no committed results to compare with: {error}")
         return None
 
 
 def compared(lock: dict, committed: dict | None) -> str:
     """One line: the same bytes, results of other inputs, or other results of the same inputs."""
     if committed is None:
-        return "The pipeline is up to date. No dvc.lock is committed to compare its results with."
+        return "The pipeline is up to date."
     now, then = lock["stages"], committed["stages"]
     made = {out["path"] for stage in now.values() for out in stage["outs"]}
     if now.keys() != then.keys() or any(inputs(now[name], made) != inputs(then[name], made) for name in now):
