@@ -1,162 +1,162 @@
-"""Killing a stage, DVC or both at a moment of choice, and what is there afterwards."""
+"""Starting DVC in a copy of the project, and killing it or its stage at a moment of choice."""
 
 import os
-import random
-import shutil
+import select
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import requests
-import yaml
-from mlflow import MlflowClient
-from pipeline import dvc, environment, tool, tracked_runs
+from pipeline import environment
 
-from lib.mlflow_log import has_model
+VICTIMS = ("stage", "dvc", "both")
 
 
-def outputs(project: Path) -> dict[str, str]:
-    """Every output in dvc.lock with its digest."""
-    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+class Started:
+    """A command at work in a session of its own, with all that it prints in a log."""
+
+    def __init__(self, project: Path, log: Path, *command: str, **more: str):
+        self.project, self.log = project, log
+        self.killed_at_work = False  # whether a stage was running when the kill came
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=project, env=environment(PYTHONUNBUFFERED="1", SHELL="/bin/sh", **more), text=True,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def printed(self) -> str:
+        return self.log.read_text()
+
+
+# Kills something of what was started when its moment has come; False if that had ended before.
+Strike = Callable[[Started], bool]
 
 
 def stage_processes(project: Path) -> list[psutil.Process]:
-    """The processes that run a stage's script in `project`."""
+    """The processes that run a stage's script in `project`, or in one of DVC's temporary copies of it."""
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
-        command, cwd = process.info["cmdline"] or [], process.info["cwd"]
-        if cwd == str(project) and any(part.startswith("stages/") for part in command):
+        command, cwd = process.info["cmdline"] or [], process.info["cwd"] or ""
+        is_here = cwd == str(project) or cwd.startswith(f"{project}/.dvc/tmp/")
+        if is_here and any(part.startswith("stages/") for part in command):
             found.append(process)
     return found
 
 
-def start_forced(project: Path, stage: str, output, **more: str) -> subprocess.Popen:
-    """DVC at work on `stage` alone, whatever its cache has, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
-        cwd=project, env=environment(PYTHONUNBUFFERED="1", **more), text=True,
-        stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def wait_until_gone(processes: list[psutil.Process], timeout: float) -> bool:
+    """Whether all of them have ended within `timeout` seconds; those that nobody has waited for count."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        with suppress(ProcessLookupError):
+            handle = os.pidfd_open(process.pid)
+            ready = select.select([handle], [], [], max(0, deadline - time.monotonic()))[0]
+            os.close(handle)
+            if not ready:
+                return False
+    return True
 
 
-def kill_once(project: Path, stage: str, victim: str, delay: float) -> str | None:
-    """Force `stage`, kill `victim` ("stage", "dvc" or "both") after `delay` seconds of it, and repeat.
-
-    Returns "" when afterwards every output has the digest it had before, or what went wrong; None where
-    the victim had ended before.
-    """
-    before = outputs(project)
-    log = (project.parent / "killed.log").open("w")
-    started = start_forced(project, stage, log, SHELL="/bin/sh")
-    while started.poll() is None and not stage_processes(project):
-        time.sleep(0.01)
-    time.sleep(delay)
-    running = stage_processes(project)
-    late = not running if victim == "stage" else started.poll() is not None
+def kill(started: Started, victim: str) -> bool:
+    """Kill "stage", "dvc" or "both" with SIGKILL; False if the victim has ended."""
+    running = stage_processes(started.project)
+    if started.ended() or (victim == "stage" and not running):
+        return False
+    started.killed_at_work = bool(running)
     if victim in ("dvc", "both"):
-        started.kill()
+        started.process.kill()
     if victim in ("stage", "both"):
         for process in running:
-            if process.is_running():
-                os.kill(process.pid, signal.SIGKILL)
-    started.wait()
-    log.close()
-    _, alive = psutil.wait_procs(running, timeout=2)
-    if alive:
-        return f"{stage} goes on after its DVC was killed"
-    repeated = dvc(project, "repro", "--no-run-cache", check=False)
-    if repeated.returncode:  # as `make repro` does: DVC, killed while it wrote dvc.lock, left it cut short
-        mended = [sys.executable, "tools/mend_lock.py"]
-        if subprocess.run(mended, cwd=project, check=False).returncode == 0:
-            repeated = dvc(project, "repro", check=False)
-    if repeated.returncode:
-        return f"`dvc repro` after a killed {stage} fails: {repeated.stdout[-300:]}"
-    after = outputs(project)
-    different = [path for path in before if after.get(path) != before[path]]
-    if different:
-        return f"{stage}: {', '.join(different)} differ"
-    return None if late else ""
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+    started.process.wait()
+    return True
 
 
-@contextmanager
-def mlflow_server(folder: Path, port: int):
-    """An MLflow server on this machine, with its store in `folder`."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db",
-        "--artifacts-destination", f"{folder}/artifacts",
-    ]  # fmt: skip
-    with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
-        try:
-            for _ in range(600):
-                try:
-                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
-                        break
-                except requests.ConnectionError:
-                    time.sleep(0.1)
-            MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
-            yield
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+def wait_for_stage(started: Started) -> list[psutil.Process]:
+    """The stage's processes once there are some; none if the command ends without one."""
+    while not (running := stage_processes(started.project)) and not started.ended():
+        time.sleep(0.01)
+    return running
 
 
-def lose_server(project: Path, epoch: int) -> str:
-    """Kill the MLflow server of a training after `epoch`; returns what that lost for good, or ""."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
-    before = outputs(project)
-    shutil.rmtree(project / ".checkpoints", ignore_errors=True)  # a kill may have left a finished one
-    with mlflow_server(project.parent, port):
-        training = start_forced(project, "train_cnn@original", subprocess.PIPE, **store)
-        printed = ""
-        for line in training.stdout:
-            printed += line
-            if line.startswith(f"epoch {epoch}/"):
-                break
-    printed += training.stdout.read()
-    if training.wait() or "not sent" not in printed or "Traceback" in printed:
-        return f"the training did not go on: {printed[-300:]}"
-    if outputs(project) != before:
-        return "other outputs without the server"
-    with mlflow_server(project.parent, port):
-        tool(project, "sync", **store)
-        uri = store["MLFLOW_TRACKING_URI"]
-        run = tracked_runs(project, "tags.dvc_stage = 'train_cnn@original'", uri)[0]
-        history = MlflowClient(uri).get_metric_history(run.info.run_id, "train_loss")
-        steps = [metric.step for metric in history]
-        curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
-        if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
-            return f"the run is {run.info.status} with epochs {steps}"
-        if "test_accuracy" not in run.data.metrics or not has_model(MlflowClient(uri), run):
-            return "the run lacks test metrics or model"
-    return ""
+def after_start(victim: str, delay: float) -> Strike:
+    """Kill `delay` seconds after the command's own start; DVC if no stage is running then."""
+
+    def strike(started: Started) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            started.process.wait(timeout=delay)
+        return kill(started, victim if stage_processes(started.project) else "dvc")
+
+    return strike
 
 
-def random_kill(project: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[str, str]:
-    """One kill at a random moment of a stage, which takes `seconds`; what it was, and what went wrong."""
-    while True:
-        stage, victim = rng.choice(list(seconds)), rng.choice(["stage", "dvc", "both"])
-        delay = rng.uniform(0, seconds[stage])
-        fault = kill_once(project, stage, victim, delay)
-        if fault is not None:
-            return f"{victim} of {stage} after {delay:.1f} s", fault
+def after_seconds(victim: str, delay: float) -> Strike:
+    """Kill `delay` seconds after the stage's start."""
+
+    def strike(started: Started) -> bool:
+        wait_for_stage(started)
+        time.sleep(delay)
+        return kill(started, victim)
+
+    return strike
+
+
+def wait_for_text(started: Started, text: str) -> None:
+    """Wait until `text` is printed, or the command has ended."""
+    while text not in started.printed() and not started.ended():
+        time.sleep(0.01)
+
+
+def after_text(victim: str, text: str) -> Strike:
+    """Kill as soon as `text` is printed."""
+
+    def strike(started: Started) -> bool:
+        wait_for_text(started, text)
+        return kill(started, victim)
+
+    return strike
+
+
+def after_stage(delay: float) -> Strike:
+    """Kill DVC `delay` seconds after the stage's end, while it hashes and caches what the stage wrote."""
+
+    def strike(started: Started) -> bool:
+        wait_until_gone(wait_for_stage(started), timeout=600)
+        time.sleep(delay)
+        return kill(started, "dvc")
+
+    return strike
+
+
+def in_lock_write(delay: float) -> Strike:
+    """Kill DVC `delay` seconds after it has opened dvc.lock to write it, which empties the file."""
+
+    def strike(started: Started) -> bool:
+        lock = started.project / "dvc.lock"
+        before = lock.stat().st_size
+        wait_until_gone(wait_for_stage(started), timeout=600)
+        while lock.stat().st_size == before and not started.ended():
+            pass  # the write takes a hundredth of a second: sleep would miss it
+        time.sleep(delay)
+        return kill(started, "dvc")
+
+    return strike
 
 
 def seconds_of(project: Path, stage: str) -> float:
-    """How long a stage and DVC's part in it take, from the stage's start."""
-    started = start_forced(project, stage, subprocess.DEVNULL)
-    while not stage_processes(project):
-        time.sleep(0.01)
+    """How long a forced stage and DVC's part in it take, from the stage's start."""
+    log = project.parent / "logs" / "seconds.log"
+    started = Started(project, log, "-m", "dvc", "repro", "--force", "--single-item", stage)
+    wait_for_stage(started)
     began = time.monotonic()
-    assert started.wait() == 0
+    assert started.process.wait() == 0, started.printed()
     return time.monotonic() - began

@@ -48,6 +48,12 @@ def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
+def outputs(project: Path) -> dict[str, str]:
+    """Every output in dvc.lock with its digest."""
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+
+
 def tracked_runs(project: Path, query: str = "", store: str | None = None) -> list:
     """The project's MLflow runs, newest first; `store` where it is not the default one."""
     client = MlflowClient(store or f"sqlite:///{project / 'mlflow.db'}")

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, copy_of_project, git, stage_definitions
-from crash import kill_once, lose_server, outputs, seconds_of
+from crash import after_seconds, after_text
 from mlflow import MlflowClient
-from pipeline import SMALL, dvc, environment, ran, run_queued, set_params, tool, tracked_runs
+from pipeline import SMALL, dvc, environment, outputs, ran, run_queued, set_params, tool, tracked_runs
+from recovery import kill_stage
+from servers import lose_server
 from torchvision import datasets
 
 from lib.files import numbers
@@ -369,18 +371,21 @@ def test_a_wrong_param_is_one_line_and_loses_nothing(project):
 
 
 @pytest.mark.parametrize(
-    ("victim", "stage", "share"),  # of the stage's time, so that no machine is too fast for the kill
+    ("stage", "strike", "epochs"),
     [
-        ("stage", "train_cnn@original", 0.7),
-        ("dvc", "train_cnn@original", 0.5),
-        ("both", "augment_images", 0.5),
+        ("train_cnn@original", after_text("stage", "epoch 1/"), 1),
+        ("train_cnn@original", after_text("dvc", "epoch 1/"), 1),
+        ("augment_images", after_seconds("both", 1), 0),
     ],
+    ids=["stage", "dvc", "both"],
 )
-def test_a_kill_loses_nothing(project, victim, stage, share):
-    assert kill_once(project, stage, victim, share * seconds_of(project, stage)) == ""
+def test_a_killed_first_run_is_recovered_and_loses_nothing(project, stage, strike, epochs):
+    trial = kill_stage(project, stage, strike)
+    assert trial, "the kill came too late: nothing had to be recovered"
+    assert trial.fault == ""
+    assert trial.saved >= trial.epochs >= epochs
     tool(project, "sync")
-    statuses = {run.info.status for run in tracked_runs(project)}
-    assert statuses <= {"FINISHED", "KILLED"}
+    assert {run.info.status for run in tracked_runs(project)} <= {"FINISHED", "KILLED"}
 
 
 def test_an_mlflow_server_that_dies_costs_no_training_and_gets_all_later(project):

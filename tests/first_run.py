@@ -1,0 +1,107 @@
+"""The first run of the whole pipeline, killed again and again until it completes."""
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from crash import VICTIMS, Started, after_start, stage_processes, wait_until_gone
+from pipeline import environment, ran
+from recovery import (
+    SECOND_RUN,
+    Trial,
+    contents,
+    finished_since,
+    last_epoch,
+    lock_entries,
+    make_repro,
+    next_log,
+    resumed_epoch,
+    run_statuses,
+)
+
+
+class FirstRun:
+    """`dvc repro` of everything in a copy of the project that has run nothing, with its kills so far."""
+
+    def __init__(self, project: Path, seconds: float, rng: random.Random):
+        self.project, self.seconds, self.rng = project, seconds, rng
+        self.trials: list[Trial] = []
+        self.done: set[str] = set()  # the stages that have stood in dvc.lock
+        self.stopped: dict[str, Trial] = {}  # the last kill of each training that was killed
+        self.ended: set[str] = set()  # the trainings whose run was finished when they were killed
+        (project / "dvc.lock").unlink()
+        shutil.rmtree(project / "metrics")
+
+    def kill_until_complete(self, expected: dict[str, str], most: int) -> list[Trial]:
+        """Kill `most` times, or until it completes; returns the kills, each with what it lost."""
+        while len(self.trials) < most and self.killed():
+            pass
+        log = next_log(self.project).with_suffix(".again.log")
+        code = make_repro(self.project, log)
+        self.judge(log.read_text())
+        for training, trial in self.stopped.items():
+            self.judge_runs(training, trial)
+        if self.trials and (code or contents(self.project) != expected):
+            self.trials[-1].fault = "the run that was not killed fails, or gives other bytes"
+        return self.trials
+
+    def killed(self) -> bool:
+        """Run until a random moment and kill; False if the pipeline has completed before."""
+        log = next_log(self.project).with_suffix(f".{len(self.trials) + 1}.log")
+        started = Started(self.project, log, "-m", "dvc", "repro")
+        victim, delay = self.rng.choice(VICTIMS), self.rng.uniform(0, self.seconds / 2)
+        struck = after_start(victim, delay)(started)
+        running = stage_processes(self.project)
+        started.process.wait()
+        gone = wait_until_gone(running, timeout=2)
+        self.judge(log.read_text())
+        if struck:
+            trial = Trial(f"{victim} in the pipeline after {delay:.1f} s")
+            trial.fault = "" if gone else "the stage continues after its DVC was killed"
+            self.note_kill(trial, log.read_text())
+        return struck
+
+    def note_kill(self, trial: Trial, printed: str) -> None:
+        """Remember which training was killed, and what had finished."""
+        self.trials.append(trial)
+        [*_, stage] = ["none", *ran(printed)]
+        trial.what += f", at work on {stage}"
+        left = set(lock_entries(self.project))
+        # DVC has no run cache of verify_manual_conv, so if the kill cut dvc.lock short, it runs again.
+        self.done = (self.done | left) - ({"verify_manual_conv"} - left)
+        if stage.startswith("train_") and stage not in self.done:
+            text = sections(printed)[stage]
+            trial.epochs = max(last_epoch(text), resumed_epoch(text))
+            self.stopped[stage] = trial
+            if "FINISHED" in run_statuses(self.project, stage).values():
+                self.ended.add(stage)
+        mend = [sys.executable, "tools/mend_lock.py"]  # as `make repro` does, if the kill cut dvc.lock short
+        subprocess.run(mend, cwd=self.project, check=False, env=environment(), capture_output=True)
+
+    def judge(self, printed: str) -> None:
+        """Find faults of earlier kills in what a later run printed."""
+        for stage in self.done.intersection(ran(printed)):
+            self.trials[-1].fault = f"{stage} ran again, though it had finished"
+        for stage, text in sections(printed).items():
+            if stage in self.stopped:
+                trial = self.stopped[stage]
+                trial.saved = resumed_epoch(text)
+                if trial.saved < trial.epochs and stage not in self.ended:
+                    trial.fault = f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}"
+
+    def judge_runs(self, training: str, trial: Trial) -> None:
+        """A fault if a killed training has not exactly one finished run."""
+        finished = finished_since(self.project, training, {})
+        if finished == 2 and training in self.ended:
+            trial.fault, trial.known = "a second finished run", SECOND_RUN
+        elif finished != 1:
+            trial.fault = f"{training}: {finished} finished runs"
+
+
+def sections(printed: str) -> dict[str, str]:
+    """What each stage printed that ran."""
+    parts = re.split(r"^Running stage '(.+)':$", printed, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
