@@ -25,7 +25,7 @@ from recovery import Trial, contents, kill_stage, lock_entries
 from servers import lose_server
 
 # More epochs than the tests take, so that kills find some that are done.
-PARAMS = SMALL | {"train_cnn": {"epochs": 6}}
+PARAMS = SMALL | {"train_cnn": SMALL["train_cnn"] | {"epochs": 6}}
 TRAININGS = ("train_toy_cnn", "train_cnn@original", "train_cnn@augmented")
 
 
