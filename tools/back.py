@@ -39,7 +39,9 @@ def drop_unknown_results() -> None:
     They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
     its entry, DVC looks for this machine's own results in its run cache.
     """
-    done = subprocess.run(["dvc", "data", "status", "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run(["dvc", "data", "status", "--json"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")
     unknown = set(json.loads(done.stdout).get("not_in_cache", []))
     lock = read_lock()
     kept = {

@@ -32,6 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="train_cnn.seed from 0 to this, not included")
     seeds = range(parser.parse_args().seeds)
+    if not seeds:
+        raise StageError(f"--seeds is {seeds.stop}, expected 1 or more")
     for seed in seeds:
         run_experiment(seed)
     runs = write_csv(RUNS, [results(seed, images) for seed in seeds for images in IMAGES])
