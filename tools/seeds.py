@@ -6,6 +6,7 @@ README's table: mean ± standard deviation.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def results(seed: int, images: str) -> dict:
     files = (f"metrics/{stage}/{images}.json" for stage in ("train_cnn", "evaluate_cnn"))
     metrics = {}
     for file in files:
-        metrics |= dvc.api.metrics_show(file, rev=f"seed-{seed}")
+        metrics |= json.loads(dvc.api.read(file, rev=f"seed-{seed}"))
     [weights_sha256] = metrics["weights_sha256"]
     numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
     return {"seed": seed, "images": images, **numbers, "weights_sha256": weights_sha256}
