@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from conftest import STAGES
 
 from lib import errors, process, runtime
 from lib.arguments import images_argument
-from lib.errors import StageError, run_stage
+from lib.errors import Output, StageError, run_stage
 from lib.runtime import prepare_torch, usable_cores
 
 
@@ -23,13 +24,15 @@ class Left(Exception):
 
 
 @pytest.fixture
-def code_of(monkeypatch):
+def code_of(monkeypatch, capfd):
     """Run `main` as a stage; gives the exit code."""
 
     def leave(code):
         raise Left(code)
 
     def run(main) -> int:
+        for name in ("stdout", "stderr"):  # the stage replaces both
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         monkeypatch.setattr(errors.os, "_exit", leave)
         monkeypatch.setattr(errors.atexit, "_run_exitfuncs", lambda: print("exit functions"))
         before = signal.getsignal(signal.SIGTERM)
@@ -60,13 +63,50 @@ def failing(error):
         (failing(OSError("no number")), 1, "error: output: no number\n"),
         (failing(KeyboardInterrupt()), 130, "stopped on request\n"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 130, "stopped on request\n"),
+        (lambda: sys.exit(2), 2, ""),  # as argparse does
+        (lambda: sys.exit(), 0, ""),
     ],
 )
-def test_a_stage_ends_with_a_code_and_at_most_one_line(code_of, capsys, main, code, line):
+def test_a_stage_ends_with_a_code_and_at_most_one_line(code_of, capfd, main, code, line):
     assert code_of(main) == code
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert printed.err == line
     assert printed.out == "exit functions\n"
+
+
+def test_a_full_output_is_reported_when_the_work_is_done(code_of, capfd, monkeypatch):
+    done = []
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        for main, code, line in (
+            (lambda: (print("x"), done.append(1)), 1, "error: standard output: No space left on device\n"),
+            (failing(StageError("the fault")), 1, "error: the fault\n"),
+        ):
+            monkeypatch.setattr(sys, "stdout", full)
+            assert code_of(main) == code
+            assert capfd.readouterr().err == line
+        monkeypatch.undo()
+    assert done == [1]
+
+
+def test_an_output_that_nobody_reads_is_no_fault():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Output(writer, "w") as output:
+        assert output.write(b"four") == 4
+        assert output.fault is None
+    with Output("/dev/full", "w") as output:
+        assert output.write(b"four") == 4
+        assert output.fault.errno == errno.ENOSPC
+
+
+def test_a_line_is_there_at_once_and_any_character_can_be_written(tmp_path):
+    with (tmp_path / "out").open("w", encoding="ascii") as file, errors._for_work(file) as stream:
+        stream.write("4×4\n")
+        assert (tmp_path / "out").read_text() == "4\\xd74\n"
+        assert stream.encoding == "ascii"
+    with errors._for_work(None) as nowhere:
+        nowhere.write("×\n")
+        assert nowhere.buffer.raw.name == os.devnull
 
 
 def test_a_bug_keeps_its_traceback(code_of):
