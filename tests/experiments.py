@@ -8,6 +8,7 @@ import yaml
 from crash import Started, Strike, stage_processes, wait_until_gone
 from pipeline import dvc, ran
 from recovery import (
+    CONTINUES,
     Trial,
     contents,
     finished_since,
@@ -82,7 +83,7 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
     started.process.wait()
     trial = Trial(what, epochs=last_epoch(log.read_text()))
     if not wait_until_gone(running, timeout=2):
-        trial.fault = "the stage continues after its DVC was killed"
+        trial.lose(CONTINUES)
         return trial
     struck = struck and not experiments(project)
     ended = finished_since(project, STAGE, runs)
@@ -102,12 +103,12 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
 def judge_experiment(project, trial, command, again, entry, killed_at_work) -> None:
     """A fault if the second run fails, has nothing to recover, or gives other results."""
     if again.returncode or len(experiments(project)) != 1:
-        trial.fault = f"the second run fails: {again.stdout[-300:]}"
+        trial.lose(f"the second run fails: {again.stdout[-300:]}")
     elif entry_of_experiment(project)["outs"] != entry["outs"]:
-        trial.fault = "other bytes than those of the undisturbed experiment"
+        trial.lose("other bytes than those of the undisturbed experiment")
     elif command == IN_WORKSPACE and any(
         contents(project).get(out["path"]) != out["md5"] for out in entry["outs"]
     ):
-        trial.fault = "other bytes in the workspace than in the experiment"
+        trial.lose("other bytes in the workspace than in the experiment")
     elif not ran(again.stdout) and killed_at_work:
-        trial.fault = "nothing had to be recovered"
+        trial.lose("nothing had to be recovered")

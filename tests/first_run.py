@@ -10,6 +10,7 @@ from pathlib import Path
 from crash import VICTIMS, Started, after_start, stage_processes, wait_until_gone
 from pipeline import environment, ran
 from recovery import (
+    CONTINUES,
     SECOND_RUN,
     Trial,
     contents,
@@ -45,7 +46,7 @@ class FirstRun:
         for training, trial in self.stopped.items():
             self.judge_runs(training, trial)
         if self.trials and (code or contents(self.project) != expected):
-            self.trials[-1].fault = "the run that was not killed fails, or gives other bytes"
+            self.trials[-1].lose("the run that was not killed fails, or gives other bytes")
         return self.trials
 
     def killed(self) -> bool:
@@ -60,7 +61,7 @@ class FirstRun:
         self.judge(log.read_text())
         if struck:
             trial = Trial(f"{victim} in the pipeline after {delay:.1f} s")
-            trial.fault = "" if gone else "the stage continues after its DVC was killed"
+            trial.fault = "" if gone else CONTINUES
             self.note_kill(trial, log.read_text())
         return struck
 
@@ -84,21 +85,21 @@ class FirstRun:
     def judge(self, printed: str) -> None:
         """Find faults of earlier kills in what a later run printed."""
         for stage in self.done.intersection(ran(printed)):
-            self.trials[-1].fault = f"{stage} ran again, though it had finished"
+            self.trials[-1].lose(f"{stage} ran again, though it had finished")
         for stage, text in sections(printed).items():
             if stage in self.stopped:
                 trial = self.stopped[stage]
                 trial.saved = resumed_epoch(text)
                 if trial.saved < trial.epochs and stage not in self.ended:
-                    trial.fault = f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}"
+                    trial.lose(f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}")
 
     def judge_runs(self, training: str, trial: Trial) -> None:
         """A fault if a killed training has not exactly one finished run."""
         finished = finished_since(self.project, training, {})
         if finished == 2 and training in self.ended:
-            trial.fault, trial.known = "a second finished run", SECOND_RUN
+            trial.lose("a second finished run", SECOND_RUN)
         elif finished != 1:
-            trial.fault = f"{training}: {finished} finished runs"
+            trial.lose(f"{training}: {finished} finished runs")
 
 
 def sections(printed: str) -> dict[str, str]:

@@ -16,6 +16,8 @@ from conftest import ROOT
 from crash import Started, Strike, stage_processes, wait_until_gone
 from pipeline import environment, ran
 
+CONTINUES = "the stage continues after its DVC was killed"
+
 # Faults that are lost without failing the soak, each with its reason.
 SECOND_RUN = (
     "a kill between the end of a training and DVC's write of dvc.lock: the training runs again, to the same "
@@ -38,6 +40,9 @@ class Trial:
     known: str = ""
     epochs: int = 0
     saved: int = 0
+
+    def lose(self, fault: str, known: str = "") -> None:
+        self.fault, self.known = fault, known
 
 
 def lock_entries(project: Path) -> dict[str, dict]:
@@ -150,7 +155,7 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
     running = stage_processes(project)
     started.process.wait()
     if not wait_until_gone(running, timeout=2):
-        return Trial(what, "the stage continues after its DVC was killed")
+        return Trial(what, CONTINUES)
     left = set(lock_entries(project))
     struck = struck and left != entries
     ended = finished_since(project, stage, runs)
@@ -161,12 +166,12 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
         return None
     trial = Trial(what, epochs=last_epoch(log.read_text()), saved=resumed_epoch(again.read_text()))
     if code:
-        trial.fault = f"`make repro` fails: {again.read_text()[-300:]}"
+        trial.lose(f"`make repro` fails: {again.read_text()[-300:]}")
     elif contents(project) != before:
-        trial.fault = "other bytes than those of the undisturbed run"
+        trial.lose("other bytes than those of the undisturbed run")
     else:
         judge_reruns(trial, stage, left, again.read_text(), started.killed_at_work)
-        if stage.startswith("train_"):
+        if stage.startswith("train_") and not trial.fault:
             judge_training(trial, ended, finished_since(project, stage, runs))
     return trial
 
@@ -176,9 +181,9 @@ def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at
     # DVC has no run cache of verify_manual_conv, so if the kill cut dvc.lock short, it runs again.
     reran = set(ran(again)) - ({"verify_manual_conv"} - left)
     if reran - {stage}:
-        trial.fault = f"stages ran again that had finished: {sorted(reran)}"
+        trial.lose(f"stages ran again that had finished: {sorted(reran)}")
     elif not reran and (killed_at_work or f"Stage '{stage}' is cached" not in again):
-        trial.fault = "nothing had to be recovered"
+        trial.lose("nothing had to be recovered")
     elif not reran:
         trial.what += ", when DVC's run cache had it"
 
@@ -186,11 +191,11 @@ def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at
 def judge_training(trial: Trial, ended: int, finished: int) -> None:
     """A fault if a training lost epochs or has not one finished run; `ended` are those at the kill."""
     if finished == 2 and ended == 1:
-        trial.fault, trial.known = "a second finished run", SECOND_RUN
+        trial.lose("a second finished run", SECOND_RUN)
     elif finished != 1:
-        trial.fault = f"{finished} finished runs"
+        trial.lose(f"{finished} finished runs")
     elif trial.saved < trial.epochs and not ended:
-        trial.fault = f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}"
+        trial.lose(f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}")
 
 
 def next_log(project: Path) -> Path:

@@ -195,13 +195,16 @@ def pipeline_kills(
     trials = []
     while len(trials) < count:
         project = unrun(folder / f"first-run-{len(trials)}" / "clone")
-        trials += FirstRun(project, seconds, rng).kill_until_complete(expected, count - len(trials))
-    for trial in trials:
-        print_trial(trial)
+        killed = FirstRun(project, seconds, rng).kill_until_complete(expected, count - len(trials))
+        for trial in killed:
+            print_trial(trial)
+        trials += killed
     return trials
 
 
 def experiment_kills(project: Path, command: tuple, rng: random.Random, count: int) -> list[Trial]:
+    if not count:
+        return []
     entry, seconds = experiments.undisturbed(project)
 
     def attempt() -> Trial | None:
@@ -214,6 +217,8 @@ def experiment_kills(project: Path, command: tuple, rng: random.Random, count: i
 
 
 def sync_kills(project: Path, name: str, rng: random.Random, count: int) -> list[Trial]:
+    if not count:
+        return []
     template = syncing.finished_without_models(project) if name == "finished" else None
     undisturbed = syncing.Store(project, f"{name}-undisturbed", template)
     seconds, expected, numbers = undisturbed.sync(), undisturbed.says(), iter(range(1000))

@@ -81,11 +81,12 @@ def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
         store.project, log.with_suffix(".again.log"), "tools/sync.py", MLFLOW_TRACKING_URI=store.uri
     )
     if again.process.wait():
-        trial.fault = f"the second sync fails: {again.printed()[-300:]}"
+        trial.lose(f"the second sync fails: {again.printed()[-300:]}")
     elif differences := differing(store.says(), expected):
-        trial.fault = f"not what an undisturbed sync says: {', '.join(differences)}"
-        if all(name.endswith((" status", " end")) for name in differences):
-            trial.known = SYNC_STATUS
+        is_known = all(name.endswith((" status", " end")) for name in differences)
+        trial.lose(
+            f"not what an undisturbed sync says: {', '.join(differences)}", SYNC_STATUS if is_known else ""
+        )
     return trial
 
 
