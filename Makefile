@@ -39,7 +39,7 @@ committed: .venv/ready ## check that what is committed belongs together: code, p
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
 	$(ACTIVATE) python tools/seeds.py
 
-soak: .venv/ready ## kill, spoil and repeat for a quarter of an hour, and print what was lost
+soak: .venv/ready ## kill, spoil and repeat for half an hour or more, and print what was lost
 	$(ACTIVATE) python tests/soak.py
 
 # mutmut names a module by its path below src/ and the stages import lib.…: hence the link. What it needs
