@@ -208,17 +208,26 @@ def test_confusion_shows_each_models_own_shares(draw):
         assert axes.get_xlabel() == "predicted"
     assert ticks(figure.axes[0].yaxis) == list(CLASSES)
     assert figure.axes[0].get_ylabel() == "actual"
-    assert "0.5 % and less left out" in figure.get_suptitle()
+    title = "Test images: predicted class, % of the actual class (0.5 % and less left out)"
+    assert figure.get_suptitle() == title
 
 
-def test_confusion_leaves_out_half_a_percent_and_a_class_without_images():
+def test_confusion_leaves_out_half_a_percent_and_takes_a_class_with_one_image_or_none():
     rows = [{"actual": CLASSES[0], "predicted": CLASSES[1 if n == 0 else 0]} for n in range(200)]
     rows += [{"actual": CLASSES[1], "predicted": CLASSES[n % 2]} for n in range(2)]
+    rows += [{"actual": CLASSES[2], "predicted": CLASSES[3 if n == 0 else 2]} for n in range(100)]
+    rows += [{"actual": CLASSES[3], "predicted": CLASSES[9]}]
     axes = figures.confusion({"original": rows, "augmented": rows}).axes[0]
     plt.close("all")
     written = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
-    # 199 of 200, and 1 of 2 twice: 50 % is still written in black.
-    assert written == {(0, 0): ("100", "white"), (0, 1): ("50", "black"), (1, 1): ("50", "black")}
+    assert written == {
+        (0, 0): ("100", "white"),  # 199 of 200; the other is half a percent
+        (0, 1): ("50", "black"),
+        (1, 1): ("50", "black"),
+        (2, 2): ("99", "white"),
+        (3, 2): ("1", "black"),
+        (9, 3): ("100", "white"),
+    }
     assert not np.isnan(axes.images[0].get_array()).any()
 
 
