@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import ClassVar
 
+import cv2
 import numpy as np
 import pytest
 import small_stages
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from lib import augmentation, evaluation
 from lib.idx import CLASSES
+from lib.repairs import import_imgaug_augmenters
 
 SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
 
@@ -51,6 +53,52 @@ class Bar(tqdm):
     def __init__(self, **settings):
         super().__init__(**settings | {"disable": False, "file": io.StringIO()})
         self.made.append(self)
+
+
+class InThisProcess:
+    """Stands for the pool of workers, and writes down how it was made."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, workers, context, initializer):
+        self.made.append((workers, context.get_start_method()))
+        initializer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    map = staticmethod(map)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(None, 5), (2, 2)])
+def test_there_is_a_worker_for_each_core_unless_asked_otherwise(images, monkeypatch, asked, made):
+    monkeypatch.setattr(augmentation, "usable_cores", lambda: 5)
+    monkeypatch.setattr(augmentation, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(augmentation, "die_with_parent", lambda: cv2.setNumThreads(4))
+    monkeypatch.setattr(InThisProcess, "made", [])
+    copies = list(augmentation.augment(images, **SETTINGS, workers=asked))
+    assert InThisProcess.made == [(made, "fork")]
+    assert cv2.getNumThreads() == 1
+    assert (copies[0] == next(augmentation.augment(images, **SETTINGS))).all()
+
+
+def test_numpy_gets_what_imgaug_reads_and_keeps_what_it_has(monkeypatch):
+    monkeypatch.delattr(np, "sctypes", raising=False)
+    assert import_imgaug_augmenters().__name__ == "imgaug.augmenters"
+    assert {kind: [np.dtype(t).name for t in types] for kind, types in np.sctypes.items()} == {
+        "int": ["int8", "int16", "int32", "int64"],
+        "uint": ["uint8", "uint16", "uint32", "uint64"],
+        "float": ["float16", "float32", "float64"],
+        "complex": ["complex64", "complex128"],
+        "others": ["bool", "object", "bytes", "str", "void"],
+    }
+    has = object()
+    monkeypatch.setattr(np, "sctypes", has)
+    import_imgaug_augmenters()
+    assert np.sctypes is has
 
 
 def test_there_is_no_bar_but_on_a_terminal(images, capfd):

@@ -47,7 +47,7 @@ def test_a_damaged_idx_file_is_named_with_what_was_expected(tmp_path, content, w
     (tmp_path / SMALL.name).write_bytes(content)
     with pytest.raises(StageError, match="small-idx3-ubyte") as raised:
         read_idx(SMALL, tmp_path)
-    assert words in str(raised.value)
+    assert str(raised.value).endswith(words)
 
 
 def test_the_four_files_are_those_of_fashion_mnist():
@@ -137,6 +137,12 @@ def test_damaged_json_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(StageError, match=r"/m\.json: .*; expected JSON as a stage writes it$"):
         read_json(path)
+
+
+def test_json_that_is_no_object_is_shown(tmp_path):
+    (tmp_path / "m.json").write_text("[1, 2]")
+    with pytest.raises(StageError, match=r"m\.json: holds \[1, 2\], expected a JSON object"):
+        read_json(tmp_path / "m.json")
 
 
 def test_rows_are_written_as_they_are_returned(tmp_path):

@@ -158,6 +158,7 @@ def test_the_toys_loss_is_its_curve_beside_that_of_a_guess(draw):
     [axes] = draw("toy_loss").axes
     curve, guess = axes.lines
     assert np.asarray(curve.get_data()).tolist() == [column(TOY, "epoch"), column(TOY, "train_loss")]
+    assert to_hex(curve.get_color()) == COLORS["original"]
     assert list(guess.get_ydata()) == pytest.approx([0.693147] * 2, abs=1e-6)
     [note] = axes.texts
     assert (note.get_text(), note.xy[1]) == ("ln 2: both outputs 0.5", pytest.approx(0.693147, abs=1e-6))
@@ -260,3 +261,23 @@ def test_augmentation_shows_each_copy_below_its_image(draw):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["original", "", "", "", "copy 1", "", "", "", "copy 2", "", "", ""]
     assert figure.get_suptitle() == "Augmentation: train images and their copies"
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("training_curves", "x"), ("robustness", "y"), ("confusion", "y")]
+)
+def test_parts_that_are_compared_share_their_axis(draw, name, axis):
+    first, *others = draw(name).axes
+    shared = getattr(first, f"get_shared_{axis}_axes")()
+    assert all(shared.joined(first, other) for other in others)
+
+
+def test_one_mistake_of_each_model_and_one_image_are_drawn():
+    figure = figures.mistakes({images: rows[:1] for images, rows in TABLES["mistakes"].items()})
+    assert [len(part.axes) for part in figure.subfigs] == [1, 1]
+    assert [shown(part.axes[0]) for part in figure.subfigs] == [
+        rows[0]["pixels"].tobytes().hex() for rows in TABLES["mistakes"].values()
+    ]
+    figure = figures.augmentation([EXAMPLES[0][:1], EXAMPLES[1][:1]], np.array([3]))
+    assert [shown(axes) for axes in figure.axes] == [EXAMPLES[n][0].tobytes().hex() for n in (0, 1)]
+    plt.close("all")

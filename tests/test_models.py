@@ -151,6 +151,11 @@ def test_the_toys_first_loss_and_steps_by_hand():
     assert moved == pytest.approx(0.002, rel=0.02)
 
 
+def test_every_image_of_the_toy_has_a_label():
+    with pytest.raises(ValueError, match="shorter"):
+        train_toy(TOY_IMAGES, TOY_LABELS[:1], epochs=1, learning_rate=0.01, seed=0)
+
+
 def test_a_dead_relu_is_told_from_a_live_one():
     model = build_toy_cnn()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from conftest import STAGES
 from lib import results
 from lib.errors import StageError
 from lib.files import pixels_to_text, read_json, write_csv, write_json
-from lib.results import INTEGER, NUMBER, read_rows, read_table, read_weights_sha256
+from lib.results import INTEGER, NUMBER, one_of, read_rows, read_table, read_weights_sha256
 
 CURVE = b"epoch,train_loss\n1,0.5\n2,nan\n"
 PIXELS = pixels_to_text(np.arange(784).reshape(28, 28))
@@ -155,3 +155,17 @@ def test_a_stage_says_so_in_one_line(workspace):
         "error: metrics/train_toy_cnn.csv: train_loss is '' in row 2, expected a number; "
         "`dvc repro` writes it again\n"
     )
+
+
+def test_a_kind_of_text_takes_its_values_and_names_them():
+    kind = one_of("a", "b", "c")
+    assert [kind.convert(text) for text in "abc"] == ["a", "b", "c"]
+    assert kind.expected == "one of a, b, c"
+    with pytest.raises(ValueError, match="not in tuple"):
+        kind.convert("d")
+
+
+def test_a_wrong_digest_is_shown(tmp_path):
+    (tmp_path / "m.json").write_text('{"weights_sha256": ["ab"]}')
+    with pytest.raises(StageError, match=r"weights_sha256 is \['ab'\], expected a list of one SHA-256"):
+        read_weights_sha256(tmp_path / "m.json")

@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+import small_stages as small
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lib.models import build_toy_cnn, fresh
@@ -61,3 +63,85 @@ def test_every_weight_is_in_the_table():
     shown = re.findall(r"[-+]\d\.\d{4}", weights_table(model))
     weights = [value.item() for tensor in model.parameters() for value in tensor.flatten()]
     assert sorted(shown) == sorted(f"{value:+.4f}" for value in weights)
+
+
+def test_rows_of_another_model_are_an_error():
+    model, rows, _ = written(build_toy_cnn)
+    with pytest.raises(ValueError, match="shorter"):
+        write_out(model, IMAGE, rows[:-1], 1.0)
+
+
+LAYERS = ["Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4", "Linear-5", "Sigmoid-6"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return small.Results(tmp_path_factory.mktemp("walkthrough"))
+
+
+@pytest.fixture
+def file(results):
+    """The folder in which the stage has just run, and the two images' parts of its text."""
+    folder = results.rerun("verify_manual_conv")
+    text = (folder / "metrics/verify_manual_conv.md").read_text()
+    head, *images = re.split(r"\n## Image \d\n", text)
+    assert len(images) == 2
+    images[1], tables = images[1].split("\n## The toy's parameters\n")
+    return folder, head, images, tables
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+]?\d+(?:\.\d+)?(?:e-\d+)?", text)]
+
+
+def matrices(text: str) -> list[list[list[float]]]:
+    blocks = re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
+    return [[numbers(line) for line in block.splitlines()] for block in blocks]
+
+
+def test_weights_and_inputs_are_those_of_the_files(file):
+    folder, head, images, _ = file
+    weights, toy = (
+        load_file(folder / "models/toy_cnn.safetensors"),
+        load_file(folder / "data/toy.safetensors"),
+    )
+    [kernel] = matrices(head)
+    assert np.allclose(kernel, weights["0.weight"][0, 0], atol=5.1e-5)
+    in_text = [value for block in head.split("```")[::2] for value in numbers(block)]
+    for name in ("0.bias", "4.weight", "4.bias"):
+        assert any(abs(value - weights[name].item()) <= 5.1e-5 for value in in_text), name
+    for text, image, label in zip(images, toy["images"], toy["labels"], strict=True):
+        [shown] = matrices(text)
+        assert shown == image[0].tolist()
+        assert f"The input, label {int(label)}:" in text
+
+
+def test_the_table_has_every_layers_outputs_by_loops_and_by_torch(file):
+    folder, _, images, _ = file
+    model = build_toy_cnn()
+    model.load_state_dict(load_file(folder / "models/toy_cnn.safetensors"))
+    for text, image in zip(images, load_file(folder / "data/toy.safetensors")["images"], strict=True):
+        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+        assert rows[0] == ["step", "by loops", "by torch", "absolute error"]
+        assert [row[0] for row in rows[2:]] == LAYERS
+        values = image[None]
+        for layer, (_, by_loops, by_torch, error) in zip(model, rows[2:], strict=True):
+            with torch.inference_mode():
+                values = layer(values)
+            for column in (by_loops, by_torch):
+                assert numbers(column) == pytest.approx(values.flatten().tolist(), abs=2e-6)
+            assert 0 <= float(error) < 1e-6
+
+
+def test_the_tables_of_parameters_add_up(file):
+    *_, tables = file
+    toy, cnn = tables.split("\n## The Fashion-MNIST CNN's parameters\n")
+    for text, total in ((toy, 12), (cnn, 896_522)):
+        _, _, *rows, last = [
+            line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")
+        ]
+        counts = [[int(count.replace(",", "")) for count in row[1:]] for row in rows]
+        assert all(formula == summary for formula, summary in counts)
+        assert sum(formula for formula, _ in counts) == total
+        assert last == ["total", f"{total:,}", f"{total:,}"]
+    assert [row.split(" | ")[0] for row in re.findall(r"^\| (\w+-\d+ .*)$", toy, re.M)] == LAYERS
