@@ -12,7 +12,7 @@ from torch import nn
 
 from lib.models import build_toy_cnn, fresh
 from lib.verification import compare_layers
-from lib.walkthrough import weights_table, write_out
+from lib.walkthrough import parameters_table, weights_table, write_out
 
 IMAGE = np.random.default_rng(0).integers(-8, 9, (1, 4, 4)).astype(np.float32) / 8
 
@@ -63,6 +63,63 @@ def test_every_weight_is_in_the_table():
     shown = re.findall(r"[-+]\d\.\d{4}", weights_table(model))
     weights = [value.item() for tensor in model.parameters() for value in tensor.flatten()]
     assert sorted(shown) == sorted(f"{value:+.4f}" for value in weights)
+
+
+def test_the_text_of_a_model_in_the_head():
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
+    image = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
+    rows = compare_layers(model, image[None])
+    assert write_out(model, image, rows, 1.0) == (
+        "The input, label 1:\n"
+        "\n"
+        "```\n"
+        "+0.0000 +1.0000 +2.0000 +3.0000\n"
+        "+4.0000 +5.0000 +6.0000 +7.0000\n"
+        "+8.0000 +9.0000 +10.0000 +11.0000\n"
+        "+12.0000 +13.0000 +14.0000 +15.0000\n"
+        "```\n"
+        "\n"
+        "MaxPool2d-1, the largest of each window:\n"
+        "\n"
+        "- `max(+0.000000, +1.000000, +4.000000, +5.000000)` = **+5.000000**\n"
+        "- `max(+2.000000, +3.000000, +6.000000, +7.000000)` = **+7.000000**\n"
+        "- `max(+8.000000, +9.000000, +12.000000, +13.000000)` = **+13.000000**\n"
+        "- `max(+10.000000, +11.000000, +14.000000, +15.000000)` = **+15.000000**\n"
+        "\n"
+        "Flatten-2, the same values in one row:\n"
+        "\n"
+        "- +5.000000, +7.000000, +13.000000, +15.000000\n"
+        "\n"
+        "Every layer's outputs:\n"
+        "\n"
+        "| step | by loops | by torch | absolute error |\n"
+        "|---|---|---|---|\n"
+        "| MaxPool2d-1 | +5.000000, +7.000000, +13.000000, +15.000000 "
+        "| +5.000000, +7.000000, +13.000000, +15.000000 | 0.0e+00 |\n"
+        "| Flatten-2 | +5.000000, +7.000000, +13.000000, +15.000000 "
+        "| +5.000000, +7.000000, +13.000000, +15.000000 | 0.0e+00 |\n"
+    )
+
+
+def test_the_text_of_weights_in_the_head():
+    model = nn.Sequential(nn.Conv2d(2, 1, (1, 2)), nn.ReLU(), nn.Linear(2, 1))
+    for parameter, values in zip(model.parameters(), ([1, 2, 3, 4], [5], [6, -7], [-8]), strict=True):
+        parameter.data = torch.tensor(values, dtype=torch.float32).reshape(parameter.shape)
+    assert weights_table(model) == (
+        "The kernel of Conv2d-1, with bias +5.0000:\n"
+        "\n"
+        "```\n+1.0000 +2.0000\n```\n"
+        "\n"
+        "```\n+3.0000 +4.0000\n```\n"
+        "\n"
+        "Linear-3: weight +6.0000, -7.0000, bias -8.0000.\n"
+    )
+    assert parameters_table([{"layer": "Conv2d-1", "by_formula": 1000, "by_summary": 2}]) == (
+        "| layer | (in·kh·kw + 1)·out | torchsummary |\n"
+        "|---|---|---|\n"
+        "| Conv2d-1 | 1,000 | 2 |\n"
+        "| total | 1,000 | 2 |\n"
+    )
 
 
 def test_rows_of_another_model_are_an_error():
