@@ -108,9 +108,20 @@ def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
     assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
-def test_dpi_is_the_size_of_the_file(draw, tmp_path):
-    figures.save(draw("toy_loss"), tmp_path / "figure.png", dpi=50)
-    assert imread(tmp_path / "figure.png").shape[:2] == (3.5 * 50, 6 * 50)
+@pytest.mark.parametrize(
+    ("name", "width", "height"),  # inches
+    [
+        ("toy_loss", 6, 3.5),
+        ("training_curves", 7, 6.5),
+        ("robustness", 12, 4),
+        ("confusion", 13, 6.2),
+        ("augmentation", 4 * 1.25, 3 * 1.3 + 0.5),  # each image and copy adds its own
+        ("mistakes", 6 * 1.75, 2 * 2 * 2.25 + 0.4),  # six in a line, two lines for each model
+    ],
+)
+def test_the_file_has_its_size_in_inches_times_dpi(name, width, height, draw, tmp_path):
+    figures.save(draw(name), tmp_path / "figure.png", dpi=50)
+    assert imread(tmp_path / "figure.png").shape[:2] == pytest.approx((height * 50, width * 50), abs=1)
 
 
 def curves(axes):
