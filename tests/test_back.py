@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,22 +69,103 @@ def test_back_from_an_experiment_which_stays(project):
     assert (project / WEIGHTS).read_bytes() == other
 
 
-def test_back_from_an_experiment_that_was_killed(project):
-    weights = (project / WEIGHTS).read_bytes()
+@pytest.fixture
+def training(project) -> Iterator[subprocess.Popen]:
+    """`dvc exp run` while it trains for longer than any test."""
     command = [sys.executable, "-m", "dvc", "exp", "run", "-S", "train_toy_cnn.epochs=99999"]
-    killed = subprocess.Popen(
+    started = subprocess.Popen(
         command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    with killed.stdout:
-        assert any(line.startswith("Running stage 'train_toy_cnn'") for line in killed.stdout)
+    with started.stdout:
+        assert any(line.startswith("Running stage 'train_toy_cnn'") for line in started.stdout)
         time.sleep(1)
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.stdout.read()
-    killed.wait()
-    git(project, "add", "params.yaml")  # as DVC leaves it if killed later: `git restore .` would keep it
+        yield started
+        kill(started)
+
+
+def kill(started: subprocess.Popen) -> None:
+    if started.poll() is None:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.stdout.read()  # until the stage has ended, too
+        started.wait()
+
+
+def branch(project: Path) -> str:
+    command = ["git", "branch", "--show-current"]
+    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_back_from_an_experiment_that_was_killed(finished, project, training):
+    weights = (finished / WEIGHTS).read_bytes()
+    kill(training)
+    assert branch(project) == ""
     assert_back_without_training(project, weights)
+    assert branch(project) == branch(finished)
     assert ran(dvc(project, "exp", "run", "-S", "train_toy_cnn.epochs=101").stdout) == ["train_toy_cnn"]
+
+
+def test_no_way_back_while_dvc_is_at_work(project, training):
+    assert "-S train_toy_cnn.epochs=99999` is at work here" in refused(project)
+    assert yaml.safe_load((project / "params.yaml").read_text())["train_toy_cnn"]["epochs"] == 99999
+
+
+def refused(project: Path) -> str:
+    command = [sys.executable, "tools/back.py"]
+    done = subprocess.run(
+        command, cwd=project, env=environment(), text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    return line
+
+
+def test_a_lock_of_git_is_named_with_the_way_out(project):
+    (project / ".git/index.lock").touch()
+    assert re.search(r"index\.lock': File exists\. .* remove the file manually to continue", refused(project))
+
+
+def test_back_with_dvcs_list_of_readers_and_writers_cut_short(project):
+    weights = (project / WEIGHTS).read_bytes()
+    set_params(project, {"train_toy_cnn": {"seed": 1}})
+    dvc(project, "repro")
+    (project / ".dvc/tmp/rwlock").write_text("")
+    assert_back_without_training(project, weights)
+
+
+@pytest.mark.parametrize("ref", ["refs/stash", "refs/exps/exec/EXEC_MERGE"])
+def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
+    name, notes = branch(project), project / "notes.txt"
+    for text in ("one", "two"):
+        notes.write_text(text)
+        git(project, "add", "notes.txt")
+        git(project, "commit", "--quiet", "--message", text)
+    notes.write_text("not committed")
+    set_params(project, {"train_toy_cnn": {"seed": 1}})
+    kept = subprocess.check_output(["git", "stash", "create"], cwd=project, text=True).strip()
+    git(project, "update-ref", ref, kept)
+    git(project, "reset", "--quiet", "--hard")
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
+    git(project, "checkout", "--quiet", head)
+    (project / ".dvc/tmp/repro.dat").touch()
+    git(project, "add", "--force", ".dvc/tmp/repro.dat")
+
+    told = tool(project, "back")
+    assert (branch(project), changes(project)) == (name, "")
+    command = f"git restore --source={ref} -- notes.txt"
+    assert told.splitlines()[-1] == f"git keeps changes that your files lack: {command}"
+    subprocess.run(command.split(), cwd=project, check=True)
+    assert notes.read_text() == "not committed"
+    assert "git keeps" not in tool(project, "back")
+    git(project, "commit", "--quiet", "--all", "--message", "three")
+    assert "git keeps" not in tool(project, "back")
+
+
+def test_a_commit_that_the_user_went_to_stays(project):
+    git(project, "commit", "--quiet", "--allow-empty", "--message", "later")
+    git(project, "checkout", "--quiet", "HEAD~1")
+    tool(project, "back")
+    assert branch(project) == ""
 
 
 def of_another_machine(project: Path) -> None:

@@ -232,3 +232,17 @@ def test_a_lock_file_cut_short_is_taken_away_and_a_whole_one_is_not(project, cut
     assert subprocess.run(mend, cwd=project, check=False, capture_output=True).returncode == 0
     assert not path.exists()
     path.write_text(whole)
+
+
+@pytest.mark.parametrize("cut", ["", '{"write": {"/project/models/toy'])
+def test_dvcs_list_of_readers_and_writers_cut_short_is_taken_away_and_a_whole_one_is_not(project, cut):
+    path = project / ".dvc/tmp/rwlock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mend = [sys.executable, str(ROOT / "tools/mend_lock.py")]
+    path.write_text("{}")
+    assert subprocess.run(mend, cwd=project, check=False).returncode == 1
+    assert path.exists()
+    path.write_text(cut)
+    assert subprocess.run(mend, cwd=project, check=False, capture_output=True).returncode == 0
+    assert not path.exists()
+    assert (project / "dvc.lock").exists()

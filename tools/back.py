@@ -1,28 +1,38 @@
 """Return from experiments to the committed params and results, without training again. Usage: make back.
 
-Restores params.yaml, dvc.lock and metrics/ from the last commit, also what `dvc exp run` has staged.
-Code is left alone. Results stay in DVC's cache, so the way forth is as short: `dvc exp apply NAME`.
+Restores params.yaml, dvc.lock and metrics/ from the last commit, also what `dvc exp run` has staged, and
+puts HEAD on its branch again, which a killed one leaves on none. Code is left alone. Results stay in DVC's
+cache, so the way forth is as short: `dvc exp apply NAME`.
 """
 
 import json
+import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
+import psutil
 from dvc.utils.serialize import dump_yaml
-from mend_lock import LOCK, read_lock
+from mend_lock import LOCK, RWLOCK, mend_rwlock, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from lib.errors import StageError, run_stage
-from lib.lineage import GitError, git
+from lib.lineage import NOT_CODE, GitError, git
 
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
+# Where `dvc exp run` puts what is not committed, until it has put it back.
+KEPT_CHANGES = ("refs/stash", "refs/exps/exec/EXEC_MERGE")
 
 
 def main() -> None:
     """Restore the files, then let DVC restore the outputs."""
+    mend_rwlock()
+    refuse_while_dvc_works()
     try:
+        return_to_branch()
+        git("rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", ".dvc/tmp")  # DVC's own, staged
         git("restore", "--source=HEAD", "--staged", "--worktree", "--", *SETTINGS_AND_RESULTS)
     except GitError as error:
         raise StageError(f"params, dvc.lock and metrics cannot be restored: {error}") from None
@@ -31,6 +41,42 @@ def main() -> None:
     # Stages that DVC has seen with these params come from its cache; it runs what it has never seen.
     if subprocess.run(["dvc", "repro"], check=False).returncode:
         raise StageError("`dvc repro` failed, expected it to restore the outputs; its message is above")
+    say_where_changes_are()
+
+
+def refuse_while_dvc_works() -> None:
+    """Raise StageError if DVC is running stages here: what they read must not change meanwhile."""
+    held = json.loads(RWLOCK.read_text()) if RWLOCK.exists() else {}
+    users = [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
+    at_work = {user["cmd"] for user in users if psutil.pid_exists(user["pid"])}
+    if at_work:
+        raise StageError(f"`{'`, `'.join(sorted(at_work))}` is at work here, expected it to have ended")
+
+
+def return_to_branch() -> None:
+    """Put HEAD on the branch it was on before it was detached, if it is still at that branch's commit."""
+    if git("rev-parse", "--symbolic-full-name", "HEAD").strip() != b"HEAD":
+        return
+    at_head = git("for-each-ref", "--points-at=HEAD", "--format=%(refname)", "refs/heads").decode().split()
+    left = re.search(r"^checkout: moving from (\S+) to", git("reflog", "-1", "--format=%gs").decode())
+    if left and f"refs/heads/{left[1]}" in at_head:
+        git("symbolic-ref", "-m", "make back", "HEAD", f"refs/heads/{left[1]}")
+        print(f"HEAD is on branch {left[1]} again", flush=True)
+
+
+def say_where_changes_are() -> None:
+    """Say which changes of code git keeps for this commit, if the files have none.
+
+    `dvc exp run` takes what is not committed out of the files for a moment; a kill in it leaves it there.
+    """
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE):
+        return
+    head = git("rev-parse", "HEAD").decode().strip()
+    kept = git("for-each-ref", "--format=%(refname) %(parent)", *KEPT_CHANGES).decode()
+    for ref, parent, *_ in map(str.split, kept.splitlines()):
+        files = git("diff", "--name-only", head, ref, "--", ".", *NOT_CODE).decode().split()
+        if parent == head and files:
+            print(f"git keeps changes that your files lack: git restore --source={ref} -- {' '.join(files)}")
 
 
 def drop_unknown_results() -> None:

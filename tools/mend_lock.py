@@ -1,10 +1,11 @@
-"""Take away a dvc.lock that a kill has cut short; `make repro` calls this when DVC cannot go on.
+"""Take away a file of DVC's that a kill has cut short; `make repro` calls this when DVC cannot go on.
 
-DVC writes dvc.lock in place, so a kill in that moment leaves a part of it, which DVC then refuses to
-read. Without the file, DVC finds finished stages in its run cache. Exits with code 1 where dvc.lock is whole
-or holds a merge conflict, which is for a person to settle.
+DVC writes dvc.lock, and its list of who reads and writes what, in place, so a kill in that moment leaves a
+part of it, which DVC then refuses to read. Without dvc.lock, DVC finds finished stages in its run cache.
+Exits with code 1 where both are whole, or dvc.lock holds a merge conflict, which is for a person to settle.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,14 +18,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from lib.errors import run_stage
 
 LOCK = Path("dvc.lock")
+RWLOCK = Path(".dvc/tmp/rwlock")
 
 
 def main() -> None:
-    """Remove dvc.lock unless it is missing, whole or in conflict."""
-    if not LOCK.exists() or read_lock() is not None or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
+    """Remove what is cut short."""
+    if not any([mend_rwlock(), mend_lock()]):
         sys.exit(1)
+
+
+def mend_lock() -> bool:
+    """Remove dvc.lock unless it is missing, whole or in conflict; whether that was needed."""
+    if not LOCK.exists() or read_lock() is not None or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
+        return False
     LOCK.unlink()
     print(f"{LOCK} was cut short by a kill: taken away, DVC finds finished stages in its run cache")
+    return True
+
+
+def mend_rwlock() -> bool:
+    """Remove DVC's list of who reads and writes what if it is not whole; whether that was needed."""
+    try:
+        json.loads(RWLOCK.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        RWLOCK.unlink()
+        print(f"{RWLOCK} was cut short by a kill: taken away")
+        return True
+    return False
 
 
 def read_lock() -> dict | None:
