@@ -1,12 +1,14 @@
 """Killing `dvc exp run`, in the workspace and in a temporary copy, and the way back."""
 
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import yaml
 from crash import Started, Strike, stage_processes, wait_until_gone
-from pipeline import dvc, ran
+from pipeline import dvc, environment, ran
 from recovery import (
     CONTINUES,
     Trial,
@@ -21,6 +23,7 @@ from recovery import (
 )
 
 STAGE = "train_cnn@original"
+EDITED = "Makefile"  # a file with a change that is not committed, which no kill may lose
 IN_WORKSPACE = ("exp", "run", "-S", "train_cnn.seed=1", STAGE)
 IN_COPY = ("exp", "run", "--temp", "-S", "train_cnn.seed=1", STAGE)
 
@@ -40,26 +43,21 @@ def entry_of_experiment(project: Path) -> dict:
     return yaml.safe_load(git_says(project, "show", f"{reference}:dvc.lock"))["stages"][STAGE]
 
 
-def way_back_by_plain_git(project: Path) -> str:
-    """Undo what `dvc exp run` leaves in the workspace, killed or not; returns what is still not as committed.
-
-    DVC stages params.yaml, and a kill can leave the lock of git's index, a HEAD that is on no branch, and
-    outputs that no cache has, which `dvc checkout` replaces only with --force.
-    """
-    (project / ".git/index.lock").unlink(missing_ok=True)
-    git_says(project, "restore", "--staged", "--worktree", ".")
-    if git_says(project, "branch", "--show-current") == "":
-        git_says(project, "switch", "-")
-    dvc(project, "checkout", "--force")
-    return not_as_committed(project)
-
-
-def not_as_committed(project: Path) -> str:
-    """How the workspace differs from a branch whose results are all there; "" if it does not."""
-    status = git_says(project, "status", "--porcelain", "--branch")
+def way_back(project: Path) -> str:
+    """Undo what `dvc exp run` leaves in the workspace, killed or not; returns what is still wrong with it."""
+    (project / ".git/index.lock").unlink(missing_ok=True)  # as git itself says
+    command = [sys.executable, "tools/back.py"]
+    done = subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return f"no way back: {done.stderr[-300:]}"
+    for told in re.findall(r"^git keeps changes that your files lack: git (.+)$", done.stdout, re.MULTILINE):
+        git_says(project, *told.split())
+    status = git_says(project, "status", "--porcelain", "--branch").splitlines()
     outs = dvc(project, "status").stdout
-    if "HEAD (no branch)" in status or len(status.splitlines()) > 1:
-        return status
+    if "HEAD (no branch)" in status[0] or status[1:] != [f" M {EDITED}"]:
+        return f"not as before: {status}"
     return "" if "up to date" in outs else outs
 
 
@@ -74,9 +72,12 @@ def undisturbed(project: Path) -> tuple[dict, float]:
 
 
 def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, entry: dict) -> Trial | None:
-    """Kill an experiment's first run, go the way back, and run it again; None if it was complete."""
+    """Kill an experiment's first run, go back by `make back`, and run it again; None if it was complete."""
     forget_caches(project, entry)
     runs, log = run_statuses(project, STAGE), next_log(project)
+    git_says(project, "restore", EDITED)
+    with (project / EDITED).open("a") as edited:
+        edited.write("# not committed\n")
     started = Started(project, log, "-m", "dvc", *command)
     struck = strike(started)
     running = stage_processes(project)
@@ -87,7 +88,7 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
         return trial
     struck = struck and not experiments(project)
     ended = finished_since(project, STAGE, runs)
-    trial.fault = not_as_committed(project) if command == IN_COPY else way_back_by_plain_git(project)
+    trial.fault = way_back(project)
     again = dvc(project, *command, check=False)
     log.with_suffix(".again.log").write_text(again.stdout)
     trial.saved = resumed_epoch(again.stdout)
@@ -95,7 +96,8 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
         judge_experiment(project, trial, command, again, entry, started.killed_at_work)
     if not trial.fault:
         judge_training(trial, ended, finished_since(project, STAGE, runs))
-    way_back_by_plain_git(project)
+    trial.fault = trial.fault or way_back(project)
+    git_says(project, "restore", EDITED)
     dvc(project, "exp", "remove", "--all-commits")
     return trial if struck else None
 
