@@ -45,7 +45,8 @@ def entry_of_experiment(project: Path) -> dict:
 
 def way_back(project: Path) -> str:
     """Undo what `dvc exp run` leaves in the workspace, killed or not; returns what is still wrong with it."""
-    (project / ".git/index.lock").unlink(missing_ok=True)  # as git itself says
+    for lock in (project / ".git").glob("*.lock"):
+        lock.unlink()  # as git says, and nothing else may do
     command = [sys.executable, "tools/back.py"]
     done = subprocess.run(
         command, cwd=project, env=environment(), capture_output=True, text=True, check=False

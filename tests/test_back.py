@@ -144,6 +144,7 @@ def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     kept = subprocess.check_output(["git", "stash", "create"], cwd=project, text=True).strip()
     git(project, "update-ref", ref, kept)
+    git(project, "update-ref", "refs/exps/stash", kept)  # DVC would run it before the next experiment
     git(project, "reset", "--quiet", "--hard")
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
     git(project, "checkout", "--quiet", head)
@@ -152,6 +153,7 @@ def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
 
     told = tool(project, "back")
     assert (branch(project), changes(project)) == (name, "")
+    assert not (project / ".git/refs/exps/stash").exists()
     command = f"git restore --source={ref} -- notes.txt"
     assert told.splitlines()[-1] == f"git keeps changes that your files lack: {command}"
     subprocess.run(command.split(), cwd=project, check=True)

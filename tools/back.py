@@ -24,6 +24,7 @@ from lib.lineage import NOT_CODE, GitError, git
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
 # Where `dvc exp run` puts what is not committed, until it has put it back.
 KEPT_CHANGES = ("refs/stash", "refs/exps/exec/EXEC_MERGE")
+QUEUED = "refs/exps/stash"  # an experiment that was killed before its first stage
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     refuse_while_dvc_works()
     try:
         return_to_branch()
+        git("update-ref", "-d", QUEUED)  # else DVC runs it before the next experiment
         git("rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", ".dvc/tmp")  # DVC's own, staged
         git("restore", "--source=HEAD", "--staged", "--worktree", "--", *SETTINGS_AND_RESULTS)
     except GitError as error:
