@@ -179,7 +179,7 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
 def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at_work: bool) -> None:
     """A fault if more ran again than what was killed, or nothing did; `left` is what dvc.lock still had."""
     # DVC has no run cache of verify_manual_conv, so if the kill cut dvc.lock short, it runs again.
-    reran = set(ran(again)) - ({"verify_manual_conv"} - left)
+    reran = set(ran(again)) - ({"verify_manual_conv"} - left - {stage})
     if reran - {stage}:
         trial.lose(f"stages ran again that had finished: {sorted(reran)}")
     elif not reran and (killed_at_work or f"Stage '{stage}' is cached" not in again):
