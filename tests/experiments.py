@@ -1,14 +1,14 @@
 """Killing `dvc exp run`, in the workspace and in a temporary copy, and the way back."""
 
 import re
-import subprocess
-import sys
+import shlex
 import time
 from pathlib import Path
 
 import yaml
+from conftest import git
 from crash import Started, Strike, stage_processes, wait_until_gone
-from pipeline import dvc, environment, ran
+from pipeline import dvc, ran, try_tool
 from recovery import (
     CONTINUES,
     Trial,
@@ -28,34 +28,27 @@ IN_WORKSPACE = ("exp", "run", "-S", "train_cnn.seed=1", STAGE)
 IN_COPY = ("exp", "run", "--temp", "-S", "train_cnn.seed=1", STAGE)
 
 
-def git_says(project: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=project, check=True, capture_output=True, text=True).stdout
-
-
 def experiments(project: Path) -> list[str]:
     """The references of the experiments that are complete."""
-    return git_says(project, "for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").split()
+    return git(project, "for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").split()
 
 
 def entry_of_experiment(project: Path) -> dict:
     """What the dvc.lock of the only experiment says about its training."""
     [reference] = experiments(project)
-    return yaml.safe_load(git_says(project, "show", f"{reference}:dvc.lock"))["stages"][STAGE]
+    return yaml.safe_load(git(project, "show", f"{reference}:dvc.lock"))["stages"][STAGE]
 
 
 def way_back(project: Path) -> str:
     """Undo what `dvc exp run` leaves in the workspace, killed or not; returns what is still wrong with it."""
     for lock in (project / ".git").glob("*.lock"):
         lock.unlink()  # as git says, and nothing else may do
-    command = [sys.executable, "tools/back.py"]
-    done = subprocess.run(
-        command, cwd=project, env=environment(), capture_output=True, text=True, check=False
-    )
+    done = try_tool(project, "back")
     if done.returncode:
         return f"no way back: {done.stderr[-300:]}"
     for told in re.findall(r"^git keeps changes that your files lack: git (.+)$", done.stdout, re.MULTILINE):
-        git_says(project, *told.split())
-    status = git_says(project, "status", "--porcelain", "--branch").splitlines()
+        git(project, *shlex.split(told))
+    status = git(project, "status", "--porcelain", "--branch").splitlines()
     outs = dvc(project, "status").stdout
     if "HEAD (no branch)" in status[0] or status[1:] != [f" M {EDITED}"]:
         return f"not as before: {status}"
@@ -76,7 +69,7 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
     """Kill an experiment's first run, go back by `make back`, and run it again; None if it was complete."""
     forget_caches(project, entry)
     runs, log = run_statuses(project, STAGE), next_log(project)
-    git_says(project, "restore", EDITED)
+    git(project, "restore", EDITED)
     with (project / EDITED).open("a") as edited:
         edited.write("# not committed\n")
     started = Started(project, log, "-m", "dvc", *command)
@@ -98,7 +91,7 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
     if not trial.fault:
         judge_training(trial, ended, finished_since(project, STAGE, runs))
     trial.fault = trial.fault or way_back(project)
-    git_says(project, "restore", EDITED)
+    git(project, "restore", EDITED)
     dvc(project, "exp", "remove", "--all-commits")
     return trial if struck else None
 

@@ -35,11 +35,15 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
     )  # fmt: skip
 
 
-def tool(project: Path, name: str, *arguments: str, **more: str) -> str:
+def try_tool(project: Path, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, f"tools/{name}.py", *arguments]
-    done = subprocess.run(
+    return subprocess.run(
         command, cwd=project, text=True, capture_output=True, env=environment(**more), check=False
     )
+
+
+def tool(project: Path, name: str, *arguments: str, **more: str) -> str:
+    done = try_tool(project, name, *arguments, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,12 +1,10 @@
 """The way back from experiments, and what `make repro` says at its end, in a project of two stages."""
 
 import json
-import os
 import re
+import shlex
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import copy_of_project, git
-from pipeline import SMALL, dvc, environment, ran, set_params, tool
+from crash import Started, kill, stage_processes, wait_for_text, wait_until_gone
+from pipeline import SMALL, dvc, environment, ran, set_params, tool, try_tool
 
 WEIGHTS = Path("models/toy_cnn.safetensors")
 
@@ -42,8 +41,7 @@ def project(finished, tmp_path) -> Path:
 
 
 def changes(project: Path) -> str:
-    command = ["git", "status", "--porcelain"]
-    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout
+    return git(project, "status", "--porcelain")
 
 
 def assert_back_without_training(project: Path, weights: bytes) -> None:
@@ -70,35 +68,30 @@ def test_back_from_an_experiment_which_stays(project):
 
 
 @pytest.fixture
-def training(project) -> Iterator[subprocess.Popen]:
+def training(project) -> Iterator[Started]:
     """`dvc exp run` while it trains for longer than any test."""
-    command = [sys.executable, "-m", "dvc", "exp", "run", "-S", "train_toy_cnn.epochs=99999"]
-    started = subprocess.Popen(
-        command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    with started.stdout:
-        assert any(line.startswith("Running stage 'train_toy_cnn'") for line in started.stdout)
-        time.sleep(1)
-        yield started
-        kill(started)
+    command = ("-m", "dvc", "exp", "run", "-S", "train_toy_cnn.epochs=99999")
+    started = Started(project, project.parent / "logs/training.log", *command)
+    wait_for_text(started, "Running stage 'train_toy_cnn'")
+    assert not started.ended()
+    time.sleep(1)
+    yield started
+    kill_all(started)
 
 
-def kill(started: subprocess.Popen) -> None:
-    if started.poll() is None:
-        os.killpg(started.pid, signal.SIGKILL)
-        started.stdout.read()  # until the stage has ended, too
-        started.wait()
+def kill_all(started: Started) -> None:
+    running = stage_processes(started.project)
+    kill(started, "both")
+    assert wait_until_gone(running, timeout=10)
 
 
 def branch(project: Path) -> str:
-    command = ["git", "branch", "--show-current"]
-    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+    return git(project, "branch", "--show-current").strip()
 
 
 def test_back_from_an_experiment_that_was_killed(finished, project, training):
     weights = (finished / WEIGHTS).read_bytes()
-    kill(training)
+    kill_all(training)
     assert branch(project) == ""
     assert_back_without_training(project, weights)
     assert branch(project) == branch(finished)
@@ -111,10 +104,7 @@ def test_no_way_back_while_dvc_is_at_work(project, training):
 
 
 def refused(project: Path) -> str:
-    command = [sys.executable, "tools/back.py"]
-    done = subprocess.run(
-        command, cwd=project, env=environment(), text=True, capture_output=True, check=False
-    )
+    done = try_tool(project, "back")
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     return line
@@ -135,28 +125,27 @@ def test_back_with_dvcs_list_of_readers_and_writers_cut_short(project):
 
 @pytest.mark.parametrize("ref", ["refs/stash", "refs/exps/exec/EXEC_MERGE"])
 def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
-    name, notes = branch(project), project / "notes.txt"
+    name, notes = branch(project), project / "my notes.txt"
     for text in ("one", "two"):
         notes.write_text(text)
-        git(project, "add", "notes.txt")
+        git(project, "add", notes.name)
         git(project, "commit", "--quiet", "--message", text)
     notes.write_text("not committed")
     set_params(project, {"train_toy_cnn": {"seed": 1}})
-    kept = subprocess.check_output(["git", "stash", "create"], cwd=project, text=True).strip()
+    kept = git(project, "stash", "create").strip()
     git(project, "update-ref", ref, kept)
     git(project, "update-ref", "refs/exps/stash", kept)  # DVC would run it before the next experiment
     git(project, "reset", "--quiet", "--hard")
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=project, text=True).strip()
-    git(project, "checkout", "--quiet", head)
+    git(project, "checkout", "--quiet", git(project, "rev-parse", "HEAD").strip())
     (project / ".dvc/tmp/repro.dat").touch()
     git(project, "add", "--force", ".dvc/tmp/repro.dat")
 
     told = tool(project, "back")
     assert (branch(project), changes(project)) == (name, "")
     assert not (project / ".git/refs/exps/stash").exists()
-    command = f"git restore --source={ref} -- notes.txt"
+    command = f"git restore --source={ref} -- 'my notes.txt'"
     assert told.splitlines()[-1] == f"git keeps changes that your files lack: {command}"
-    subprocess.run(command.split(), cwd=project, check=True)
+    git(project, *shlex.split(command)[1:])
     assert notes.read_text() == "not committed"
     assert "git keeps" not in tool(project, "back")
     git(project, "commit", "--quiet", "--all", "--message", "three")

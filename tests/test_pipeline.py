@@ -17,7 +17,18 @@ import yaml
 from conftest import ROOT, copy_of_project, git, stage_definitions
 from crash import after_seconds, after_text
 from mlflow import MlflowClient
-from pipeline import SMALL, dvc, environment, outputs, ran, run_queued, set_params, tool, tracked_runs
+from pipeline import (
+    SMALL,
+    dvc,
+    environment,
+    outputs,
+    ran,
+    run_queued,
+    set_params,
+    tool,
+    tracked_runs,
+    try_tool,
+)
 from recovery import kill_stage
 from servers import lose_server
 from torchvision import datasets
@@ -149,11 +160,9 @@ def test_each_training_is_one_run_with_all_its_results(project):
     found = runs(project)
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert sorted(found) == sorted(TRAININGS)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True
-    )
+    commit = git(project, "rev-parse", "HEAD").strip()
     for name, run in found.items():
-        assert run.data.tags["git_commit"] == commit.stdout.strip()
+        assert run.data.tags["git_commit"] == commit
         assert run.data.tags["git_dirty"] == "false"
         assert run.data.tags["dvc_stage"] == name
         assert has_model(client, run)
@@ -202,10 +211,7 @@ def test_sync_refuses_what_is_not_what_dvc_lock_says(project):
     for path in (figures, metrics, project / "dvc.lock"):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        done = subprocess.run(
-            [sys.executable, "tools/sync.py"], cwd=project, env=environment(), capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = try_tool(project, "sync")
         path.write_bytes(whole)
         assert done.returncode == 1
         assert re.fullmatch(
@@ -287,10 +293,7 @@ def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
     told = tool(project, "trace", "models/cnn_original.safetensors")
     assert f"weights     {weights_sha256}" in told
     assert "train_cnn@original: data/FashionMNIST/raw/train-images-idx3-ubyte" in told
-    command = [sys.executable, "tools/trace.py", "ab" * 32]
-    unknown = subprocess.run(
-        command, cwd=project, text=True, capture_output=True, env=environment(), check=False
-    )
+    unknown = try_tool(project, "trace", "ab" * 32)
     assert unknown.returncode == 1
     assert "no run found" in unknown.stderr
 

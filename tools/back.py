@@ -6,7 +6,9 @@ cache, so the way forth is as short: `dvc exp apply NAME`.
 """
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import chain
@@ -76,9 +78,12 @@ def say_where_changes_are() -> None:
     head = git("rev-parse", "HEAD").decode().strip()
     kept = git("for-each-ref", "--format=%(refname) %(parent)", *KEPT_CHANGES).decode()
     for ref, parent, *_ in map(str.split, kept.splitlines()):
-        files = git("diff", "--name-only", head, ref, "--", ".", *NOT_CODE).decode().split()
-        if parent == head and files:
-            print(f"git keeps changes that your files lack: git restore --source={ref} -- {' '.join(files)}")
+        if parent != head:
+            continue
+        listed = git("diff", "--name-only", "--relative", "-z", head, ref, "--", ".", *NOT_CODE)
+        if files := os.fsdecode(listed).split("\0")[:-1]:
+            command = shlex.join(["git", "restore", f"--source={ref}", "--", *files])
+            print(f"git keeps changes that your files lack: {command}")
 
 
 def drop_unknown_results() -> None:
