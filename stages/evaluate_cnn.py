@@ -12,16 +12,15 @@ from lib.files import sha256_of, write_csv, write_json
 from lib.idx import TEST_IMAGES, TEST_LABELS, read_idx
 from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models import build_cnn, load_weights
+from lib.outbox import Outbox
 from lib.params import load_params
 from lib.runtime import prepare_torch
-from lib.tracking import attach, require_store
 
 
 def main() -> None:
     name = images_argument()
-    sections = load_params("evaluate_cnn", "tracking")
-    params = sections.evaluate_cnn
-    require_store(sections.tracking.if_unreachable)
+    params = load_params("evaluate_cnn").evaluate_cnn
+    outbox = Outbox()
     device = prepare_torch(params.device, params.threads, params.numerics)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     weights = Path(f"models/cnn_{name}.safetensors")
@@ -52,7 +51,8 @@ def main() -> None:
     metrics = write_json(paths[0], metrics | moved) | write_json(paths[1], mistakes)
     write_csv(paths[2], evaluation.per_class(labels, predictions))
     write_csv(paths[3], evaluation.confusion(labels, predictions))
-    attach("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
+    outbox.report("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
+    outbox.close()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from lib.arguments import IMAGES
 from lib.copies import load_copies
 from lib.errors import run_stage
 from lib.idx import TRAIN_IMAGES, read_idx
+from lib.outbox import Outbox
 from lib.params import load_params
 from lib.results import read_rows, read_table, read_weights_sha256
-from lib.tracking import attach, require_store
 
 METRICS = Path("metrics")
 FIGURES = METRICS / "figures"
@@ -17,8 +17,8 @@ EXAMPLES = 8  # images shown with their copies
 
 
 def main() -> None:
-    params = load_params("plot_results", "tracking")
-    require_store(params.tracking.if_unreachable)
+    params = load_params("plot_results").plot_results
+    outbox = Outbox()
 
     toy_curve = read_table(METRICS / "train_toy_cnn.csv", results.TOY_CURVE)
     curves, confusion, moved, mistakes = {}, {}, {}, {}
@@ -43,14 +43,15 @@ def main() -> None:
         "augmentation": figures.augmentation(variants, labels[:EXAMPLES]),
     }
     for name, figure in (toy | cnn).items():
-        figures.save(figure, FIGURES / f"{name}.png", params.plot_results.dpi)
+        figures.save(figure, FIGURES / f"{name}.png", params.dpi)
 
     # Each training's figures go to its own run; those of both CNNs together go to both.
     trainings = [("train_toy_cnn", METRICS / "train_toy_cnn.json", toy)]
     trainings += [(f"train_cnn@{name}", METRICS / "train_cnn" / f"{name}.json", cnn) for name in IMAGES]
     for training, metrics, drawn in trainings:
         paths = [FIGURES / f"{name}.png" for name in drawn]
-        attach("plot_results", training, read_weights_sha256(metrics), artifacts=paths)
+        outbox.report("plot_results", training, read_weights_sha256(metrics), {}, paths)
+    outbox.close()
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from lib.files import sha256_of, write_csv, write_json
 from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.lineage import digest, result_key
 from lib.models import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
+from lib.outbox import training
 from lib.params import leaves, load_params
 from lib.runtime import prepare_torch
 from lib.splits import split_indices
-from lib.tracking import training_run
 from lib.training import train_cnn
 
 
 def main() -> None:
     images = images_argument()
-    params, tracking = load_params("split", "train_cnn"), load_params("tracking").tracking
+    params = load_params("split", "train_cnn")
     device = prepare_torch(params.train_cnn.device, params.train_cnn.threads, params.train_cnn.numerics)
     pool, labels, made_by = load_pool(images)  # (variants, 60000, 28, 28), (60000,)
     train_index, val_index = split_indices(
@@ -33,13 +33,11 @@ def main() -> None:
 
     # The params that made the copies, too, so that runs on other copies can be compared.
     stage, settings = f"train_cnn@{images}", leaves(params) | made_by
+    weights = Path(f"models/cnn_{images}.safetensors")
     data_digest = digest(pool, labels, train_index, val_index)
-    with (
-        exclusive_checkpoint(result_key(stage, settings, data_digest)) as checkpoint,
-        training_run(stage, settings, tracking.if_unreachable, checkpoint.run_id) as run,
-    ):
+    key = result_key(stage, settings, data_digest)
+    with exclusive_checkpoint(key, weights) as checkpoint, training(stage, settings, key) as run:
         run.log_epochs(checkpoint.rows)
-        checkpoint.run_id = run.run_id or checkpoint.run_id
         sizes = {"train_images": len(train_index), "val_images": len(val_index), "variants": len(pool)}
         run.log_dataset(images, data_digest, "data", sizes)
         model = fresh(build_cnn, params.train_cnn.seed)
@@ -57,14 +55,14 @@ def main() -> None:
             checkpoint=checkpoint,
             on_epoch=run.log_epoch,
         )
-        weights = Path(f"models/cnn_{images}.safetensors")
         save_weights(model, weights)
         write_csv(Path(f"metrics/train_cnn/{images}.csv"), rows)
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
-        write_json(Path(f"metrics/train_cnn/{images}.json"), {**last, "weights_sha256": [sha256_of(weights)]})
+        weights_sha256 = sha256_of(weights)
+        write_json(Path(f"metrics/train_cnn/{images}.json"), {**last, "weights_sha256": [weights_sha256]})
         example = pool[0, :2, None].astype(np.float32) / 255  # (2, 1, 28, 28)
-        run.log_model(model, weights, summarize(model, CNN_SHAPE), example)
+        run.log_model(weights, weights_sha256, summarize(model, CNN_SHAPE), example)
 
 
 def load_pool(images: str) -> tuple[np.ndarray, np.ndarray, dict]:

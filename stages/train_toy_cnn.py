@@ -4,25 +4,27 @@ from pathlib import Path
 
 from lib.errors import run_stage
 from lib.files import read_tensors, sha256_of, write_csv, write_json
-from lib.lineage import digest
+from lib.lineage import digest, result_key
 from lib.models import TOY_SHAPE, save_weights, summarize
+from lib.outbox import training
 from lib.params import leaves, load_params
 from lib.runtime import prepare_torch
 from lib.toy import is_relu_dead, outputs, train_toy
-from lib.tracking import training_run
 
 TENSORS = Path("data/toy.safetensors")
 WEIGHTS = Path("models/toy_cnn.safetensors")
 
 
 def main() -> None:
-    params, tracking = load_params("train_toy_cnn"), load_params("tracking").tracking
+    params = load_params("train_toy_cnn")
     prepare_torch("cpu", threads=1)  # for 4×4 images a second thread costs more than it computes
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 
-    with training_run("train_toy_cnn", leaves(params), tracking.if_unreachable) as run:
-        run.log_dataset("toy", digest(images, labels), TENSORS, {"train_images": len(images)})
+    settings, data_digest = leaves(params), digest(images, labels)
+    key = result_key("train_toy_cnn", settings, data_digest)
+    with training("train_toy_cnn", settings, key) as run:
+        run.log_dataset("toy", data_digest, TENSORS, {"train_images": len(images)})
         model, losses = train_toy(
             images,
             labels,
@@ -48,10 +50,12 @@ def main() -> None:
         save_weights(model, WEIGHTS)
         run.log_epochs(write_csv(Path("metrics/train_toy_cnn.csv"), rows))
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
-        digests = {"weights_sha256": [sha256_of(WEIGHTS)]}
-        written = write_json(Path("metrics/train_toy_cnn.json"), metrics | digests)
+        weights_sha256 = sha256_of(WEIGHTS)
+        written = write_json(
+            Path("metrics/train_toy_cnn.json"), metrics | {"weights_sha256": [weights_sha256]}
+        )
         run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # that is a curve
-        run.log_model(model, WEIGHTS, summarize(model, TOY_SHAPE), images)
+        run.log_model(WEIGHTS, weights_sha256, summarize(model, TOY_SHAPE), images)
 
 
 if __name__ == "__main__":

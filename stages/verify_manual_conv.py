@@ -10,9 +10,9 @@ from lib.errors import StageError, run_stage
 from lib.files import read_tensors, sha256_of, write_json, write_text
 from lib.idx import TRAIN_IMAGES, read_idx
 from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, load_weights
+from lib.outbox import Outbox
 from lib.params import load_params
 from lib.runtime import prepare_torch
-from lib.tracking import attach, require_store
 from lib.verification import compare_counts, compare_gradients, compare_layers
 from lib.walkthrough import parameters_table, weights_table, write_out
 
@@ -22,9 +22,8 @@ WALKTHROUGH = Path("metrics/verify_manual_conv.md")
 
 
 def main() -> None:
-    sections = load_params("verify_manual_conv", "tracking")
-    params = sections.verify_manual_conv
-    require_store(sections.tracking.if_unreachable)
+    params = load_params("verify_manual_conv").verify_manual_conv
+    outbox = Outbox()
     prepare_torch("cpu", threads=1)  # one order of summation on every machine
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), WEIGHTS)
@@ -47,7 +46,8 @@ def main() -> None:
     metrics = {name: error for name, (error, _) in errors.items()} | totals
     metrics = write_json(METRICS, metrics)
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
-    attach("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [METRICS, WALKTHROUGH])
+    outbox.report("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [METRICS, WALKTHROUGH])
+    outbox.close()
 
 
 def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:

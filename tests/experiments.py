@@ -13,7 +13,6 @@ from recovery import (
     CONTINUES,
     Trial,
     contents,
-    finished_since,
     forget_caches,
     judge_training,
     last_epoch,
@@ -81,7 +80,6 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
         trial.lose(CONTINUES)
         return trial
     struck = struck and not experiments(project)
-    ended = finished_since(project, STAGE, runs)
     trial.fault = way_back(project)
     again = dvc(project, *command, check=False)
     log.with_suffix(".again.log").write_text(again.stdout)
@@ -89,7 +87,7 @@ def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, en
     if not trial.fault:
         judge_experiment(project, trial, command, again, entry, started.killed_at_work)
     if not trial.fault:
-        judge_training(trial, ended, finished_since(project, STAGE, runs))
+        judge_training(trial, project, STAGE, runs, again.stdout)
     trial.fault = trial.fault or way_back(project)
     git(project, "restore", EDITED)
     dvc(project, "exp", "remove", "--all-commits")

@@ -11,10 +11,8 @@ from crash import VICTIMS, Started, after_start, stage_processes, wait_until_gon
 from pipeline import environment, ran
 from recovery import (
     CONTINUES,
-    SECOND_RUN,
     Trial,
     contents,
-    finished_since,
     last_epoch,
     lock_entries,
     make_repro,
@@ -32,7 +30,6 @@ class FirstRun:
         self.trials: list[Trial] = []
         self.done: set[str] = set()  # the stages that have stood in dvc.lock
         self.stopped: dict[str, Trial] = {}  # the last kill of each training that was killed
-        self.ended: set[str] = set()  # the trainings whose run was finished when they were killed
         (project / "dvc.lock").unlink()
         shutil.rmtree(project / "metrics")
 
@@ -77,8 +74,6 @@ class FirstRun:
             text = sections(printed)[stage]
             trial.epochs = max(last_epoch(text), resumed_epoch(text))
             self.stopped[stage] = trial
-            if "FINISHED" in run_statuses(self.project, stage).values():
-                self.ended.add(stage)
         mend = [sys.executable, "tools/mend_lock.py"]  # as `make repro` does, if the kill cut dvc.lock short
         subprocess.run(mend, cwd=self.project, check=False, env=environment(), capture_output=True)
 
@@ -90,16 +85,14 @@ class FirstRun:
             if stage in self.stopped:
                 trial = self.stopped[stage]
                 trial.saved = resumed_epoch(text)
-                if trial.saved < trial.epochs and stage not in self.ended:
+                if trial.saved < trial.epochs:
                     trial.lose(f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}")
 
     def judge_runs(self, training: str, trial: Trial) -> None:
         """A fault if a killed training has not exactly one finished run."""
-        finished = finished_since(self.project, training, {})
-        if finished == 2 and training in self.ended:
-            trial.lose("a second finished run", SECOND_RUN)
-        elif finished != 1:
-            trial.lose(f"{training}: {finished} finished runs")
+        runs = list(run_statuses(self.project, training).values())
+        if runs != ["FINISHED"]:
+            trial.lose(f"the runs of {training} are {', '.join(runs)}, expected one that has finished")
 
 
 def sections(printed: str) -> dict[str, str]:

@@ -18,31 +18,21 @@ from pipeline import environment, ran
 
 CONTINUES = "the stage continues after its DVC was killed"
 
-# Faults that are lost without failing the soak, each with its reason.
-SECOND_RUN = (
-    "a kill between the end of a training and DVC's write of dvc.lock: the training runs again, to the same "
-    "bytes, and MLflow has a second finished run of it"
-)
-SYNC_STATUS = (
-    "a kill of sync while it logs a model: the run stays RUNNING or ends KILLED, instead of as it was before"
-)
-
 
 @dataclass
 class Trial:
     """One kill: what it was, what it lost for good ("" for nothing), and how many epochs were saved.
 
-    `known` is the reason if what was lost is declared; `epochs` are those finished before the kill.
+    `epochs` are those finished before the kill.
     """
 
     what: str
     fault: str = ""
-    known: str = ""
     epochs: int = 0
     saved: int = 0
 
-    def lose(self, fault: str, known: str = "") -> None:
-        self.fault, self.known = fault, known
+    def lose(self, fault: str) -> None:
+        self.fault = fault
 
 
 def lock_entries(project: Path) -> dict[str, dict]:
@@ -129,12 +119,6 @@ def run_statuses(project: Path, training: str) -> dict[str, str]:
         return dict(database.execute(query, [training])) if len(tables) == 2 else {}
 
 
-def finished_since(project: Path, training: str, before: dict[str, str]) -> int:
-    """How many finished runs a training has beside those that were there `before`."""
-    after = run_statuses(project, training)
-    return sum(status == "FINISHED" for run_id, status in after.items() if run_id not in before)
-
-
 def last_epoch(printed: str) -> int:
     return max(map(int, re.findall(r"^epoch (\d+)/", printed, re.MULTILINE)), default=0)
 
@@ -158,7 +142,6 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
         return Trial(what, CONTINUES)
     left = set(lock_entries(project))
     struck = struck and left != entries
-    ended = finished_since(project, stage, runs)
     again = log.with_suffix(".again.log")
     code = make_repro(project, again)
     if not struck:
@@ -172,7 +155,7 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
     else:
         judge_reruns(trial, stage, left, again.read_text(), started.killed_at_work)
         if stage.startswith("train_") and not trial.fault:
-            judge_training(trial, ended, finished_since(project, stage, runs))
+            judge_training(trial, project, stage, runs, again.read_text())
     return trial
 
 
@@ -188,13 +171,12 @@ def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at
         trial.what += ", when DVC's run cache had it"
 
 
-def judge_training(trial: Trial, ended: int, finished: int) -> None:
-    """A fault if a training lost epochs or has not one finished run; `ended` are those at the kill."""
-    if finished == 2 and ended == 1:
-        trial.lose("a second finished run", SECOND_RUN)
-    elif finished != 1:
-        trial.lose(f"{finished} finished runs")
-    elif trial.saved < trial.epochs and not ended:
+def judge_training(trial: Trial, project: Path, stage: str, before: dict[str, str], again: str) -> None:
+    """A fault if a training lost epochs, or has not one finished run; `before` are its runs of earlier."""
+    runs = run_statuses(project, stage)
+    if set(runs.values()) != {"FINISHED"} or len(runs) != max(1, len(before)):
+        trial.lose(f"its runs are {', '.join(runs.values())}, expected {max(1, len(before))} finished")
+    elif trial.saved < trial.epochs and stage in ran(again):
         trial.lose(f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}")
 
 

@@ -14,8 +14,7 @@ import requests
 from crash import Started, wait_for_text
 from mlflow import MlflowClient
 from pipeline import environment, outputs, tool, tracked_runs
-
-from lib.mlflow_log import has_model
+from tracking.runs import has_model
 
 
 @contextmanager
@@ -56,7 +55,7 @@ def lose_server(project: Path, epoch: int) -> str:
         training = Started(project, log, *command, **store)
         wait_for_text(training, f"epoch {epoch}/")
     failed, printed = training.process.wait(), training.printed()
-    if failed or "not sent" not in printed or "Traceback" in printed:
+    if failed or "`make sync` sends the rest" not in printed or "Traceback" in printed:
         return f"the training did not go on: {printed[-300:]}"
     if outputs(project) != before:
         return "other outputs without the server"

@@ -34,7 +34,6 @@ PARAMS = {
         "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,
     },
     "plot_results": {"dpi": 50},
-    "tracking": {"if_unreachable": "stop"},
 }  # fmt: skip
 # Each name in lib.idx, the file's, and how many images or labels it has here.
 FILES = {
@@ -119,7 +118,7 @@ def read_data(folder: Path, name: str) -> np.ndarray:
 def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> MagicMock:
     """Run one stage in `folder`, with `changes` to PARAMS given as section__leaf=value.
 
-    Returns the stand-in for MLflow, a mock of the three functions that stages call.
+    Returns the stand-in for what joins stages to MLflow, a mock of the two that stages call.
     """
     params = {section: dict(values) for section, values in PARAMS.items()}
     for where, value in changes.items():
@@ -127,8 +126,7 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
         params[section][leaf] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     module, tracking = importlib.import_module(stage), MagicMock()
-    tracking.training_run.return_value.__enter__.return_value.run_id = None
-    tracking.training_run.return_value.__exit__.return_value = False
+    tracking.training.return_value.__exit__.return_value = False
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
@@ -136,7 +134,7 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
         for name, (file, shape) in FILES.items():
             if hasattr(module, name):
                 patch.setattr(module, name, IdxFile(file, shape, ""))
-        for name in ("training_run", "attach", "require_store"):
+        for name in ("training", "Outbox"):
             if hasattr(module, name):
                 patch.setattr(module, name, getattr(tracking, name))
         module.main()

@@ -8,9 +8,8 @@ from crash import Started
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from pipeline import tool, tracked_runs
-from recovery import SYNC_STATUS, Trial, next_log
-
-from lib.mlflow_log import has_model
+from recovery import Trial, next_log
+from tracking.runs import has_model
 
 
 class Store:
@@ -83,10 +82,7 @@ def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
     if again.process.wait():
         trial.lose(f"the second sync fails: {again.printed()[-300:]}")
     elif differences := differing(store.says(), expected):
-        is_known = all(name.endswith((" status", " end")) for name in differences)
-        trial.lose(
-            f"not what an undisturbed sync says: {', '.join(differences)}", SYNC_STATUS if is_known else ""
-        )
+        trial.lose(f"not what an undisturbed sync says: {', '.join(differences)}")
     return trial
 
 

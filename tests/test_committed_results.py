@@ -35,11 +35,10 @@ SECTIONS = {
     "train_cnn": ["train_cnn"],
     "evaluate_cnn": ["evaluate_cnn"],
     "plot_results": ["plot_results"],
-    "tracking": ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results"],
 }
 
 ALL = list(stage_definitions())
-LOGGING = SECTIONS["tracking"]
+LOGGING = ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results"]
 TORCH = ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn"]
 IMAGES = ["train_cnn", "evaluate_cnn"]
 PARAMS = [name for name in ALL if name != "build_toy_tensors"]
@@ -59,8 +58,8 @@ LIBRARY = {
     "inference": IMAGES,
     "lineage": LOGGING,
     "manual_conv": ["verify_manual_conv"],
-    "mlflow_log": LOGGING,
     "models": TORCH,
+    "outbox": LOGGING,
     "params": PARAMS,
     "params_faults": PARAMS,
     "process": ALL,
@@ -70,11 +69,8 @@ LIBRARY = {
     "source_kinds": ["fetch_fashion_mnist"],
     "sources": ["fetch_fashion_mnist"],
     "splits": ["train_cnn"],
-    "store": LOGGING,
     "toy": ["train_toy_cnn"],
-    "tracking": LOGGING,
     "training": ["train_cnn"],
-    "unsent": LOGGING,
     "verification": ["verify_manual_conv"],
     "walkthrough": ["verify_manual_conv"],
 }

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, git
+from tracking.store import connect
 
 from lib.lineage import git_diff, git_tags
-from lib.mlflow_log import stand_in
-from lib.store import connect
-from lib.tracking import training_run
+from lib.outbox import Outbox, training
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -52,9 +51,9 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
     repository, monkeypatch, capsys
 ):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    with training_run("train_toy_cnn", {}):
+    with training("train_toy_cnn", {}, "12" * 32):
         pass
-    [line] = capsys.readouterr().out.splitlines()
+    line, _ = capsys.readouterr().out.splitlines()  # the second is the sender's
     assert line.startswith("the run does not record its commit: git rev-parse: ")
     assert f"git config --global --add safe.directory {repository}" in line
     client, experiment_id = connect()
@@ -89,15 +88,15 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
     (repository / "code.py").write_text("two\n")
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
-    tags = {"git_commit": "ab" * 20, "git_dirty": "true"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.tracking.git_tags", lambda: tags)
-        patch.setattr("lib.mlflow_log.git_tags", lambda: tags)
+        patch.setattr("lib.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"})
         if made_by == "training":
-            with training_run("train_toy_cnn", {}):
+            with training("train_toy_cnn", {}, "12" * 32):
                 pass
         else:
-            stand_in(*connect(), "train_toy_cnn", "ab" * 32)
+            outbox = Outbox()
+            outbox.report("evaluate_cnn", "train_toy_cnn", "ab" * 32, {}, [])
+            outbox.close()
     assert (
         "the run does not record the uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     )

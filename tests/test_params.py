@@ -105,7 +105,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(written, where, value, word
             "train_cnn.learning_rate is 0, expected a number above 0 and at most 1",
         ),
         ("train_cnn.device", "gpu", "train_cnn.device is 'gpu', expected one of auto, cpu, cuda"),
-        ("tracking.if_unreachable", 1, "tracking.if_unreachable is 1, expected one of stop, continue"),
         (
             "fetch.sources",
             [],
@@ -125,7 +124,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(written, where, value, word
             "zzzzzzzz",
             {},
             "zzzzzzzz is not a known key, expected one of fetch, split, augment_images, train_toy_cnn, "
-            "verify_manual_conv, train_cnn, evaluate_cnn, plot_results, tracking",
+            "verify_manual_conv, train_cnn, evaluate_cnn, plot_results",
         ),
         (
             "train_toy_cnn",

@@ -12,7 +12,7 @@ from lib.params import Params
 
 SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
 # Not named after a stage: the first is short for fetch_fashion_mnist, the others are shared.
-SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None, "tracking": None}
+SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None}
 
 
 def test_scripts_stages_and_readme_table_are_the_same_list():

@@ -1,6 +1,7 @@
-"""MLflow: one training one run, attaching leaves it alone, and the store is where it should be."""
+"""MLflow: one training is one run, reports leave it alone, nothing is lost, and the store is in its place."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -8,28 +9,56 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, git
+from tracking import runs
+from tracking.sender import send, send_left_over
+from tracking.store import StoreError, connect, reason, shown, store_url
 
+from lib import outbox
+from lib.errors import StageError
 from lib.files import sha256_of
-from lib.lineage import digest, dvc_tags, git_diff, git_tags
-from lib.mlflow_log import find_run, has_model, stand_in
-from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights, summarize
-from lib.store import StoreError, connect
-from lib.tracking import attach, require_store, training_run
-from lib.unsent import send_unsent
+from lib.lineage import dvc_tags, git_diff, git_tags
+from lib.models import TOY_SHAPE, build_toy_cnn, fresh, save_weights
+from lib.outbox import Outbox, outboxes, training
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and torch warn about themselves
 
+UNREACHABLE = "http://127.0.0.1:9"  # nothing listens on the discard port
+SHA, KEY = "ab" * 32, "12" * 32
 
-def commit_all(folder: Path) -> None:
-    git(folder, "init", "--quiet")
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", "t")
+
+@pytest.fixture
+def unsent(workspace, monkeypatch):
+    """Outboxes whose senders do nothing, so that a test can send them itself."""
+    sender = Mock()
+    sender.return_value.communicate.return_value = ("MLflow: left\n", None)
+    monkeypatch.setattr(outbox, "subprocess", Mock(Popen=sender, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(outbox, "git_tags", dict)
+    return workspace
+
+
+def train(workspace: Path, *, status: str = "FINISHED", key: str = KEY, first: int = 1) -> None:
+    """Write what a toy training of two epochs writes, from epoch `first` on."""
+    model, weights = fresh(build_toy_cnn, 0), workspace / "toy.safetensors"
+    save_weights(model, weights)
+    with training("train_toy_cnn", {"train_toy_cnn.epochs": 2, "split.train_size": None}, key) as run:
+        run.log_dataset("toy", "cd" * 16, "data/toy.safetensors", {"train_images": 2})
+        for epoch in range(first, 3):
+            run.log_epoch({"epoch": epoch, "train_loss": 1 / 2**epoch}, images_per_second=10)
+            if status == "KILLED":
+                raise KeyboardInterrupt
+        run.log_metrics({"dead_relu": 0})
+        run.log_model(weights, sha256_of(weights), "layers", np.ones((2, *TOY_SHAPE), np.float32))
+
+
+def folders() -> list[Path]:
+    return sorted(path for path in outboxes().iterdir() if path.is_dir())
 
 
 def all_runs():
@@ -37,43 +66,45 @@ def all_runs():
     return client.search_runs([experiment_id])
 
 
-@pytest.fixture
-def trained(workspace):
-    """The run of a finished toy training and its weights' digest."""
-    model, weights = fresh(build_toy_cnn, 0), workspace / "toy.safetensors"
-    save_weights(model, weights)
-    with training_run("train_toy_cnn", {"train_toy_cnn.epochs": 2, "split.train_size": None}) as run:
-        run.log_dataset("toy", digest(np.zeros(3)), "data/toy.safetensors", {"train_images": 2})
-        run.log_epoch({"epoch": 1, "train_loss": 0.5}, images_per_second=10)
-        run.log_epoch({"epoch": 2, "train_loss": 0.25}, images_per_second=11)
-        run.log_metrics({"dead_relu": 0})
-        run.log_model(model, weights, summarize(model, TOY_SHAPE), np.zeros((2, *TOY_SHAPE), np.float32))
-    return run.run_id, sha256_of(weights)
+def curve(run) -> list[tuple[int, float]]:
+    client, _ = connect()
+    return [
+        (metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "train_loss")
+    ]
 
 
-def test_a_training_is_one_whole_run(trained, workspace):
-    run_id, weights_sha256 = trained
-    [run] = all_runs()
-    assert run.info.run_id == run_id
-    assert run.info.run_name == "train_toy_cnn"
+def assert_whole(run, workspace: Path) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params == {"train_toy_cnn.epochs": "2", "split.train_size": "None"}
-    client, _ = connect()
-    history = client.get_metric_history(run_id, "train_loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
-    assert run.data.tags["weights_sha256"] == weights_sha256
+    assert curve(run) == [(1, 0.5), (2, 0.25)]
+    assert run.data.metrics["dead_relu"] == 0
+    assert run.data.tags["weights_sha256"] == sha256_of(workspace / "toy.safetensors")
     assert run.data.tags["dvc_stage"] == "train_toy_cnn"
     [dataset] = run.inputs.dataset_inputs
-    assert dataset.dataset.digest == digest(np.zeros(3))
+    assert dataset.dataset.digest == "cd" * 16
+    client, _ = connect()
+    assert "layers.txt" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert runs.has_model(client, run)
+
+
+def test_a_training_is_one_whole_run(workspace):
+    train(workspace)
+    [run] = all_runs()
+    assert run.info.run_name == "train_toy_cnn"
+    assert_whole(run, workspace)
+    assert run.info.start_time <= run.info.end_time
     assert run.info.artifact_uri.startswith((workspace / "mlruns").as_uri())
     assert (workspace / "mlflow.db").exists()
+    assert folders() == []
 
 
-def test_the_model_is_logged_without_pickle_and_takes_any_batch(trained, workspace):
+def test_the_model_is_logged_without_pickle_and_takes_any_batch(unsent):
+    train(unsent)
+    assert send_left_over(connect()) == []
     [run] = all_runs()
     [model] = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
     assert model.source_run_id == run.info.run_id
-    names = {path.name for path in (workspace / "mlruns").rglob("*") if path.is_file()}
+    names = {path.name for path in (unsent / "mlruns").rglob("*") if path.is_file()}
     assert "model.pt2" in names
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth", ".pt"))]
     loaded = mlflow.pyfunc.load_model(model.model_uri)
@@ -83,41 +114,216 @@ def test_the_model_is_logged_without_pickle_and_takes_any_batch(trained, workspa
     assert loaded.predict(images) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_model_whose_files_were_not_sent_counts_as_none(trained, workspace, capsys):
+@pytest.mark.parametrize("count", range(7))
+def test_a_sender_that_is_killed_after_any_event_leaves_the_rest_to_the_next(unsent, monkeypatch, count):
+    """The event itself is sent twice: the sender had not noted it."""
+    train(unsent)
+    store = connect()
+    with monkeypatch.context() as patch:
+        saved = Mock(side_effect=[None] * count + [SystemExit])
+        whole = runs.log_rows, runs.log_model
+        patch.setattr("tracking.sender.write_text", saved)
+        with pytest.raises(SystemExit):
+            send(store, folders()[0])
+        assert (runs.log_rows, runs.log_model) == whole
+    assert send_left_over(store) == []
+    [run] = all_runs()
+    assert_whole(run, unsent)
+    assert len(run.outputs.model_outputs) == 1
+    assert folders() == []
+
+
+def test_a_model_whose_files_were_not_sent_counts_as_none(unsent):
+    train(unsent)
+    (unsent / "mlruns").write_text("no folder")
+    [line] = send_left_over(connect())
+    assert "delete" in line
+    assert str(folders()[0]) in line
+    (unsent / "mlruns").unlink()
+    assert send_left_over(connect()) == []
+    [run] = all_runs()
+    assert_whole(run, unsent)
+
+
+def test_what_cannot_be_sent_stops_nothing_else(unsent):
+    (outboxes() / "0-damaged").mkdir(parents=True)
+    (outboxes() / "0-damaged/events.jsonl").write_text("{\n")
+    (outboxes() / "1-empty").mkdir()
+    train(unsent)
+    lines = send_left_over(connect())
+    assert ["0-damaged to give it up" in line for line in lines] == [True]
+    [run] = all_runs()
+    assert_whole(run, unsent)
+    assert [folder.name for folder in folders()] == ["0-damaged"]
+
+
+def test_a_resumed_training_goes_on_in_its_run(unsent):
+    with pytest.raises(KeyboardInterrupt):
+        train(unsent, status="KILLED")
+    store = connect()
+    assert send_left_over(store) == []
+    [run] = all_runs()
+    assert (run.info.status, curve(run)) == ("KILLED", [(1, 0.5)])
+    began = run.info.start_time
+    train(unsent, first=2)
+    assert send_left_over(store) == []
+    [run] = all_runs()
+    assert_whole(run, unsent)
+    assert run.info.start_time == began
+
+
+def test_both_parts_of_a_resumed_training_may_be_sent_late(unsent):
+    with pytest.raises(KeyboardInterrupt):
+        train(unsent, status="KILLED")
+    train(unsent, first=2)
+    assert send_left_over(connect()) == []
+    [run] = all_runs()
+    assert_whole(run, unsent)
+
+
+def test_the_same_training_again_is_the_same_run(unsent):
+    train(unsent)
+    send_left_over(connect())
+    train(unsent)
+    send_left_over(connect())
+    [run] = all_runs()
+    assert_whole(run, unsent)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_training_that_stops_is_marked_as_such(unsent, fault, status):
+    with pytest.raises(fault), training("train_toy_cnn", {}, KEY):
+        raise fault
+    send_left_over(connect())
+    [run] = all_runs()
+    assert run.info.status == status
+
+
+ENDLESS = """
+import time
+from lib.outbox import training
+with training("train_toy_cnn", {}, "12" * 32) as run:
+    for epoch in range(1, 10000):
+        run.log_epoch({"epoch": epoch, "train_loss": 0.5}, 10)
+        time.sleep(0.05)
+"""
+
+
+def stage(code: str, **more: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "stages"), **more}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds: float) -> float:
+    """Wait until `condition` holds; returns the seconds that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def test_a_killed_training_is_marked_within_a_second_or_two_and_its_curve_is_live(workspace):
+    connect()
+    started = stage(ENDLESS)
+    wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)
+    [running] = all_runs()
+    assert running.info.status == "RUNNING"
+    started.kill()
+    started.communicate()
+    seconds = wait_for(lambda: all_runs()[0].info.status == "KILLED", 20)
+    assert seconds < 10  # one, and time for a busy machine
+    wait_for(lambda: not folders(), 20)
+    steps = [step for step, _ in curve(all_runs()[0])]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_training_whose_sender_dies_too_is_marked_by_the_next(workspace):
+    connect()
+    started = stage(ENDLESS)
+    wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)
+    [sender] = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if b"sender.py" in path.read_bytes() and str(workspace).encode() in path.read_bytes()
+    ]
+    os.kill(sender, signal.SIGKILL)
+    assert send_left_over(connect()) == []
+    assert all_runs()[0].info.status == "RUNNING"  # the stage is alive
+    started.kill()
+    started.communicate()
+    assert send_left_over(connect()) == []
+    assert all_runs()[0].info.status == "KILLED"
+
+
+def test_an_unreachable_store_costs_no_training_and_a_line_says_so(workspace, monkeypatch):
+    started = stage(
+        ENDLESS.replace("10000", "3"), MLFLOW_TRACKING_URI=UNREACHABLE.replace("//", "//me:secret@")
+    )
+    printed, _ = started.communicate(timeout=60)
+    assert started.returncode == 0
+    *_, line = printed.splitlines()
+    assert line.startswith("MLflow store http://127.0.0.1:9: ")
+    assert line.endswith("`make sync` sends the rest")
+    assert "secret" not in printed
+    assert b"secret" not in b"".join(path.read_bytes() for path in outboxes().rglob("*") if path.is_file())
+    assert send_left_over(connect()) == []
+    [run] = all_runs()
+    assert (run.info.status, [step for step, _ in curve(run)]) == ("FINISHED", [1, 2])
+
+
+def test_whoever_requires_a_store_is_stopped_without_one(workspace):
+    code = ENDLESS.replace("10000", "3")
+    done = stage(code, MLFLOW_TRACKING_URI=UNREACHABLE, REQUIRE_MLFLOW="1")
+    assert "StageError: MLflow store http://127.0.0.1:9: " in done.communicate(timeout=60)[0]
+    done = stage(code, REQUIRE_MLFLOW="1")
+    assert (
+        done.communicate(timeout=60)[0].splitlines()[-1].startswith(f"MLflow: sent to {workspace}/mlflow.db")
+    )
+
+
+def test_an_outbox_that_was_begun_in_another_store_stays_for_it(unsent, monkeypatch):
+    train(unsent)
+    (unsent / "mlruns").write_text("no folder")
+    assert len(send_left_over(connect())) == 1
+    (unsent / "mlruns").unlink()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{unsent}/other.db")
+        assert send_left_over(connect()) == []
+        assert all_runs() == []
+    assert send_left_over(connect()) == []
+    assert_whole(all_runs()[0], unsent)
+
+
+def test_a_run_that_was_deleted_meanwhile_is_made_again(unsent):
+    train(unsent)
+    (unsent / "mlruns").write_text("no folder")
+    send_left_over(connect())
+    (unsent / "mlruns").unlink()
     client, _ = connect()
-    [whole] = all_runs()
-    assert has_model(client, whole)
-    (workspace / "mlruns").rename(workspace / "away")
-    (workspace / "mlruns").write_text("no folder")
-    model = fresh(build_toy_cnn, 0)
-    with training_run("train_toy_cnn", {}) as run:
-        run.log_model(model, workspace / "toy.safetensors", "", np.zeros((2, *TOY_SHAPE), np.float32))
-    assert "model not sent" in capsys.readouterr().out
-    cut = client.get_run(run.run_id)
-    assert cut.outputs.model_outputs
-    assert not has_model(client, cut)
+    client.delete_run(all_runs()[0].info.run_id)
+    assert send_left_over(connect()) == []
+    [run] = all_runs()
+    assert_whole(run, unsent)
 
 
-def test_a_diff_that_is_sent_later_is_the_one_of_the_training(workspace):
-    commit_all(workspace)
-    client, experiment_id = connect()
-    (workspace / "mlruns").write_text("no folder")
-    (workspace / "code.py").write_text("of the training")
-    with training_run("train_toy_cnn", {}) as run:
-        (workspace / "code.py").write_text("of later")
-    (workspace / "mlruns").unlink()
-    assert send_unsent(client, experiment_id) == 1
-    diff = Path(client.download_artifacts(run.run_id, "uncommitted.diff")).read_text()
-    assert "+of the training" in diff
-    assert "of later" not in diff
+def report(stage: str, training: str, weights_sha256: str, metrics: dict, files: list[Path]) -> None:
+    box = Outbox()
+    box.report(stage, training, weights_sha256, metrics, files)
+    box.close()
+    assert send_left_over(connect()) == []
 
 
-def test_attaching_leaves_status_and_times_alone(trained, workspace):
-    run_id, weights_sha256 = trained
+def test_reports_leave_status_and_times_alone(unsent):
+    train(unsent)
+    send_left_over(connect())
     [before] = all_runs()
-    table = workspace / "table.csv"
+    table = unsent / "table.csv"
     table.write_text("a,b\n1,2\n")
-    attach("evaluate_cnn", "train_toy_cnn", weights_sha256, {"test_loss": 0.3}, [table])
+    report("evaluate_cnn", "train_toy_cnn", before.data.tags["weights_sha256"], {"test_loss": 0.3}, [table])
     [after] = all_runs()
     assert after.data.metrics["test_loss"] == 0.3
     assert (after.info.status, after.info.start_time, after.info.end_time) == (
@@ -126,19 +332,27 @@ def test_attaching_leaves_status_and_times_alone(trained, workspace):
         before.info.end_time,
     )
     client, _ = connect()
-    assert [file.path for file in client.list_artifacts(run_id, "evaluate_cnn")] == ["evaluate_cnn/table.csv"]
+    files = client.list_artifacts(after.info.run_id, "evaluate_cnn")
+    assert [file.path for file in files] == ["evaluate_cnn/table.csv"]
 
 
-def test_a_fault_while_attaching_does_not_touch_the_training(trained, workspace, capsys):
-    attach("evaluate_cnn", "train_toy_cnn", trained[1], {"test_loss": 0.3}, [workspace / "absent.csv"])
-    assert "absent.csv" in capsys.readouterr().out
+def test_a_file_is_sent_as_it_was_when_it_was_reported(unsent):
+    table = unsent / "table.csv"
+    table.write_text("then")
+    box = Outbox()
+    box.report("evaluate_cnn", "train_toy_cnn", SHA, {}, [table])
+    table.write_text("later")
+    box.close()
+    send_left_over(connect())
     [run] = all_runs()
-    assert run.info.status == "FINISHED"
+    client, _ = connect()
+    sent = client.download_artifacts(run.info.run_id, "evaluate_cnn/table.csv")
+    assert Path(sent).read_text() == "then"
 
 
-def test_weights_unknown_to_the_store_get_a_run_that_says_so(workspace):
-    attach("evaluate_cnn", "train_cnn@original", "ab" * 32, {"test_accuracy": 0.9})
-    attach("plot_results", "train_cnn@original", "ab" * 32, {"more": 1.0})
+def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):
+    report("evaluate_cnn", "train_cnn@original", SHA, {"test_accuracy": 0.9}, [])
+    report("plot_results", "train_cnn@original", SHA, {"more": 1.0}, [])
     [run] = all_runs()
     assert run.info.run_name == "train_cnn@original"
     assert run.data.tags["stand_in"] == "true"
@@ -147,32 +361,43 @@ def test_weights_unknown_to_the_store_get_a_run_that_says_so(workspace):
     assert run.info.status == "FINISHED"
 
 
-def test_a_stand_in_names_the_present_code_only_where_it_made_the_weights(workspace):
-    commit_all(workspace)
-    client, experiment_id = connect()
-    for code_is_here in (True, False):
-        run_id = stand_in(client, experiment_id, "train_cnn@original", "ab" * 32, code_is_here)
-        assert ("git_commit" in client.get_run(run_id).data.tags) == code_is_here
-
-
-@pytest.mark.parametrize(("fault", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_a_training_that_stops_is_marked_as_such(workspace, fault, status):
-    with pytest.raises(fault), training_run("train_toy_cnn", {}):
-        raise fault
-    [run] = all_runs()
-    assert run.info.status == status
-
-
-def test_a_run_id_in_the_environment_hijacks_nothing(trained, monkeypatch):
-    monkeypatch.setenv("MLFLOW_RUN_ID", trained[0])
-    with training_run("train_toy_cnn", {}):
-        pass
+def test_a_run_id_or_a_model_id_in_the_environment_hijacks_nothing(unsent, monkeypatch):
+    train(unsent)
+    send_left_over(connect())
+    [first] = all_runs()
+    monkeypatch.setenv("MLFLOW_RUN_ID", first.info.run_id)
+    monkeypatch.setenv("MLFLOW_ACTIVE_MODEL_ID", first.outputs.model_outputs[0].model_id)
+    train(unsent, key="34" * 32)
+    send_left_over(connect())
     assert len(all_runs()) == 2
+    client, _ = connect()
+    model = client.get_logged_model(first.outputs.model_outputs[0].model_id)
+    assert {metric.run_id for metric in model.metrics or []} <= {first.info.run_id}
+
+
+def commit_all(folder: Path) -> None:
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "t")
+
+
+def test_a_diff_that_is_sent_later_is_the_one_of_the_training(unsent, monkeypatch):
+    monkeypatch.setattr(outbox, "git_tags", git_tags)
+    commit_all(unsent)
+    (unsent / "code.py").write_text("of the training")
+    with training("train_toy_cnn", {}, KEY):
+        (unsent / "code.py").write_text("of later")
+    client, _ = connect()
+    send_left_over(connect())
+    [run] = all_runs()
+    diff = Path(client.download_artifacts(run.info.run_id, "uncommitted.diff")).read_text()
+    assert "+of the training" in diff
+    assert "of later" not in diff
 
 
 def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from lib.store import connect; print(connect()[1])"
-    command = [sys.executable, "-c", code, str(ROOT / "stages")]
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from tracking.store import connect; print(connect()[1])"
+    command = [sys.executable, "-c", code, str(ROOT / "stages"), str(ROOT)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
@@ -209,73 +434,109 @@ def test_the_diff_of_a_dirty_tree_gives_it_back(workspace):
     assert b"changed by -S" not in (workspace / "saved").read_bytes()
 
 
-AWAY = "http://127.0.0.1:9"  # nothing listens on the discard port
+@pytest.fixture
+def whole_store(tmp_path_factory) -> Path:
+    """A store of SQLite as MLflow makes it."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
-def test_a_store_away_at_the_start_stops_within_seconds_or_is_done_without(workspace, monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+def damaged(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + bytes(255 - byte for byte in content[4096:]))
+
+
+def read_only(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    path.write_bytes(path.read_bytes()[:100])  # root may write to any file
+
+
+def without_experiment(path: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{path}")
+    client.delete_experiment(client.create_experiment("fashion-cnn"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (damaged, "malformed"),
+        (read_only, ""),
+        (without_experiment, "the experiment fashion-cnn is deleted; .* `mlflow experiments restore"),
+        (lambda path: path.write_bytes(b"no database, but long enough for one" * 100), "not a database"),
+    ],
+)
+def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, whole_store, spoil, words):
+    shutil.copy(whole_store, workspace / "mlflow.db")
+    spoil(workspace / "mlflow.db")
     began = time.monotonic()
-    with pytest.raises(StoreError, match=r"store http://127\.0\.0\.1:9: .*expected a store that answers"):
-        training_run("train_toy_cnn", {}).__enter__()
-    assert time.monotonic() - began < 20
-    with training_run("train_toy_cnn", {}, "continue") as run:
-        run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
-    assert not require_store("continue")
-    attach("evaluate_cnn", "train_toy_cnn", "ab" * 32, {"test_loss": 1.0})
-    told = capsys.readouterr().out
-    assert told.count("the stage goes on without it") == 2
-    assert "`make sync` sends the results later" in told
+    with pytest.raises(StoreError, match=f"^MLflow store {workspace}/mlflow.db: .*{words}"):
+        connect()
+    assert time.monotonic() - began < 10
 
 
-def test_a_store_that_goes_away_for_an_epoch_gets_it_with_the_next(workspace, monkeypatch, capsys):
-    with training_run("train_toy_cnn", {}) as run:
-        with monkeypatch.context() as away:
-            away.setattr(mlflow.MlflowClient, "log_batch", _refuse)
-            run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
-        run.log_epoch({"epoch": 2, "train_loss": 0.25}, 10)
-    assert "metrics not sent: Connection refused" in capsys.readouterr().out
-    client, _ = connect()
-    history = client.get_metric_history(run.run_id, "train_loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
+def test_a_folder_that_is_not_there_is_told_within_seconds(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace}/nowhere/mlflow.db")
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="unable to open database file"):
+        connect()
+    assert time.monotonic() - began < 10
 
 
-def _refuse(*args, **kwargs):
-    raise mlflow.MlflowException("Connection refused")
+def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(unsent, monkeypatch, tmp_path):
+    train(unsent)
+    send_left_over(connect())
+    copy = tmp_path / "copy"
+    shutil.copytree(unsent, copy)
+    before = {path: path.stat().st_mtime_ns for path in (unsent / "mlruns").rglob("*")}
+    code = """
+import mlflow
+from tracking.store import connect
+client, experiment_id = connect()
+[run] = client.search_runs([experiment_id])
+model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+mlflow.pytorch.load_model(model.model_uri)
+client.log_text(run.info.run_id, "new", "new.txt")
+print(run.info.artifact_uri, model.artifact_location)
+"""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow puts it there
+    printed, _ = stage(code, DVC_ROOT=str(copy), PYTHONPATH=f"{ROOT / 'stages'}:{ROOT}").communicate()
+    places = printed.splitlines()[-1].split()
+    assert [place.startswith(f"{copy.as_uri()}/mlruns/") for place in places] == [True, True], printed
+    assert list((copy / "mlruns").rglob("new.txt"))
+    assert before == {path: path.stat().st_mtime_ns for path in (unsent / "mlruns").rglob("*")}
 
 
-def test_what_is_missed_until_the_end_is_sent_with_the_next_command(workspace, monkeypatch):
-    model, weights = fresh(build_toy_cnn, 0), workspace / "toy.safetensors"
-    save_weights(model, weights)
-    with monkeypatch.context() as away, training_run("train_toy_cnn", {"train_toy_cnn.seed": 0}) as run:
-        for name in ("log_batch", "log_inputs", "set_tag", "set_terminated"):
-            away.setattr(mlflow.MlflowClient, name, _refuse)
-        run.log_dataset("toy", "ab" * 16, "data/toy.safetensors", {"train_images": 2})
-        run.log_epoch({"epoch": 1, "train_loss": 0.5}, 10)
-        run.log_metrics({"dead_relu": 0})
-        run.log_model(model, weights, "layers", np.zeros((2, *TOY_SHAPE), np.float32))
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace}/other.db")
-        assert send_unsent(*connect()) == 0
-    assert require_store("stop")  # what each stage that logs asks first
-    client, experiment_id = connect()
-    assert send_unsent(client, experiment_id) == 0
-    run_id = find_run(client, experiment_id, "train_toy_cnn", sha256_of(weights))
-    assert run_id == run.run_id
-    sent = client.get_run(run_id)
-    assert (sent.data.metrics["train_loss"], sent.data.metrics["dead_relu"]) == (0.5, 0)
-    assert sent.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
-    assert [file.path for file in client.list_artifacts(run_id)] == ["layers.txt"]
-    assert sent.info.status == "FINISHED"
+def test_a_folder_may_have_any_name(workspace, monkeypatch):
+    root = workspace / "50%20 # of ?all&"
+    root.mkdir()
+    before = set(workspace.iterdir())
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    connect()
+    assert (root / "mlflow.db").exists()
+    assert set(workspace.iterdir()) == before
 
 
-def test_a_training_that_fails_to_log_its_params_still_trains(workspace, monkeypatch):
-    with monkeypatch.context() as away:
-        away.setattr(mlflow.MlflowClient, "log_batch", _refuse)
-        with training_run("train_toy_cnn", {"train_toy_cnn.seed": 0}):
-            pass
-    assert require_store("stop")
-    [run] = all_runs()
-    assert run.data.params == {"train_toy_cnn.seed": "0"}
+def test_a_relative_address_of_sqlite_is_below_the_root(workspace, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    (tmp_path / "copy").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    connect()
+    assert (workspace / "runs.db").exists()
+    assert shown(store_url()) == f"{workspace}/runs.db"
+
+
+def test_addresses_are_shown_without_passwords():
+    assert shown("http://me:s%40e@cret@host:5000/a@b") == "http://host:5000/a@b"
+    assert shown("postgresql://me:secret@host/runs") == "postgresql://host/runs"
+    assert shown("sqlite:////home/a@b/mlflow.db") == "/home/a@b/mlflow.db"
+
+
+def test_a_long_reason_ends_between_words():
+    told = reason(ValueError("many words\n" * 100))
+    assert len(told) <= 300
+    assert told.endswith(("words …", "many …"))
 
 
 def schema(store: Path) -> set[tuple]:
@@ -290,16 +551,19 @@ def schema(store: Path) -> set[tuple]:
         return set(database.execute(query).fetchall())
 
 
-def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace):
+def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace, whole_store):
     (workspace / ".mlflow.db.part").write_text("what an earlier kill left")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "stages")}
-    code = "from lib.store import connect; connect()"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT}"}
+    code = "from tracking.store import connect; connect()"
     started = subprocess.Popen([sys.executable, "-c", code], env=environment)
     while not (workspace / "mlflow.db").exists() and started.poll() is None:
         time.sleep(0.001)
     started.kill()
     assert started.wait() == -signal.SIGKILL
-    found = schema(workspace / "mlflow.db")
-    mlflow.MlflowClient(f"sqlite:///{workspace}/other.db").search_experiments()
-    assert found == schema(workspace / "other.db")
-    assert all_runs() == []
+    assert schema(workspace / "mlflow.db") == schema(whole_store)
+
+
+def test_no_stage_imports_mlflow():
+    lines = [line for path in (ROOT / "stages").rglob("*.py") for line in path.read_text().splitlines()]
+    assert [line for line in lines if "import mlflow" in line or "from mlflow" in line] == []
+    assert StageError.__module__ == "lib.errors"

@@ -1,7 +1,9 @@
 """Training on a few images: what an epoch sees, what it reports, and that it repeats itself."""
 
 import contextlib
+import hashlib
 import io
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -211,17 +213,16 @@ def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damag
     assert "checkpoint k.safetensors is damaged (" in capsys.readouterr().out
 
 
-def test_a_training_killed_in_its_first_epoch_keeps_its_run(train, images, tmp_path):
+def test_a_training_killed_in_its_first_epoch_starts_over(train, images, tmp_path):
     def kill(module, args):
         raise Killed
 
     model, checkpoint = fresh(build_small, 0), Checkpoint("k", tmp_path)
-    checkpoint.run_id = "ab12"
     model.register_forward_pre_hook(kill)
     with pytest.raises(Killed):
         train(images[None], model, checkpoint=checkpoint)
     again = Checkpoint("k", tmp_path)
-    assert (again.run_id, again.rows) == ("ab12", [])
+    assert again.rows == []
 
 
 def test_a_resumed_training_says_after_which_epoch_and_a_new_one_nothing(train, images, tmp_path, capsys):
@@ -231,26 +232,53 @@ def test_a_resumed_training_says_after_which_epoch_and_a_new_one_nothing(train, 
     assert "after epoch 1\n" in capsys.readouterr().out
 
 
+WEIGHTS = Path("weights.safetensors")
+
+
 def test_two_trainings_with_one_key_wait_for_each_other(workspace):
     folder = workspace / ".checkpoints"
-    with exclusive_checkpoint("k") as checkpoint:
+    with exclusive_checkpoint("k", WEIGHTS) as checkpoint:
         assert checkpoint.path == folder / "k.safetensors"
         with pytest.raises(Timeout):
             FileLock(folder / "k.lock").acquire(timeout=0)
         with FileLock(folder / "other.lock").acquire(timeout=0):
             pass
-    with exclusive_checkpoint("k"):  # into a folder that is there
+    with exclusive_checkpoint("k", WEIGHTS):  # into a folder that is there
         pass
 
 
 def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
     model = fresh(build_small, 0)
     for fault in (Killed, None):
-        with contextlib.suppress(Killed), exclusive_checkpoint("k") as checkpoint:
+        with contextlib.suppress(Killed), exclusive_checkpoint("k", WEIGHTS) as checkpoint:
             checkpoint.save(model, torch.optim.Adam(model.parameters()), [])
             if fault:
                 raise fault
         assert (workspace / ".checkpoints/k.safetensors").exists() == bool(fault)
+
+
+def train_in_dvc(key: str, content: str) -> int:
+    """Train for two epochs, as far as the checkpoint knows; returns how many were done before."""
+    model = fresh(build_small, 0)
+    optimizer = torch.optim.Adam(model.parameters())
+    with exclusive_checkpoint(key, WEIGHTS) as checkpoint:
+        before = len(checkpoint.load(model, optimizer))
+        checkpoint.save(model, optimizer, [{"epoch": 1}, {"epoch": 2}])
+        WEIGHTS.write_text(content)
+    return before
+
+
+def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "train_cnn@original")
+    folder = workspace / ".checkpoints"
+    Path("dvc.lock").write_text(f"md5: {'0' * 32}\n")
+    assert train_in_dvc("k", "some") == 0
+    assert train_in_dvc("k", "some") == 2  # DVC was killed before it wrote dvc.lock
+    assert train_in_dvc("other", "other") == 0
+    assert not (folder / "k.safetensors").exists()  # one is kept: each is as large as three models
+    assert train_in_dvc("k", "some") == 0
+    Path("dvc.lock").write_text(f"md5: {hashlib.md5(b'some').hexdigest()}\n")
+    assert train_in_dvc("k", "some") == 0  # `dvc repro --force` trains again
 
 
 def test_a_deleted_checkpoint_is_gone(tmp_path):

@@ -334,9 +334,7 @@ EFFECTS = {
 OTHERS = [
     "fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "train_cnn.threads",
     "train_cnn.numerics", "evaluate_cnn.device", "evaluate_cnn.threads", "evaluate_cnn.numerics",
-    "tracking.if_unreachable",
 ]  # fmt: skip
-LOGGING = ("train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results")
 
 
 @pytest.mark.parametrize("param", EFFECTS)
@@ -392,10 +390,3 @@ def test_numerics_are_those_of_the_stage(again, monkeypatch, stage):
     with pytest.raises(Asked, match="portable"):
         run_stage(folder, stage, "original", **{f"{stage}__numerics": "portable"})
     run_stage(folder, stage, "original", **{f"{stage}__numerics": "native"})
-
-
-@pytest.mark.parametrize("stage", [stage for stage in small.PIPELINE if stage[0] in LOGGING])
-def test_what_to_do_without_the_store_comes_from_params(again, stage):
-    tracking = run_stage(again(*stage), *stage, tracking__if_unreachable="continue")
-    asked = [*tracking.require_store.call_args_list, *tracking.training_run.call_args_list]
-    assert ["continue" in call.args for call in asked] == [True]

@@ -7,25 +7,24 @@ changes nothing.
 
 import hashlib
 import json
-import socket
 import sys
 from pathlib import Path
 
-import psutil
 from mend_lock import LOCK, read_lock
 from ruamel.yaml import YAML
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
+sys.path.insert(0, str(ROOT))
 
-from lib import mlflow_log
+from tracking import runs
+from tracking.sender import send_left_over
+from tracking.store import connect, told_in_one_line
+
 from lib.errors import StageError, run_stage
 from lib.files import numbers, read_json
-from lib.lineage import GitError, git
-from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.lineage import GitError, git, git_diff, git_tags
 from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
-from lib.store import connect, told_in_one_line
-from lib.tracking import report
-from lib.unsent import send_unsent
 
 
 def main() -> None:
@@ -42,9 +41,8 @@ def main() -> None:
             raise StageError(f"{LOCK}: {name} lacks outputs, expected all of them; `dvc repro` completes it")
     with told_in_one_line():
         client, experiment_id = connect()
-        if sent := send_unsent(client, experiment_id):
-            print(f"sync: {sent} runs completed that MLflow had missed a part of")
-        end_abandoned(client, experiment_id)
+        for fault in send_left_over((client, experiment_id)):
+            print(f"sync: {fault}")
         for training in trainings(stages):
             run_id, changes = sync_training(client, experiment_id, training, stages)
             print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
@@ -56,15 +54,6 @@ def trainings(stages: dict) -> list[str]:
     return [name for name in stages if name.startswith("train_")]
 
 
-def end_abandoned(client, experiment_id: str) -> None:
-    """Mark as killed what still counts as running, though its process on this machine is gone."""
-    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        host, _, pid = run.data.tags.get("process", "").rpartition(":")
-        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
-            client.set_terminated(run.info.run_id, "KILLED")
-            print(f"sync: {run.info.run_name}, run {run.info.run_id}: its process is gone, marked as killed")
-
-
 def sync_training(client, experiment_id: str, training: str, stages: dict) -> tuple[str, list[str]]:
     """Complete one training's run; returns its id and what was added."""
     outs = {Path(out["path"]).suffix: _checked(out) for out in stages[training]["outs"]}
@@ -72,24 +61,26 @@ def sync_training(client, experiment_id: str, training: str, stages: dict) -> tu
     metrics = read_json(outs[".json"])
     del metrics["weights_sha256"]
     changes = []
-    run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
+    run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=training)
     if run_id is None:
         code = {dep["path"]: dep["md5"] for dep in stages[training]["deps"] if dep["path"].endswith(".py")}
         is_here = all(Path(path).exists() and _md5(Path(path)) == digest for path, digest in code.items())
-        run_id = mlflow_log.stand_in(client, experiment_id, training, weights_sha256, is_here)
+        tags = git_tags() if is_here else {}  # the present tree holds the code that made them
+        diff = git_diff() if tags.get("git_dirty") == "true" else None
+        run_id = runs.stand_in(client, experiment_id, training, weights_sha256, tags, diff)
         changes.append("made")
     params = stages[training]["params"]["params.yaml"]
     if training == "train_cnn@augmented":  # its run has the params that made the copies, too
         params = params | stages["augment_images"]["params"]["params.yaml"]
     changes += _sync_params(client, run_id, params)
     changes += _sync_curve(client, run_id, outs[".csv"])
-    changes += _sync_model(client, experiment_id, run_id, training, outs[".safetensors"])
+    changes += _sync_model(client, run_id, training, outs[".safetensors"])
     for stage, is_about in _reports(training).items():
         if stage in stages:
             files = [
                 file for out in stages[stage]["outs"] for file in _files(_checked(out)) if is_about(file)
             ]
-            changes += _sync_report(client, run_id, stage, training, weights_sha256, metrics, files)
+            changes += _sync_report(client, run_id, stage, metrics, files)
     return run_id, changes + _sync_lock(client, run_id, training, stages)
 
 
@@ -108,8 +99,8 @@ def record_experiments(client, experiment_id: str) -> None:
             if metrics is None:  # an experiment that ran other stages may lack it
                 continue
             [weights_sha256] = json.loads(metrics)["weights_sha256"]
-            run_id = mlflow_log.find_run(client, experiment_id, training, weights_sha256)
-            if run_id and mlflow_log.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
+            run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=training)
+            if run_id and runs.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
                 _sync_lock(client, run_id, training, stages)
                 name = reference.rpartition("/")[2]
                 print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
@@ -132,37 +123,25 @@ def _reports(training: str) -> dict:
 
 def _sync_params(client, run_id: str, params: dict) -> list[str]:
     has = client.get_run(run_id).data.params
-    missing = {name: params[name] for name in params if name not in has and not name.startswith("tracking.")}
-    mlflow_log.log_params(client, run_id, missing)
+    missing = {name: params[name] for name in params if name not in has}
+    runs.log_params(client, run_id, missing)
     return ["params"] if missing else []
 
 
 def _sync_curve(client, run_id: str, path: Path) -> list[str]:
     rows = read_table(path, TOY_CURVE, others=NUMBER)
-    return ["curve"] if mlflow_log.log_missing(client, run_id, rows) else []
+    return ["curve"] if runs.log_missing_epochs(client, run_id, rows, runs.now()) else []
 
 
-def _sync_model(client, experiment_id: str, run_id: str, training: str, weights: Path) -> list[str]:
+def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
     """Log the model to a run that has none; needs the weights, which only the DVC cache may have."""
-    import mlflow
-    import numpy as np
-
-    run = client.get_run(run_id)
-    if mlflow_log.has_model(client, run) or not weights.exists():
+    if not weights.exists() or runs.has_model(client, client.get_run(run_id)):
         return []
-    build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
-    model = load_weights(build(), weights)
-    # MLflow logs models to an active run only: this one's status and end are put back.
-    try:
-        mlflow.start_run(run_id, experiment_id)
-        mlflow_log.log_model(client, run_id, model, np.zeros((2, *shape), np.float32))
-    finally:
-        mlflow.end_run()
-        client.set_terminated(run_id, run.info.status, run.info.end_time)
+    runs.log_model(client, run_id, training, weights)
     return ["model"]
 
 
-def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files) -> list[str]:
+def _sync_report(client, run_id: str, stage: str, metrics: dict, files: list[Path]) -> list[str]:
     """Attach what a later stage wrote about the training, and the training's own `metrics`."""
     name = stage.split("@")[0]
     for file in files:
@@ -170,7 +149,7 @@ def _sync_report(client, run_id, stage, training, weights_sha256, metrics, files
             metrics |= numbers(read_json(file))
 
     def send():
-        report(name, training, weights_sha256, metrics, files)
+        runs.log_report(client, run_id, name, metrics, files, runs.now())
 
     return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
 
@@ -186,10 +165,10 @@ def _sync_lock(client, run_id: str, training: str, stages: dict) -> list[str]:
 def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
     """Call `send` unless a tag of the run says that it was called for this content."""
     digest = hashlib.sha256(content).hexdigest()
-    if client.get_run(run_id).data.tags.get(mlflow_log.synced_tag(name)) == digest:
+    if client.get_run(run_id).data.tags.get(runs.synced_tag(name)) == digest:
         return []
     send()
-    client.set_tag(run_id, mlflow_log.synced_tag(name), digest)
+    client.set_tag(run_id, runs.synced_tag(name), digest)
     return [name]
 
 

@@ -10,12 +10,15 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
+sys.path.insert(0, str(ROOT))
+
+from tracking.store import connect
 
 from lib.errors import StageError, run_stage
 from lib.files import sha256_of
 from lib.lineage import GitError, git
-from lib.store import connect
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """The state of a training after its last finished epoch, so that a killed one goes on from there."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lib.files import replace_atomically
+from lib.files import replace_atomically, write_text
 from lib.lineage import repository_root
+
+LOCK = Path("dvc.lock")  # in DVC's temporary copies, theirs
 
 
 class Checkpoint:
-    """Weights, Adam's moments, the rows of metrics so far and the MLflow run, in one file.
+    """Weights, Adam's moments and the rows of metrics so far, in one file.
 
     `key` is the digest of everything that determines the result, so that no training goes on from
     another's. The file stands outside DVC's outputs, which DVC takes away before it runs a stage.
@@ -24,10 +28,10 @@ class Checkpoint:
 
     def __init__(self, key: str, folder: Path):
         self.path = folder / f"{key}.safetensors"
-        self.run_id, self.rows, self.tensors = None, [], {}
+        self.rows, self.tensors = [], {}
         try:
             with safe_open(self.path, framework="pt") as file:
-                self.run_id, self.rows = json.loads(file.metadata()["state"])
+                self.rows = json.loads(file.metadata()["rows"])
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             pass
@@ -58,7 +62,7 @@ class Checkpoint:
             tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replace_atomically(self.path) as partial:
-            partial.write_bytes(save(tensors, {"state": json.dumps([self.run_id, rows])}))
+            partial.write_bytes(save(tensors, {"rows": json.dumps(rows)}))
 
     def delete(self) -> None:
         """Remove the file: the stage has written its outputs."""
@@ -66,18 +70,34 @@ class Checkpoint:
 
 
 @contextmanager
-def exclusive_checkpoint(key: str) -> Iterator[Checkpoint]:
-    """The checkpoint of a training, gone when the block succeeds.
+def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
+    """The checkpoint of a training that writes `weights`; done with when the block succeeds.
 
-    Two experiments can run the very same training at once: the second waits, so that neither goes
-    on from the other's epochs, in the other's run.
+    If DVC runs the stage, it stays until dvc.lock names these weights: a kill between the end of the
+    stage and that write would cost the training. Two experiments can run the very same training at once:
+    the second waits, so that neither goes on from the other's epochs, in the other's run.
     """
     folder = repository_root() / ".checkpoints"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
+        _delete_finished(folder, key)
         checkpoint = Checkpoint(key, folder)
         yield checkpoint
-        checkpoint.delete()
+        if "DVC_STAGE" in os.environ:
+            write_text(
+                folder / f"{key}.done", hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+            )
+        else:
+            checkpoint.delete()
+
+
+def _delete_finished(folder: Path, key: str) -> None:
+    """Delete the checkpoints of finished trainings, but for that of `key` if dvc.lock lacks its weights."""
+    for path in folder.glob("*.done"):
+        with suppress(FileNotFoundError):  # another training does the same
+            if path.stem != key or (LOCK.exists() and path.read_text() in LOCK.read_text(encoding="utf-8")):
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+                path.unlink()
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -75,11 +74,6 @@ def machine_tags() -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def process_tag() -> dict[str, str]:
-    """By which `make sync` knows that a run's process is gone."""
-    return {"process": f"{socket.gethostname()}:{os.getpid()}"}
 
 
 def digest(*arrays: np.ndarray) -> str:

@@ -98,14 +98,8 @@ class PlotResults(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
 
 
-class Tracking(Section):
-    """What to do without the MLflow store."""
-
-    if_unreachable: Literal["stop", "continue"]
-
-
 class Params(Section):
-    """All of params.yaml, one section a stage; `split` and `tracking` are shared."""
+    """All of params.yaml, one section a stage; `split` is shared."""
 
     fetch: Fetch
     split: Split
@@ -115,7 +109,6 @@ class Params(Section):
     train_cnn: TrainCnn
     evaluate_cnn: EvaluateCnn
     plot_results: PlotResults
-    tracking: Tracking
 
 
 def load_params(*sections: str, path: Path = PARAMS_PATH) -> SimpleNamespace:

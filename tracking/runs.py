@@ -1,0 +1,161 @@
+"""What is written into a run of MLflow, each a call that may be repeated: values, data, models, reports."""
+
+import json
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+
+
+def has_run(client, experiment_id: str, run_id: str) -> bool:
+    """Whether the store has the run, and it is not deleted."""
+    return bool(client.search_runs([experiment_id], f"attributes.run_id = '{run_id}'"))
+
+
+def find_run(client, experiment_id: str, **tags: str) -> str | None:
+    """The newest run with these tags."""
+    query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+    newest = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment_id], query, max_results=1, order_by=newest)
+    return found[0].info.run_id if found else None
+
+
+def has_model(client, run) -> bool:
+    """Whether the run has a model with its files: MLflow attaches one before it sends them."""
+    ids = [output.model_id for output in run.outputs.model_outputs]
+    return any(client.get_logged_model(model_id).status == "READY" for model_id in ids)
+
+
+def stand_in(
+    client, experiment_id: str, training: str, weights_sha256: str, tags: dict, diff: str | None
+) -> str:
+    """Make a finished run for weights that the store does not know; it says so.
+
+    `tags` and `diff` are those of the code that made them, where that is known.
+    """
+    note = (
+        "Made to hold results of weights that were not trained into this store: "
+        "they came from the DVC cache, or the store is new or was unreachable."
+    )
+    tags = tags | {
+        "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
+        "dvc_stage": training,
+    }  # fmt: skip
+    run_id = client.create_run(experiment_id, run_name=training, tags=tags).info.run_id
+    log_diff(client, run_id, diff)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def log_params(client, run_id: str, params: dict[str, object]) -> None:
+    """Log params under their path in params.yaml."""
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+
+
+def log_diff(client, run_id: str, diff: str | None) -> None:
+    """Log what the tree holds beyond its commit, from git_diff, if it holds more."""
+    if diff is None:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "uncommitted.diff"
+        path.write_bytes(diff.encode("latin-1"))
+        client.log_artifact(run_id, path)
+
+
+def log_rows(client, run_id: str, rows: list[dict], when: int) -> None:
+    """Log rows of metrics, each at its epoch, in calls of at most 1,000, MLflow's limit; `when` in ms."""
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(name, value, when, row["epoch"])
+        for row in rows
+        for name, value in row.items()
+        if name != "epoch"
+    ]
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics[start : start + 1000])
+
+
+def log_missing_epochs(client, run_id: str, rows: list[dict], when: int) -> int:
+    """Log those rows of a training's metrics whose epoch the run lacks; returns how many."""
+    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
+    missing = [row for row in rows if row["epoch"] not in logged]
+    log_rows(client, run_id, missing, when)
+    return len(missing)
+
+
+def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> None:
+    """Log metrics without an epoch; a value that the run has already is left."""
+    has = client.get_run(run_id).data.metrics
+    new = {name: value for name, value in metrics.items() if has.get(name) != value}
+    log_rows(client, run_id, [{"epoch": 0, **new}], when)
+
+
+def log_report(client, run_id: str, stage: str, metrics: dict, files: list[Path], when: int) -> None:
+    """Log what a later stage says about a training; the run's status and times stay as they are."""
+    if synced_tag(stage) in client.get_run(run_id).data.tags:  # it will no longer be so
+        client.delete_tag(run_id, synced_tag(stage))
+    log_new_metrics(client, run_id, metrics, when)
+    for path in files:
+        client.log_artifact(run_id, path, artifact_path=stage)
+
+
+def log_dataset(client, run_id: str, name: str, digest: str, source: str, sizes: dict) -> None:
+    """Log which data a run trains on: `digest` of at most 36 characters, and its sizes."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(sizes))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])])
+
+
+def log_model(client, run_id: str, training: str, weights: Path, example: np.ndarray | None = None) -> None:
+    """Log the model with these weights as torch's exported program, unless the run has one.
+
+    `example` (2 or more, C, H, W) float32 becomes the input example; a batch of one would be exported as
+    a fixed batch size.
+    """
+    import mlflow
+    import torch
+    from mlflow.models import Model, infer_signature
+
+    run = client.get_run(run_id)
+    if has_model(client, run):
+        return
+    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model goes to "Default"
+    build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
+    model = load_weights(build(), weights).eval()
+    example = np.zeros((2, *shape), np.float32) if example is None else example
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(example)).numpy()
+    # Not mlflow.pytorch.log_model, which logs to an active run, and so would make this one running.
+    Model.log(
+        None,
+        flavor=mlflow.pytorch,
+        run_id=run_id,
+        name="model",
+        pytorch_model=model,
+        serialization_format="pt2",
+        input_example=example,
+        signature=infer_signature(example, outputs),
+        # Given, since inferring them takes 5 s; without the "+cpu" of a local build.
+        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy")],
+    )
+
+
+def now() -> int:
+    """Milliseconds, as MLflow counts them."""
+    return int(time.time() * 1000)
+
+
+def synced_tag(stage: str) -> str:
+    """The tag by which `make sync` knows that a run has what the stage wrote."""
+    return f"synced_{stage}"

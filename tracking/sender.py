@@ -1,0 +1,197 @@
+"""Follow the outbox of a stage, and write what it holds into MLflow.
+
+Usage: python tracking/sender.py FOLDER. The stage starts it, with a pipe as standard input that closes when
+the stage ends, however it ends. Prints one line: what was sent, or why it was not.
+"""
+
+import json
+import os
+import select
+import shutil
+import sys
+from getpass import getuser
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
+sys.path.insert(0, str(ROOT))
+
+from tracking import runs
+from tracking.store import StoreError, connect, reason, shown, store_faults, store_url
+
+from lib.errors import StageError, run_stage
+from lib.files import read_json, write_text
+from lib.outbox import ALIVE, EVENTS, outboxes
+
+LATER = "`make sync` sends the rest"
+LOOK = 0.3  # seconds between looks at the outbox
+PAUSE = 3  # seconds after a store could not be reached
+
+
+def main() -> None:
+    """Send what comes until the stage has ended, then all that is left, and say how it went."""
+    folder, told, ended = Path(sys.argv[1]), None, False
+    while not ended:
+        fault = None
+        try:
+            store = connect()
+            if told is None:  # once, and first: a training may go on with a run that an earlier one began
+                told = send_left_over(store, folder)
+        except StoreError as error:
+            fault = str(error)
+        if os.environ.pop("REQUIRE_MLFLOW", None):
+            print(fault or "", flush=True)
+        while not fault and not ended:
+            ended = stage_has_ended(LOOK)
+            fault = send(store, folder, wait=10 if ended else 0)
+        ended = ended or stage_has_ended(PAUSE)
+    for line in [*(told or []), f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]:
+        print(line)
+
+
+def stage_has_ended(seconds: float) -> bool:
+    """Whether the pipe from the stage is closed; waits at most `seconds` for that."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def send_left_over(store, own: Path | None = None) -> list[str]:
+    """Send what earlier stages have left, oldest first; returns a line for each that could not be sent."""
+    told = []
+    for folder in sorted(path for path in outboxes().glob("*") if path.is_dir() and path != own):
+        if fault := send(store, folder, wait=10):
+            told.append(f"{fault}; delete {folder} to give it up")
+    return told
+
+
+def send(store, folder: Path, wait: float = 0) -> str | None:
+    """Send what an outbox holds and the store lacks; delete it when its stage has ended.
+
+    Returns the fault that stopped this, in a line. What another sender has in hand for longer than `wait`
+    seconds is left to it.
+    """
+    try:
+        with FileLock(folder / "sender.lock", timeout=wait):
+            return Delivery(store, folder).send(wait=min(wait, 1))
+    except Timeout:
+        return None
+    except FileNotFoundError:  # another sender was faster
+        if folder.exists():
+            raise
+        return None
+
+
+class Delivery:
+    """One outbox on its way into the store; how far it has come is in sent.json."""
+
+    def __init__(self, store, folder: Path):
+        self.client, self.experiment_id = store
+        self.folder, self.path = folder, folder / "sent.json"
+        begun = read_json(self.path) if self.path.exists() else {}
+        self.store = begun.get("store", shown(store_url()))
+        self.sent, self.run_id = begun.get("sent", 0), begun.get("run_id")
+
+    def send(self, wait: float) -> str | None:
+        """Send the events that are new; a run that the store has lost is made again, with all of them.
+
+        Waits for `wait` seconds for the end of the stage, as a pipe and a lock need not close at once.
+        """
+        if self.store != shown(store_url()):
+            return None  # begun in another store, where the rest belongs
+        ended = self.stage_has_ended(wait)  # before the events are read, so that none comes after
+        try:
+            events = self.events()
+            if not ended and len(events) == self.sent:
+                return None
+            if self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id):
+                self.sent, self.run_id = 0, None
+            for event in events[self.sent :]:
+                self.write(event)
+                self.sent += 1
+                self.save()
+            if ended and self.run_id and events[-1]["event"] != "end":
+                self.write({"event": "end", "status": "KILLED", "time": events[-1]["time"]})
+        except (*store_faults(), StageError, ValueError) as error:  # the last two: an outbox that is damaged
+            return f"MLflow store {shown(store_url())}: {reason(error)}"
+        if ended:
+            shutil.rmtree(self.folder)
+        return None
+
+    def stage_has_ended(self, wait: float) -> bool:
+        """Whether nobody writes into the outbox any more."""
+        try:
+            with FileLock(self.folder / ALIVE, timeout=wait):
+                return True
+        except Timeout:
+            return False
+
+    def events(self) -> list[dict]:
+        """All events so far; a line without an end is one that is being written."""
+        if not (self.folder / EVENTS).exists():  # killed at its very start
+            return []
+        lines = (self.folder / EVENTS).read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def save(self) -> None:
+        """Keep how far this has come, for another sender."""
+        state = {"store": self.store, "sent": self.sent, "run_id": self.run_id}
+        write_text(self.path, json.dumps(state) + "\n")
+
+    def write(self, event: dict) -> None:
+        """Write one event into the store; all that is done here may be done twice."""
+        client, run_id = self.client, self.run_id
+        match event:
+            case {"event": "begin"}:
+                self.begin(event)
+            case {"event": "dataset"}:
+                runs.log_dataset(
+                    client, run_id, event["name"], event["digest"], event["source"], event["sizes"]
+                )
+            case {"event": "epochs"}:
+                runs.log_missing_epochs(client, run_id, event["rows"], event["time"])
+            case {"event": "metrics"}:
+                runs.log_new_metrics(client, run_id, event["metrics"], event["time"])
+            case {"event": "model"}:
+                client.set_tag(run_id, "weights_sha256", event["weights_sha256"])
+                client.log_text(run_id, event["summary"], "layers.txt")
+                training = client.get_run(run_id).data.tags["dvc_stage"]
+                example = np.array(event["example"], np.float32)
+                runs.log_model(client, run_id, training, self.folder / event["weights"], example)
+            case {"event": "end"}:
+                client.set_terminated(run_id, event["status"], event["time"])
+            case {"event": "report"}:
+                self.report(event)
+
+    def begin(self, event: dict) -> None:
+        """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
+        client, tags = self.client, event["tags"]
+        self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"])
+        if self.run_id:
+            client.update_run(self.run_id, status="RUNNING")
+            for name, value in tags.items():
+                client.set_tag(self.run_id, name, value)
+        else:
+            script = f"stages/{event['stage'].partition('@')[0]}.py"
+            source = {"mlflow.source.name": script, "mlflow.source.type": "LOCAL", "mlflow.user": getuser()}
+            run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=event["stage"])
+            self.run_id = run.info.run_id
+        runs.log_params(client, self.run_id, event["params"])
+        runs.log_diff(client, self.run_id, event["diff"])
+
+    def report(self, event: dict) -> None:
+        """Write what a later stage says about the newest run of its training; make one if there is none."""
+        stage, training, weights = event["stage"], event["training"], event["weights_sha256"]
+        found = {"weights_sha256": weights, "dvc_stage": training}
+        run_id = runs.find_run(self.client, self.experiment_id, **found)
+        if run_id is None:
+            run_id = runs.stand_in(
+                self.client, self.experiment_id, training, weights, event["tags"], event["diff"]
+            )
+        files = [self.folder / name for name in event["files"]]
+        runs.log_report(self.client, run_id, stage, event["metrics"], files, event["time"])
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,158 @@
+"""The MLflow store: where it is, reaching it within seconds, and what it says when it cannot be used."""
+
+import logging
+import os
+import re
+import sqlite3
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from sqlalchemy.engine import URL, make_url
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.errors import StageError
+from lib.files import replace_atomically
+from lib.lineage import repository_root
+
+EXPERIMENT = "fashion-cnn"
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
+# Columns that hold a path of artifacts, which MLflow keeps absolute.
+ARTIFACT_PATHS = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+}
+
+
+class StoreError(StageError):
+    """The MLflow store cannot be reached or used."""
+
+
+def prepare_mlflow() -> None:
+    """Set what MLflow reads from the environment; call it before anything imports mlflow."""
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID"):  # would credit all to another run or model
+        os.environ.pop(name, None)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default goes on for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def store_url() -> str:
+    """MLFLOW_TRACKING_URI, or SQLite in the repository root; a relative path of SQLite is below the root.
+
+    The root, since DVC's temporary copies are deleted when their experiment ends.
+    """
+    named = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if not is_sqlite(named):
+        return named
+    url = make_url(named)
+    path = repository_root() / (url.database or "mlflow.db")
+    # The driver is named since MLflow makes the folder of any "sqlite:", and takes its address as the path,
+    # although % and the like are quoted in it.
+    return URL.create("sqlite+pysqlite", database=str(path), query=url.query).render_as_string()
+
+
+def is_sqlite(url: str) -> bool:
+    """Whether a store is a file of SQLite."""
+    return url.startswith(("sqlite:", "sqlite+"))
+
+
+def shown(url: str) -> str:
+    """A store's address without user and password; the path of a file of SQLite."""
+    if is_sqlite(url):
+        return make_url(url).database
+    return re.sub("^([^/]+://)[^/]*@", r"\1", url)
+
+
+def connect():
+    """Return (MlflowClient, experiment id), creating store and experiment where there are none.
+
+    Raises StoreError within seconds where it cannot be reached.
+    """
+    prepare_mlflow()
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    root, url = repository_root(), store_url()
+    mlflow.set_tracking_uri(url)
+    # Without the lock, stages that meet a new store at once crash while they create its tables.
+    with FileLock(root / "mlflow.db.lock"), told_in_one_line():
+        if is_sqlite(url):
+            _prepare_sqlite(url)
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment and experiment.lifecycle_stage == "deleted":
+            raise StoreError(
+                f"MLflow store {shown(url)}: the experiment {EXPERIMENT} is deleted; expected it there: "
+                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+            )
+        if experiment:
+            return client, experiment.experiment_id
+        # Left out, it would be the folder that the process happens to stand in; a server knows its own.
+        location = (root / "mlruns").as_uri() if is_sqlite(url) else None
+        return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
+
+
+def _prepare_sqlite(url: str) -> None:
+    """Create a store that is not there; see that one can be written, and that its artifacts are here."""
+    import mlflow
+
+    path = Path(make_url(url).database)
+    if not path.exists() and path.parent.exists():
+        # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
+        # opens.
+        with replace_atomically(path) as partial:
+            partial.unlink(missing_ok=True)  # what an earlier kill left
+            mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
+    # MLflow tries for two minutes to open a file that SQLite refuses at once.
+    with closing(sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=10)) as database:
+        database.execute("BEGIN IMMEDIATE")  # refused where nothing can be written
+        if path == repository_root() / "mlflow.db":
+            _follow_the_folder(database)
+        database.commit()
+
+
+def _follow_the_folder(database: sqlite3.Connection) -> None:
+    """Name this folder in the paths of artifacts: the project may have been moved or copied."""
+    here = (repository_root() / "mlruns").as_uri()
+    query = "SELECT artifact_location FROM experiments WHERE name = ?"
+    for (there,) in database.execute(query, [EXPERIMENT]).fetchall():
+        if there != here:
+            for table, column in ARTIFACT_PATHS.items():
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} LIKE ? || '%'",
+                    [here, len(there) + 1, there],
+                )
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Raise StoreError for a fault of the store in the block."""
+    try:
+        yield
+    except store_faults() as error:
+        raise StoreError(f"MLflow store {shown(store_url())}: {reason(error)}") from None
+
+
+def store_faults() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its store, or the folder of its artifacts, cannot be used."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # ImportError: SQLAlchemy wants the driver of the database that the store's address names.
+    return (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError, ImportError)
+
+
+def reason(error: Exception) -> str:
+    """The fault in one line of at most 300 characters, cut between words."""
+    text = " ".join(str(error).split()).replace(store_url(), shown(store_url()))
+    return textwrap.shorten(text, 300, placeholder=" …")
