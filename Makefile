@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline test committed seeds soak mutate ui sync bench clean
+.PHONY: help setup repro back baseline check test committed seeds soak mutate ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -27,10 +27,14 @@ back: .venv/ready ## return from experiments to the committed params and results
 baseline: ## commit this machine's results, to compare with from now on
 	git commit --message "Take this machine's results as the baseline" -- params.yaml dvc.lock metrics
 
-test: .venv/ready ## lint, then all tests
+check: .venv/ready ## lint, types and the fast tests, in under a minute
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
-	$(ACTIVATE) python -m pytest
+	$(ACTIVATE) mypy
+	$(ACTIVATE) python -m pytest --numprocesses auto -m 'not slow and not committed'
+
+test: .venv/ready check ## the same, then all other tests
+	$(ACTIVATE) python -m pytest --numprocesses auto -m 'slow and not committed'
 
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together: code, params, results, README

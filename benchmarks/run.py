@@ -10,8 +10,9 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from pipeline import first_run_rows, pipeline_times
 from report import ROOT, Report, conditions, spread
+
+from pipeline import first_run_rows, pipeline_times
 
 RESULTS = ROOT / "benchmarks/results.md"
 SAME_RESULT = ("augment", "load")  # what was done is told by a shape or a count

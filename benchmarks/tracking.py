@@ -10,24 +10,24 @@ sys.path.insert(0, str(ROOT / "stages"))
 
 import numpy as np
 
-from lib.files import sha256_of
-from lib.models import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
-from lib.outbox import training
+from lib.models.cnns import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
 from lib.params import leaves, load_params
+from lib.reporting.outbox import open_run
+from lib.trainings import CNNS
 
 
 def main() -> None:
     """Do what train_cnn does around its epochs."""
     params = leaves(load_params("split", "train_cnn", path=ROOT / "params.yaml"))
     model, weights = fresh(build_cnn, 0), Path(os.environ["DVC_ROOT"]) / "benchmark.safetensors"
-    save_weights(model, weights)
+    weights_sha256 = save_weights(model, weights)
     began = time.perf_counter()
-    with training("benchmark", params, "0" * 64) as run:
+    with open_run(CNNS["original"], params, "0" * 64) as run:
         run.log_dataset("original", "0" * 32, "data", {})
         for epoch in range(1, 6):
             run.log_epoch({"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0}, 1.0)
         example = np.zeros((2, *CNN_SHAPE), np.float32)
-        run.log_model(weights, sha256_of(weights), summarize(model, CNN_SHAPE), example)
+        run.log_model(weights, weights_sha256, summarize(model, CNN_SHAPE), example)
     print(time.perf_counter() - began)
 
 

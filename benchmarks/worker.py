@@ -20,8 +20,9 @@ class Lesson:
 
     def __init__(self):
         import torch
-        from benchmarks import lesson
         from torchvision import datasets
+
+        from benchmarks import lesson
 
         torch.set_num_threads(THREADS)
         dataset = datasets.FashionMNIST(ROOT / "data")
@@ -31,8 +32,7 @@ class Lesson:
     def steps(self, count):
         """`count` training steps on batches of 32."""
         from benchmarks import lesson
-
-        from lib.models import build_cnn, fresh
+        from lib.models.cnns import build_cnn, fresh
 
         return lesson.train(fresh(build_cnn, 0), self.batches, count)
 
@@ -43,25 +43,25 @@ class Lesson:
     def toy(self, epochs):
         """`epochs` of the toy."""
         from benchmarks import lesson
-
-        from lib.files import read_tensors
-        from lib.models import build_toy_cnn, fresh
+        from lib.models.cnns import build_toy_cnn, fresh
+        from lib.stage.files import read_tensors
 
         toy = read_tensors(ROOT / "data/toy.safetensors")
         return lesson.train_toy(fresh(build_toy_cnn, 0), toy["images"], toy["labels"], epochs)[-1]
 
     def augment(self, count):
         """One plain call of imgaug over `count` images."""
-        from lib.repairs import import_imgaug_augmenters
+        from lib.augmentation import imgaug_augmenters
 
         shift = {"x": (-4, 4), "y": (-4, 4)}
-        affine = import_imgaug_augmenters().Affine(translate_px=shift, rotate=(-20, 20), seed=0)
+        affine = imgaug_augmenters().Affine(translate_px=shift, rotate=(-20, 20), seed=0)
         return affine(images=self.images[:count]).shape
 
     def load(self, _):
         """Read the files, and take every image out in batches of 32."""
-        from benchmarks import lesson
         from torchvision import datasets
+
+        from benchmarks import lesson
 
         dataset = datasets.FashionMNIST(ROOT / "data")
         batches = lesson.loader(dataset.data.numpy(), dataset.targets.numpy())
@@ -72,8 +72,8 @@ class Project:
     """The same work by the project's own code."""
 
     def __init__(self):
-        from lib.idx import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
-        from lib.runtime import prepare_torch
+        from lib.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from lib.models.device import prepare_torch
 
         self.device = prepare_torch("cpu", THREADS)
         self.images = read_idx(TRAIN_IMAGES, ROOT / RAW_DIR)
@@ -91,7 +91,7 @@ class Project:
         """`epochs` of the toy."""
         import torch
 
-        from lib.files import read_tensors
+        from lib.stage.files import read_tensors
         from lib.toy import train_toy
 
         toy = read_tensors(ROOT / "data/toy.safetensors")
@@ -111,8 +111,8 @@ class Project:
         """Read the files, and take every image out in batches of 32, as float."""
         import torch
 
-        from lib.idx import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
-        from lib.inference import to_input
+        from lib.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from lib.models.cnns import to_input
 
         images = torch.from_numpy(read_idx(TRAIN_IMAGES, ROOT / RAW_DIR))
         labels = torch.from_numpy(read_idx(TRAIN_LABELS, ROOT / RAW_DIR)).long()
@@ -132,8 +132,8 @@ class Project:
         from tqdm import tqdm
 
         from lib.inference import to_device
-        from lib.models import build_cnn, fresh
-        from lib.training import TrainStep, train_epoch
+        from lib.models.cnns import build_cnn, fresh
+        from lib.training.loop import TrainStep, train_epoch
 
         model = to_device(fresh(build_cnn, 0), self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)

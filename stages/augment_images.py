@@ -2,9 +2,9 @@
 
 from lib.augmentation import augment
 from lib.copies import save_copies
-from lib.errors import run_stage
-from lib.idx import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.params import leaves, load_params
+from lib.stage.process import run_stage
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.errors import run_stage
-from lib.files import write_tensors
+from lib.stage.files import write_tensors
+from lib.stage.process import run_stage
 
 IMAGES = [
     [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [1, 3, 4, 5]],

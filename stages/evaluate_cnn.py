@@ -3,28 +3,25 @@
 The only stage that reads the test split. Usage: python stages/evaluate_cnn.py original|augmented
 """
 
-from pathlib import Path
-
 from lib import evaluation
-from lib.arguments import images_argument
-from lib.errors import run_stage
-from lib.files import sha256_of, write_csv, write_json
-from lib.idx import TEST_IMAGES, TEST_LABELS, read_idx
+from lib.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
 from lib.inference import loss_and_accuracy, predict, to_device
-from lib.models import build_cnn, load_weights
-from lib.outbox import Outbox
+from lib.models.cnns import build_cnn, load_weights
+from lib.models.device import prepare_torch
 from lib.params import load_params
-from lib.runtime import prepare_torch
+from lib.reporting.outbox import Outbox
+from lib.stage.files import sha256_of, write_csv, write_json
+from lib.stage.process import run_stage
+from lib.trainings import named_cnn
 
 
 def main() -> None:
-    name = images_argument()
+    training = named_cnn()
     params = load_params("evaluate_cnn").evaluate_cnn
     outbox = Outbox()
     device = prepare_torch(params.device, params.threads, params.numerics)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
-    weights = Path(f"models/cnn_{name}.safetensors")
-    model = to_device(load_weights(build_cnn(), weights), device)
+    model = to_device(load_weights(build_cnn(), training.weights), device)
 
     logits = predict(model, images, device)
     predictions = logits.argmax(1).numpy()
@@ -46,12 +43,13 @@ def main() -> None:
         "surest": evaluation.mistakes(images, labels, logits, params.mistakes),
     }
 
-    stem = f"metrics/evaluate_cnn/{name}"
-    paths = [Path(stem + end) for end in (".json", "_mistakes.json", "_per_class.csv", "_confusion.csv")]
+    results = training.evaluation_results
+    ends = (".json", "_mistakes.json", "_per_class.csv", "_confusion.csv")
+    paths = [results.with_name(results.name + end) for end in ends]
     metrics = write_json(paths[0], metrics | moved) | write_json(paths[1], mistakes)
     write_csv(paths[2], evaluation.per_class(labels, predictions))
     write_csv(paths[3], evaluation.confusion(labels, predictions))
-    outbox.report("evaluate_cnn", f"train_cnn@{name}", sha256_of(weights), metrics, paths)
+    outbox.report("evaluate_cnn", training, sha256_of(training.weights), metrics, paths)
     outbox.close()
 
 

@@ -1,9 +1,9 @@
 """Fetch Fashion-MNIST: four verified IDX files in data/FashionMNIST/raw/."""
 
-from lib.errors import run_stage
-from lib.idx import RAW_DIR
+from lib.fashion_mnist import RAW_DIR
 from lib.params import load_params
-from lib.sources import fetch
+from lib.sources.fetch import fetch
+from lib.stage.process import run_stage
 
 
 def main() -> None:

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from lib.errors import run_stage
-from lib.files import read_tensors, sha256_of, write_csv, write_json
-from lib.lineage import digest, result_key
-from lib.models import TOY_SHAPE, save_weights, summarize
-from lib.outbox import training
+from lib.models.cnns import TOY_SHAPE, save_weights, summarize
+from lib.models.device import prepare_torch
 from lib.params import leaves, load_params
-from lib.runtime import prepare_torch
+from lib.reporting.outbox import open_run
+from lib.reporting.provenance import digest, result_key
+from lib.stage.files import read_tensors, write_csv, write_json
+from lib.stage.process import run_stage
 from lib.toy import is_relu_dead, outputs, train_toy
+from lib.trainings import TOY
 
 TENSORS = Path("data/toy.safetensors")
-WEIGHTS = Path("models/toy_cnn.safetensors")
 
 
 def main() -> None:
@@ -22,9 +22,9 @@ def main() -> None:
     images, labels = toy["images"], toy["labels"]
 
     settings, data_digest = leaves(params), digest(images, labels)
-    key = result_key("train_toy_cnn", settings, data_digest)
-    with training("train_toy_cnn", settings, key) as run:
-        run.log_dataset("toy", data_digest, TENSORS, {"train_images": len(images)})
+    key = result_key(TOY.stage, settings, data_digest)
+    with open_run(TOY, settings, key) as run:
+        run.log_dataset(TOY.images, data_digest, TENSORS, {"train_images": len(images)})
         model, losses = train_toy(
             images,
             labels,
@@ -43,19 +43,16 @@ def main() -> None:
         if metrics["dead_relu"]:
             print(
                 "dead ReLU: the convolution gives no positive value for either image, so no gradient "
-                "reaches it and both outputs stay at 0.5; another train_toy_cnn.seed starts elsewhere"
+                "reaches it and both outputs stay at 0.5; try another train_toy_cnn.seed"
             )
         print(f"outputs {probabilities[0]:.6f} and {probabilities[1]:.6f} for labels 0 and 1")
 
-        save_weights(model, WEIGHTS)
-        run.log_epochs(write_csv(Path("metrics/train_toy_cnn.csv"), rows))
+        weights_sha256 = save_weights(model, TOY.weights)
+        run.log_epochs(write_csv(TOY.curve, rows))
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
-        weights_sha256 = sha256_of(WEIGHTS)
-        written = write_json(
-            Path("metrics/train_toy_cnn.json"), metrics | {"weights_sha256": [weights_sha256]}
-        )
+        written = write_json(TOY.metrics, metrics | {"weights_sha256": [weights_sha256]})
         run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # that is a curve
-        run.log_model(WEIGHTS, weights_sha256, summarize(model, TOY_SHAPE), images)
+        run.log_model(TOY.weights, weights_sha256, summarize(model, TOY_SHAPE), images)
 
 
 if __name__ == "__main__":

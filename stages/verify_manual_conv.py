@@ -6,19 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.errors import StageError, run_stage
-from lib.files import read_tensors, sha256_of, write_json, write_text
-from lib.idx import TRAIN_IMAGES, read_idx
-from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, load_weights
-from lib.outbox import Outbox
+from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers
+from lib.by_hand.walkthrough import parameters_table, weights_table, write_out
+from lib.fashion_mnist import TRAIN_IMAGES, read_idx
+from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, input_array, load_weights
+from lib.models.device import prepare_torch
 from lib.params import load_params
-from lib.runtime import prepare_torch
-from lib.verification import compare_counts, compare_gradients, compare_layers
-from lib.walkthrough import parameters_table, weights_table, write_out
+from lib.reporting.outbox import Outbox
+from lib.stage.errors import StageError
+from lib.stage.files import read_tensors, sha256_of, write_json, write_text
+from lib.stage.process import run_stage
+from lib.trainings import TOY
 
-WEIGHTS = Path("models/toy_cnn.safetensors")
-METRICS = Path("metrics/verify_manual_conv.json")
-WALKTHROUGH = Path("metrics/verify_manual_conv.md")
+METRICS = TOY.evaluation_results.with_suffix(".json")
+WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 
 
 def main() -> None:
@@ -26,9 +27,9 @@ def main() -> None:
     outbox = Outbox()
     prepare_torch("cpu", threads=1)  # one order of summation on every machine
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
-    toy_model = load_weights(build_toy_cnn(), WEIGHTS)
+    toy_model = load_weights(build_toy_cnn(), TOY.weights)
     cnn = fresh(build_cnn, params.seed)
-    images = read_idx(TRAIN_IMAGES)[: params.images, None].astype(np.float32) / 255  # (n, 1, 28, 28)
+    images = input_array(read_idx(TRAIN_IMAGES)[: params.images])  # (n, 1, 28, 28)
 
     toy_rows = [compare_layers(toy_model, image[None]) for image in toy["images"]]
     cnn_rows = compare_layers(cnn, images)
@@ -46,7 +47,7 @@ def main() -> None:
     metrics = {name: error for name, (error, _) in errors.items()} | totals
     metrics = write_json(METRICS, metrics)
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
-    outbox.report("verify_manual_conv", "train_toy_cnn", sha256_of(WEIGHTS), metrics, [METRICS, WALKTHROUGH])
+    outbox.report("verify_manual_conv", TOY, sha256_of(TOY.weights), metrics, [METRICS, WALKTHROUGH])
     outbox.close()
 
 

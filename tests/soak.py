@@ -12,15 +12,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "stages")]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "helpers"), str(HERE.parent / "stages"), str(HERE.parent)]
 
 import crash
 import experiments
 import mutations
 import syncing
-from conftest import copy_of_project, git
 from first_run import FirstRun
 from pipeline import SMALL, dvc, outputs, run_queued, set_params, tracked_runs
+from project import copy_of_project, git
 from recovery import Trial, contents, kill_stage, lock_entries
 from servers import lose_server
 

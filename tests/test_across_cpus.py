@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
 from pipeline import environment
+from project import ROOT
+
+pytestmark = pytest.mark.slow
 
 QEMU = shutil.which("qemu-x86_64")
 PARTS = ("toy", "augmentation", "cnn")
@@ -29,9 +32,14 @@ needs_avx2 = pytest.mark.skipif(
 
 def fingerprint(*parts: str, numerics: str = "portable", cpu: str | None = None, **more: str) -> dict:
     emulator = [QEMU, "-cpu", cpu] if cpu else []
-    command = [*emulator, sys.executable, str(ROOT / "tests/fingerprint.py"), numerics, *parts]
+    command = [*emulator, sys.executable, str(ROOT / "tests/helpers/fingerprint.py"), numerics, *parts]
     done = subprocess.run(
-        command, cwd=ROOT / "tests", env=environment(**more), capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT / "tests/helpers",
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -81,7 +89,7 @@ def test_an_emulated_cpu_gives_the_same_bytes(here, cpu):
 @needs_qemu
 def test_a_cpu_without_avx2_is_named_in_a_line():
     code = (
-        "import lib; from lib.runtime import prepare_torch; prepare_torch('cpu', 2);"
+        "import lib; from lib.models.device import prepare_torch; prepare_torch('cpu', 2);"
         "import torch; print(torch.ones(64).exp().sum().item())"
     )
     command = [QEMU, "-cpu", "Nehalem", sys.executable, "-c", code]

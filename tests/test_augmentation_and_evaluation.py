@@ -9,15 +9,15 @@ from typing import ClassVar
 import cv2
 import numpy as np
 import pytest
-import small_stages
 import torch
-from conftest import STAGES
 from torch import nn
 from tqdm import tqdm
 
+import small_stages
 from lib import augmentation, evaluation
-from lib.idx import CLASSES
-from lib.repairs import import_imgaug_augmenters
+from lib.augmentation import imgaug_augmenters
+from lib.fashion_mnist import CLASSES
+from project import STAGES
 
 SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
 
@@ -87,7 +87,7 @@ def test_there_is_a_worker_for_each_core_unless_asked_otherwise(images, monkeypa
 
 def test_numpy_gets_what_imgaug_reads_and_keeps_what_it_has(monkeypatch):
     monkeypatch.delattr(np, "sctypes", raising=False)
-    assert import_imgaug_augmenters().__name__ == "imgaug.augmenters"
+    assert imgaug_augmenters().__name__ == "imgaug.augmenters"
     assert {kind: [np.dtype(t).name for t in types] for kind, types in np.sctypes.items()} == {
         "int": ["int8", "int16", "int32", "int64"],
         "uint": ["uint8", "uint16", "uint32", "uint64"],
@@ -97,7 +97,7 @@ def test_numpy_gets_what_imgaug_reads_and_keeps_what_it_has(monkeypatch):
     }
     has = object()
     monkeypatch.setattr(np, "sctypes", has)
-    import_imgaug_augmenters()
+    imgaug_augmenters()
     assert np.sctypes is has
 
 

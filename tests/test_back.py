@@ -11,33 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import copy_of_project, git
+
 from crash import Started, kill, stage_processes, wait_for_text, wait_until_gone
-from pipeline import SMALL, dvc, environment, ran, set_params, tool, try_tool
+from pipeline import dvc, environment, ran, set_params, tool, try_tool
+from project import git
+
+pytestmark = pytest.mark.slow
 
 WEIGHTS = Path("models/toy_cnn.safetensors")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The project after its first run, with the results committed."""
-    folder = copy_of_project(tmp_path_factory.mktemp("back") / "project")
-    definition = yaml.safe_load((folder / "dvc.yaml").read_text())
-    kept = {name: definition["stages"][name] for name in ("build_toy_tensors", "train_toy_cnn")}
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": kept}))
-    (folder / "dvc.lock").unlink()
-    shutil.rmtree(folder / "metrics")
-    set_params(folder, SMALL)
-    dvc(folder, "repro")
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", "results")
-    return folder
-
-
-@pytest.fixture
-def project(finished, tmp_path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 
 def changes(project: Path) -> str:
@@ -99,7 +80,7 @@ def test_back_from_an_experiment_that_was_killed(finished, project, training):
 
 
 def test_no_way_back_while_dvc_is_at_work(project, training):
-    assert "-S train_toy_cnn.epochs=99999` is at work here" in refused(project)
+    assert "-S train_toy_cnn.epochs=99999` is running here" in refused(project)
     assert yaml.safe_load((project / "params.yaml").read_text())["train_toy_cnn"]["epochs"] == 99999
 
 
@@ -144,12 +125,12 @@ def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
     assert (branch(project), changes(project)) == (name, "")
     assert not (project / ".git/refs/exps/stash").exists()
     command = f"git restore --source={ref} -- 'my notes.txt'"
-    assert told.splitlines()[-1] == f"git keeps changes that your files lack: {command}"
+    assert told.splitlines()[-1] == f"git has changes that your files lack; to restore them: {command}"
     git(project, *shlex.split(command)[1:])
     assert notes.read_text() == "not committed"
-    assert "git keeps" not in tool(project, "back")
+    assert "git has changes" not in tool(project, "back")
     git(project, "commit", "--quiet", "--all", "--message", "three")
-    assert "git keeps" not in tool(project, "back")
+    assert "git has changes" not in tool(project, "back")
 
 
 def test_a_commit_that_the_user_went_to_stays(project):
@@ -174,7 +155,7 @@ def test_back_to_a_lock_of_another_machine_trains_nothing_and_deletes_nothing(pr
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     dvc(project, "repro")
     told = tool(project, "back")
-    assert "not in the cache, so not of this machine: models/toy_cnn.safetensors" in told
+    assert "not in DVC's cache, so made on another machine: models/toy_cnn.safetensors" in told
     assert ran(told) == []
     assert (project / WEIGHTS).read_bytes() == weights
     assert changes(project) == " M dvc.lock\n"  # names this machine's own weights

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
-import mutations
 import pytest
-from conftest import ROOT
+
+import mutations
+from project import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mutate", [mutations.params, mutations.idx, mutations.weights])

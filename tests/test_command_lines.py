@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+
+from project import ROOT
 
 ODD = 'it\'s "$(touch ran)" `touch ran` & ;x'
 

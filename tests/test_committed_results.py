@@ -12,68 +12,15 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, code_deps, copy_of_project, stage_definitions
 from dvc.repo import Repo
 
-from lib.params import Params, leaves, parse_params
+from lib.trainings import CNNS
+from project import ROOT, SCRIPTS, code_deps, copy_of_project, git, sections_read
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # DVC's dependencies warn about themselves
-
-LEAVES = [
-    f"{name}.{leaf}" for name, field in Params.model_fields.items() for leaf in field.annotation.model_fields
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # DVC's dependencies warn about themselves
 ]
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*.py"))
-TWICE = ("train_cnn", "evaluate_cnn")
-
-# Which stages a section of params.yaml reruns by itself; what depends on their outputs follows.
-SECTIONS = {
-    "fetch": ["fetch_fashion_mnist"],
-    "split": ["train_cnn"],
-    "augment_images": ["augment_images"],
-    "train_toy_cnn": ["train_toy_cnn"],
-    "verify_manual_conv": ["verify_manual_conv"],
-    "train_cnn": ["train_cnn"],
-    "evaluate_cnn": ["evaluate_cnn"],
-    "plot_results": ["plot_results"],
-}
-
-ALL = list(stage_definitions())
-LOGGING = ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn", "plot_results"]
-TORCH = ["train_toy_cnn", "verify_manual_conv", "train_cnn", "evaluate_cnn"]
-IMAGES = ["train_cnn", "evaluate_cnn"]
-PARAMS = [name for name in ALL if name != "build_toy_tensors"]
-# Which stages each file of stages/lib/ reruns by itself.
-LIBRARY = {
-    "__init__": ALL,
-    "arguments": [*IMAGES, "plot_results"],
-    "augmentation": ["augment_images"],
-    "checkpoints": ["train_cnn"],
-    "copies": ["augment_images", "train_cnn", "plot_results"],
-    "cuda_graph": ["train_cnn"],
-    "errors": ALL,
-    "evaluation": ["evaluate_cnn"],
-    "figures": ["plot_results"],
-    "files": ALL,
-    "idx": ["fetch_fashion_mnist", "augment_images", "verify_manual_conv", *IMAGES, "plot_results"],
-    "inference": IMAGES,
-    "lineage": LOGGING,
-    "manual_conv": ["verify_manual_conv"],
-    "models": TORCH,
-    "outbox": LOGGING,
-    "params": PARAMS,
-    "params_faults": PARAMS,
-    "process": ALL,
-    "repairs": ["augment_images"],
-    "results": ["plot_results"],
-    "runtime": ["augment_images", *TORCH],
-    "source_kinds": ["fetch_fashion_mnist"],
-    "sources": ["fetch_fashion_mnist"],
-    "splits": ["train_cnn"],
-    "toy": ["train_toy_cnn"],
-    "training": ["train_cnn"],
-    "verification": ["verify_manual_conv"],
-    "walkthrough": ["verify_manual_conv"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +47,6 @@ def changed(project) -> dict[str, set[str]]:
         if items:
             found[stage.rpartition(":")[2]] = items  # named by its dvc.yaml, where that is elsewhere
     return found
-
-
-@pytest.fixture(scope="module")
-def stale(project):
-    """What is changed before a test changes anything: nothing, unless dvc.lock is behind."""
-    return changed(project)
-
-
-def with_change(stale: dict[str, set[str]], stages: list[str], item: str) -> dict[str, set[str]]:
-    names = [f"{name}@{images}" for name in stages if name in TWICE for images in ("original", "augmented")]
-    names += [name for name in stages if name not in TWICE]
-    return stale | {name: {item} | stale.get(name, set()) for name in names}
 
 
 @pytest.mark.committed
@@ -165,45 +100,34 @@ def test_the_committed_results_are_the_run_of_their_seed(images):
         assert {name: run[name] for name in metrics} == {name: str(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_a_changed_param_reruns_the_stages_that_read_it(project, stale, leaf):
+def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
+    """Every file and every value is changed at once: each stage names those that are its own."""
+    for path in (project / "stages").rglob("*.py"):
+        path.write_text(path.read_text() + "\n# changed\n")
     path = project / "params.yaml"
-    before = path.read_text()
-    params = yaml.safe_load(before)
-    section, name = leaf.split(".")
-    value = params[section][name]
-    params[section][name] = [*value, "more"] if isinstance(value, list) else f"{value}x"
-    path.write_text(yaml.safe_dump(params))
+    params = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({name: dict.fromkeys(params[name], "changed") for name in params}))
     found = changed(project)
-    path.write_text(before)
-    assert found == with_change(stale, SECTIONS[section], leaf)
+    git(project, "restore", ".")
+    instances = {name: [name] for name in SCRIPTS}
+    instances |= {name: [f"{name}@{images}" for images in CNNS] for name in ("train_cnn", "evaluate_cnn")}
+    own = {name: code_deps(name) | set(sections_read(name)) for name in SCRIPTS}
+    assert found == {instance: own[name] for name in SCRIPTS for instance in instances[name]}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_changed_file_reruns_the_stages_that_import_it(project, stale, file):
-    path = project / file
-    before = path.read_text()
-    path.write_text(before + "\n# changed\n")
-    name = path.stem
-    found = changed(project)
-    path.write_text(before)
-    stages = LIBRARY[name] if path.parent.name == "lib" else [name]
-    assert found == with_change(stale, stages, file)
-
-
-def test_the_tables_name_every_section_and_file():
-    assert list(SECTIONS) == list(Params.model_fields)
-    assert sorted(LIBRARY) == sorted(path.stem for path in (ROOT / "stages/lib").glob("*.py"))
-    for stage in ALL:
-        used = {
-            path.split("/")[-1][:-3] for path in code_deps(ROOT / f"stages/{stage}.py") if "/lib/" in path
-        }
-        assert used == {name for name, stages in LIBRARY.items() if stage in stages}, stage
-
-
-def test_every_leaf_of_the_file_is_in_the_models():
-    with_values = parse_params(ROOT / "params.yaml")
-    assert sorted(leaves(with_values)) == sorted(LEAVES)
+def test_nothing_else_reruns_a_stage(project):
+    """The sender, the schema, the tools, and what an editor or Python leaves beside the code."""
+    before = changed(project)
+    files = [path for folder in ("tracking", "tools") for path in (project / folder).glob("*.py")]
+    for path in [*files, project / "params_schema.py"]:
+        path.write_text(path.read_text() + "\n# changed\n")
+    for name in ("stage/.files.py.swp", "training/__pycache__/loop.cpython-311.pyc", "models/notes.txt"):
+        path = project / "stages/lib" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("left behind")
+    assert changed(project) == before
+    git(project, "restore", ".")
+    git(project, "clean", "--force", "-d", "-x", "--quiet", "stages")
 
 
 def test_a_lock_file_in_conflict_is_left_to_a_person(project):

@@ -5,8 +5,9 @@ import pytest
 from torchvision import datasets
 
 from lib.copies import load_copies, save_copies
-from lib.errors import StageError
-from lib.files import (
+from lib.fashion_mnist import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
+from lib.stage.errors import StageError
+from lib.stage.files import (
     pixels_from_text,
     pixels_to_text,
     read_json,
@@ -20,8 +21,7 @@ from lib.files import (
     write_tensors,
     write_text,
 )
-from lib.idx import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
-from lib.splits import split_indices
+from lib.training.data import split_indices
 
 SMALL = IdxFile("small-idx3-ubyte", (3, 2, 2), "unused")
 CONTENT = SMALL.header + bytes(range(12))
@@ -95,7 +95,7 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": np.zeros(4, np.float32)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StageError, match=r"x\.safetensors: not a whole safetensors file"):
+    with pytest.raises(StageError, match=r"x\.safetensors: damaged, or no safetensors file"):
         read_tensors(path)
 
 

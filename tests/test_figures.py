@@ -6,13 +6,13 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import STAGES
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from pipeline import environment
 
 from lib import figures
-from lib.idx import CLASSES
+from lib.fashion_mnist import CLASSES
+from pipeline import environment
+from project import STAGES
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}
 

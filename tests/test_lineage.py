@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, git
-from tracking.store import connect
 
-from lib.lineage import git_diff, git_tags
-from lib.outbox import Outbox, training
+from lib.reporting.outbox import Outbox, open_run
+from lib.reporting.provenance import git_diff, git_tags
+from lib.trainings import TOY
+from project import ROOT, git
+from tracking.store import connect
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow warns about itself
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+]
 
 
 @pytest.fixture
@@ -51,10 +55,10 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
     repository, monkeypatch, capsys
 ):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    with training("train_toy_cnn", {}, "12" * 32):
+    with open_run(TOY, {}, "12" * 32):
         pass
     line, _ = capsys.readouterr().out.splitlines()  # the second is the sender's
-    assert line.startswith("the run does not record its commit: git rev-parse: ")
+    assert line.startswith("the run records no commit: git rev-parse: ")
     assert f"git config --global --add safe.directory {repository}" in line
     client, experiment_id = connect()
     [run] = client.search_runs([experiment_id])
@@ -74,13 +78,13 @@ def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoi
     spoil(workspace)
     assert git_tags() == {}
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"the run does not record its commit: {words}")
+    assert line.startswith(f"the run records no commit: {words}")
 
 
 def test_a_damaged_index_is_not_a_clean_tree(repository, capsys):
     (repository / ".git/index").write_bytes(b"damaged")
     assert git_tags() == {}
-    assert "the run does not record its commit: git status: fatal: " in capsys.readouterr().out
+    assert "the run records no commit: git status: fatal: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("made_by", ["training", "stand-in"])
@@ -89,17 +93,15 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"})
+        patch.setattr("lib.reporting.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"})
         if made_by == "training":
-            with training("train_toy_cnn", {}, "12" * 32):
+            with open_run(TOY, {}, "12" * 32):
                 pass
         else:
             outbox = Outbox()
-            outbox.report("evaluate_cnn", "train_toy_cnn", "ab" * 32, {}, [])
+            outbox.report("evaluate_cnn", TOY, "ab" * 32, {}, [])
             outbox.close()
-    assert (
-        "the run does not record the uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
-    )
+    assert "the run records no uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     assert "uncommitted.diff" not in run_artifacts()
     command = [sys.executable, str(ROOT / "tools/trace.py"), "ab" * 32, "--json"]
     if made_by == "stand-in":
@@ -133,16 +135,18 @@ def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
     from sync import record_experiments
 
     record_experiments(None, "1")
-    assert capsys.readouterr().out.startswith("sync: no experiments looked for: git for-each-ref: fatal: not")
+    assert capsys.readouterr().out.startswith(
+        "sync: did not look for experiments: git for-each-ref: fatal: not"
+    )
 
 
 def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repository):
-    from sync import _committed
+    from history import file_at
 
-    assert _committed("HEAD", "code.py") == b"one\n"
-    assert _committed("HEAD", Path("absent")) is None
+    assert file_at("HEAD", "code.py") == b"one\n"
+    assert file_at("HEAD", Path("absent")) is None
     with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):
-        _committed("refs/exps/gone", "code.py")
+        file_at("refs/exps/gone", "code.py")
 
 
 def test_the_summary_says_why_it_compares_nothing(repository, capsys):

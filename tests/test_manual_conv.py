@@ -5,45 +5,45 @@ import pytest
 import torch
 from torch import nn
 
-from lib import manual_conv, verification
-from lib.models import build_cnn, build_toy_cnn, fresh
-from lib.verification import compare_counts, compare_gradients, compare_layers
+from lib.by_hand import comparison, layers
+from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers
+from lib.models.cnns import build_cnn, build_toy_cnn, fresh
 
 ONES = np.ones((1, 1, 3, 3))
 
 
 def test_ones_over_padded_ones_count_their_neighbours():
     padded = np.pad(np.ones((1, 1, 5, 5)), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    counts = manual_conv.conv2d(padded, ONES, np.zeros(1))[0, 0]
+    counts = layers.conv2d(padded, ONES, np.zeros(1))[0, 0]
     assert counts.tolist() == [[4, 6, 6, 6, 4], *([[6, 9, 9, 9, 6]] * 3), [4, 6, 6, 6, 4]]
 
 
 def test_bias_is_added_once_and_channels_are_summed():
     images = np.stack([np.full((3, 3), 1.0), np.full((3, 3), 10.0)])[None]  # (1, 2, 3, 3)
-    assert manual_conv.conv2d(images, np.ones((1, 2, 3, 3)), np.array([0.5])).item() == 9 + 90 + 0.5
+    assert layers.conv2d(images, np.ones((1, 2, 3, 3)), np.array([0.5])).item() == 9 + 90 + 0.5
 
 
 def test_a_kernel_meets_each_patch_in_place():
     images = np.arange(12.0).reshape(1, 1, 3, 4)
     kernel = np.array([[[[1.0, 0, 0], [0, 0, 10.0]]]])  # 2×3: its corners tell rows from columns
     by_hand = [[0 + 60 + 2, 1 + 70 + 2], [4 + 100 + 2, 5 + 110 + 2]]
-    assert manual_conv.conv2d(images, kernel, np.array([2.0]))[0, 0].tolist() == by_hand
+    assert layers.conv2d(images, kernel, np.array([2.0]))[0, 0].tolist() == by_hand
 
 
 def test_pooling_takes_the_largest_and_drops_the_border():
     images = np.arange(25.0).reshape(1, 1, 5, 5)
-    assert manual_conv.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
+    assert layers.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
 
 
 def test_linear_relu_and_sigmoid_in_the_head():
-    assert manual_conv.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([5.0])).item() == 16
-    assert manual_conv.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
-    assert manual_conv.sigmoid(np.zeros(1)).item() == 0.5
+    assert layers.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([5.0])).item() == 16
+    assert layers.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
+    assert layers.sigmoid(np.zeros(1)).item() == 0.5
 
 
 def test_gradients_in_the_head():
     images = np.arange(9.0).reshape(1, 1, 3, 3)
-    by_image, by_kernel, by_bias = manual_conv.conv2d_gradients(images, 2 * ONES, np.full((1, 1, 1, 1), 3.0))
+    by_image, by_kernel, by_bias = layers.conv2d_gradients(images, 2 * ONES, np.full((1, 1, 1, 1), 3.0))
     assert by_image.tolist() == (6 * ONES).tolist()
     assert by_kernel.tolist() == (3 * images).tolist()
     assert by_bias.tolist() == [3]
@@ -62,8 +62,8 @@ def test_random_layers_and_gradients_agree_with_torch():
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_wrong_layer_shows(number, monkeypatch):
     wrong = {0: "conv2d", 1: "max_pool2d"}[number]
-    right = getattr(manual_conv, wrong)
-    monkeypatch.setattr(manual_conv, wrong, lambda *args: right(*args) + 0.01)
+    right = getattr(layers, wrong)
+    monkeypatch.setattr(layers, wrong, lambda *args: right(*args) + 0.01)
     rows = compare_layers(fresh(build_toy_cnn, 0), np.ones((1, 1, 4, 4), np.float32))
     assert rows[number]["error"] > 0.009
     assert all(row["error"] < 1e-5 for row in rows[:number])
@@ -75,14 +75,14 @@ def test_an_error_is_the_largest_one_and_carries_on(monkeypatch):
         for layer, weight, bias in ((0, 1.0, 0.0), (4, 2.0, -18.0)):
             model[layer].weight.fill_(weight)
             model[layer].bias.fill_(bias)
-    right = manual_conv.conv2d
+    right = layers.conv2d
 
     def wrong(*args):
         result = right(*args)  # 9 in all four places
         result[0, 0, 0, 0] += 0.5
         return result
 
-    monkeypatch.setattr(manual_conv, "conv2d", wrong)
+    monkeypatch.setattr(layers, "conv2d", wrong)
     rows = compare_layers(model, np.ones((1, 1, 4, 4), np.float32))
     assert [row["layer"] for row in rows] == [
         "Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4", "Linear-5", "Sigmoid-6",
@@ -98,7 +98,7 @@ def test_an_error_is_the_largest_one_and_carries_on(monkeypatch):
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_a_wrong_gradient_shows_with_its_size(monkeypatch, which, value):
-    right = manual_conv.conv2d_gradients
+    right = layers.conv2d_gradients
 
     def wrong(*args):
         gradients = right(*args)
@@ -108,7 +108,7 @@ def test_a_wrong_gradient_shows_with_its_size(monkeypatch, which, value):
     rng = np.random.default_rng(0)
     images, layer = rng.standard_normal((2, 3, 5, 5), np.float32), nn.Conv2d(3, 2, 3)
     assert compare_gradients(layer, images, rng) < 1e-4
-    monkeypatch.setattr(manual_conv, "conv2d_gradients", wrong)
+    monkeypatch.setattr(layers, "conv2d_gradients", wrong)
     assert compare_gradients(layer, images, rng) == pytest.approx(value, abs=1e-4, nan_ok=True)
 
 
@@ -128,6 +128,6 @@ def test_counts_are_compared_layer_by_layer():
 
 
 def test_a_layer_that_the_summary_lacks_is_an_error(monkeypatch):
-    monkeypatch.setattr(verification, "counts_by_summary", lambda table: [10, 0, 0])
+    monkeypatch.setattr(comparison, "counts_by_summary", lambda table: [10, 0, 0])
     with pytest.raises(ValueError, match="shorter"):
         compare_counts(build_toy_cnn(), (1, 4, 4))

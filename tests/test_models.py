@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from lib import inference
-from lib.errors import StageError
-from lib.inference import loss_and_accuracy, predict, to_device, to_input
-from lib.models import (
+from lib.by_hand.comparison import counts_by_formula, counts_by_summary
+from lib.inference import loss_and_accuracy, predict, to_device
+from lib.models.cnns import (
     CNN_SHAPE,
     TOY_SHAPE,
     build_cnn,
     build_toy_cnn,
-    counts_by_formula,
-    counts_by_summary,
     fresh,
     load_weights,
     save_weights,
     summarize,
+    to_input,
 )
+from lib.stage.errors import StageError
 from lib.toy import is_relu_dead, outputs, train_toy
 
 

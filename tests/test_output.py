@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES
+
+from project import ROOT, STAGES
+
+pytestmark = pytest.mark.slow
 
 # A stage that prints more than a pipe holds, shows a bar, works, and prints again.
 STAGE = f"""
@@ -15,7 +18,8 @@ import os, sys
 sys.path.insert(0, {str(STAGES)!r})
 from pathlib import Path
 from tqdm import tqdm
-from lib.errors import StageError, run_stage
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
 
 def main():
     for line in tqdm(range(5000), mininterval=0):
@@ -90,7 +94,7 @@ def test_a_lock_is_mended_though_nobody_reads_of_it(workspace):
 
 def test_a_line_is_there_as_soon_as_it_is_printed_into_a_pipe_too(workspace):
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from lib.errors import run_stage;"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from lib.stage.process import run_stage;"
         "run_stage(lambda: (print('at once'), time.sleep(20)))"
     )
     command, buffered = [sys.executable, "-c", code, STAGES], {**os.environ, "PYTHONUNBUFFERED": ""}

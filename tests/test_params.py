@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from dvc.utils.serialize import load_yaml
-from small_stages import PARAMS
 
-from lib.errors import StageError
 from lib.params import leaves, load_params
+from lib.stage.errors import StageError
+from project import ROOT
+from small_stages import PARAMS
 
 GOOD = yaml.safe_load(yaml.safe_dump(PARAMS))
 GOOD["split"] |= {"val_size": 5000, "train_size": None}

@@ -11,12 +11,15 @@ import sys
 import psutil
 import pytest
 import torch
-from conftest import STAGES
 
-from lib import errors, process, runtime
-from lib.arguments import images_argument
-from lib.errors import Output, StageError, run_stage
-from lib.runtime import prepare_torch, usable_cores
+from lib.augmentation import usable_cores
+from lib.models import device
+from lib.models.device import prepare_torch
+from lib.stage import process
+from lib.stage.errors import StageError
+from lib.stage.process import Output, run_stage
+from lib.trainings import named_cnn
+from project import STAGES
 
 
 class Left(Exception):
@@ -33,8 +36,8 @@ def code_of(monkeypatch, capfd):
     def run(main) -> int:
         for name in ("stdout", "stderr"):  # the stage replaces both
             monkeypatch.setattr(sys, name, getattr(sys, name))
-        monkeypatch.setattr(errors.os, "_exit", leave)
-        monkeypatch.setattr(errors.atexit, "_run_exitfuncs", lambda: print("exit functions"))
+        monkeypatch.setattr(process.os, "_exit", leave)
+        monkeypatch.setattr(process.atexit, "_run_exitfuncs", lambda: print("exit functions"))
         before = signal.getsignal(signal.SIGTERM)
         try:
             with pytest.raises(Left) as raised:
@@ -100,11 +103,11 @@ def test_an_output_that_nobody_reads_is_no_fault():
 
 
 def test_a_line_is_there_at_once_and_any_character_can_be_written(tmp_path):
-    with (tmp_path / "out").open("w", encoding="ascii") as file, errors._for_work(file) as stream:
+    with (tmp_path / "out").open("w", encoding="ascii") as file, process._for_work(file) as stream:
         stream.write("4×4\n")
         assert (tmp_path / "out").read_text() == "4\\xd74\n"
         assert stream.encoding == "ascii"
-    with errors._for_work(None) as nowhere:
+    with process._for_work(None) as nowhere:
         nowhere.write("×\n")
         assert nowhere.buffer.raw.name == os.devnull
 
@@ -117,7 +120,7 @@ def test_a_bug_keeps_its_traceback(code_of):
 @pytest.mark.parametrize("images", ["original", "augmented"])
 def test_the_argument_says_which_images(monkeypatch, images):
     monkeypatch.setattr(sys, "argv", ["train_cnn.py", images])
-    assert images_argument() == images
+    assert named_cnn().images == images
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_the_argument_says_which_images(monkeypatch, images):
 def test_another_argument_is_named(monkeypatch, given, shown):
     monkeypatch.setattr(sys, "argv", ["train_cnn.py", *given])
     with pytest.raises(StageError) as raised:
-        images_argument()
+        named_cnn()
     assert str(raised.value) == f"argument is {shown}, expected one of original, augmented"
 
 
@@ -173,7 +176,7 @@ def test_elsewhere_nothing_is_asked(calls, monkeypatch):
 
 def test_a_process_ends_with_its_parent():
     child = (
-        "from lib.process import die_with_parent; import time\n"
+        "from lib.stage.process import die_with_parent; import time\n"
         "die_with_parent(); print('ready', flush=True); time.sleep(60)"
     )
     parent = (
@@ -230,16 +233,16 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5} if pid == 0 else {}, raising=False)
     assert usable_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: 6)
     assert usable_cores() == 6
-    monkeypatch.setattr(runtime.os, "cpu_count", lambda: None)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: None)
     assert usable_cores() == 1
 
 
 @pytest.mark.parametrize(("given", "held"), [([], True), (["portable"], True), (["native"], False)])
 def test_portable_numerics_are_asked_for_unless_native_ones_are(monkeypatch, given, held):
     asked = []
-    monkeypatch.setattr(runtime, "_hold_to_portable_code", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(device, "_hold_to_portable_code", lambda *arguments: asked.append(arguments))
     prepare_torch("cpu", 1, *given)
     assert asked == ([("cpu", torch)] if held else [])
 
@@ -252,9 +255,9 @@ def test_why_results_differ_from_other_machines(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda avx2=avx2: avx2)
-        monkeypatch.setattr(runtime.platform, "machine", lambda: "arm64")
-        assert {device: runtime.why_not_portable(device) for device in reasons} == reasons
-        assert runtime.why_not_portable() == reasons["auto"]
+        monkeypatch.setattr(device.platform, "machine", lambda: "arm64")
+        assert {name: device.why_not_portable(name) for name in reasons} == reasons
+        assert device.why_not_portable() == reasons["auto"]
 
 
 GPU = "portable numerics hold on CPUs, and this is a GPU"
@@ -262,21 +265,46 @@ NO_AVX2 = "portable numerics hold on x86-64 CPUs with AVX2, and this CPU (arm64)
 
 
 def test_a_machine_that_is_not_portable_is_told_and_left_alone(monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "why_not_portable", {"cpu": "it is odd"}.get)
+    monkeypatch.setattr(device, "why_not_portable", {"cpu": "it is odd"}.get)
     monkeypatch.setattr(os, "environ", {})
-    runtime._hold_to_portable_code("cpu", torch)
-    assert capsys.readouterr().out == "the last digits of results differ from other machines': it is odd\n"
+    device._hold_to_portable_code("cpu", torch)
+    assert (
+        capsys.readouterr().out
+        == "the last digits of results differ from those of other machines: it is odd\n"
+    )
     assert os.environ == {}
 
 
 def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "why_not_portable", lambda device: None)
+    monkeypatch.setattr(device, "why_not_portable", lambda device: None)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    runtime._hold_to_portable_code("cpu", torch)
+    device._hold_to_portable_code("cpu", torch)
     wanted = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
     assert os.environ == wanted
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with pytest.raises(RuntimeError, match=r"it uses AVX512, expected AVX2"):
-        runtime._hold_to_portable_code("cpu", torch)
+        device._hold_to_portable_code("cpu", torch)
+
+
+def test_the_environment_is_set_before_torch_computes():
+    """In a process of its own, with settings of a user's that must not reach it."""
+    code = (
+        "import lib, os, sys; assert 'torch' not in sys.modules\n"
+        "from lib.models.device import prepare_torch; prepare_torch('cpu', 2)\n"
+        "import psutil, torch\n"
+        "tensor = torch.ones(100, 1 << 20); full = psutil.Process().memory_info().rss\n"
+        "del tensor; kept = psutil.Process().memory_info().rss\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'),\n"
+        "      os.environ.get('OMP_NUM_THREADS'), torch.get_num_threads(), kept / full > 0.9)"
+    )
+    of_the_user = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "PYTHONPATH": str(STAGES)}
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | of_the_user,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    assert printed.split() == ["PASSIVE", "2000", "None", "2", "True"]

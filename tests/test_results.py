@@ -5,12 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import STAGES
 
 from lib import results
-from lib.errors import StageError
-from lib.files import pixels_to_text, read_json, write_csv, write_json
 from lib.results import INTEGER, NUMBER, one_of, read_rows, read_table, read_weights_sha256
+from lib.stage.errors import StageError
+from lib.stage.files import pixels_to_text, read_json, write_csv, write_json
+from project import STAGES
 
 CURVE = b"epoch,train_loss\n1,0.5\n2,nan\n"
 PIXELS = pixels_to_text(np.arange(784).reshape(28, 28))

@@ -14,9 +14,12 @@ from time import sleep  # the waiting between attempts is left out below
 
 import pytest
 
-from lib import source_kinds, sources
-from lib.errors import StageError
-from lib.idx import IdxFile
+from lib.fashion_mnist import IdxFile
+from lib.sources import fetch as fetching
+from lib.sources import kinds
+from lib.stage.errors import StageError
+
+pytestmark = pytest.mark.slow
 
 
 def idx(name: str, values: bytes) -> tuple[IdxFile, bytes]:
@@ -30,8 +33,8 @@ FIRST = next(iter(CONTENTS))
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch):
-    monkeypatch.setattr(sources, "FILES", tuple(CONTENTS))
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(fetching, "FILES", tuple(CONTENTS))
+    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
 
 
 @pytest.fixture
@@ -77,19 +80,19 @@ def assert_complete(target):
 
 
 def test_a_folder_of_compressed_files(good, target):
-    sources.fetch([str(good)], target)
+    fetching.fetch([str(good)], target)
     assert_complete(target)
 
 
 def test_a_folder_of_plain_files(tmp_path, target):
     for file, content in CONTENTS.items():
         (tmp_path / file.name).write_bytes(content)
-    sources.fetch([str(tmp_path)], target)
+    fetching.fetch([str(tmp_path)], target)
     assert_complete(target)
 
 
 def test_a_mirror_gives_the_same_bytes(good, target, serve):
-    sources.fetch([serve(good)], target)
+    fetching.fetch([serve(good)], target)
     assert_complete(target)
 
 
@@ -108,7 +111,7 @@ def test_a_damaged_file_is_named_and_the_next_source_is_tried(good, tmp_path, ta
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / f"{FIRST.name}.gz").write_bytes(gzip.compress(damage(CONTENTS[FIRST])))
-    sources.fetch([str(bad), str(good)], target)
+    fetching.fetch([str(bad), str(good)], target)
     assert_complete(target)
     printed = capsys.readouterr().out
     assert f"{bad}: {bad}/{FIRST.name}: {words}" in printed
@@ -118,7 +121,7 @@ def test_a_truncated_archive_and_something_that_is_none(good, tmp_path, target, 
     for name, content in (("cut", gzip.compress(CONTENTS[FIRST])[:-12]), ("none", b"<html>")):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{FIRST.name}.gz").write_bytes(content)
-    sources.fetch([str(tmp_path / "cut"), str(tmp_path / "none"), str(good)], target)
+    fetching.fetch([str(tmp_path / "cut"), str(tmp_path / "none"), str(good)], target)
     assert_complete(target)
     printed = capsys.readouterr().out
     assert "Compressed file ended" in printed
@@ -131,7 +134,7 @@ def test_files_that_are_there_are_verified_and_kept(good, target):
         (target / file.name).write_bytes(content)
     (target / FIRST.name).write_bytes(b"damaged")
     (good / f"{list(CONTENTS)[1].name}.gz").unlink()  # not needed
-    sources.fetch([str(good)], target)
+    fetching.fetch([str(good)], target)
     assert_complete(target)
 
 
@@ -147,7 +150,7 @@ def test_a_broken_connection_is_tried_again(good, target, serve):
                 return
             super().copyfile(source, outputfile)
 
-    sources.fetch([serve(good, BreaksOnce)], target)
+    fetching.fetch([serve(good, BreaksOnce)], target)
     assert_complete(target)
     assert BreaksOnce.broken
 
@@ -156,7 +159,7 @@ def test_when_all_fail_each_source_has_its_reason_and_nothing_is_left(tmp_path, 
     (tmp_path / "empty").mkdir()
     address = serve(tmp_path / "empty")
     with pytest.raises(StageError) as raised:
-        sources.fetch(
+        fetching.fetch(
             [str(tmp_path / "none"), address, "http://127.0.0.1:9", "apt:no-such-package-x"], target
         )
     message = str(raised.value)
@@ -172,21 +175,21 @@ def test_when_all_fail_each_source_has_its_reason_and_nothing_is_left(tmp_path, 
 def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_sources(good, target):
     target.write_text("in the way")
     with pytest.raises(OSError, match="exists"):
-        sources.fetch([str(good)], target)
+        fetching.fetch([str(good)], target)
 
 
 def test_a_full_disk_is_not_blamed_on_the_sources(good, target, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "_copy_verified", full)
+    monkeypatch.setattr(fetching, "_copy_verified", full)
     with pytest.raises(OSError, match="No space left"):
-        sources.fetch([str(good)], target)
+        fetching.fetch([str(good)], target)
 
 
 def test_complete_data_needs_no_source(good, target):
-    sources.fetch([str(good)], target)
-    sources.fetch(["/absent"], target)
+    fetching.fetch([str(good)], target)
+    fetching.fetch(["/absent"], target)
     assert_complete(target)
 
 
@@ -255,11 +258,11 @@ def endless(start, more):
 def test_a_source_without_an_end_is_given_up_and_the_next_is_tried(
     good, target, answer, capsys, monkeypatch, send, words
 ):
-    monkeypatch.setattr(sources, "SOURCE_SECONDS", 2)
-    monkeypatch.setattr(source_kinds, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(fetching, "SOURCE_SECONDS", 2)
+    monkeypatch.setattr(kinds, "READ_TIMEOUT", 0.5)
     address = answer(send)
     began = time.monotonic()
-    sources.fetch([address, str(good)], target)
+    fetching.fetch([address, str(good)], target)
     assert time.monotonic() - began < 10
     assert_complete(target)
     [line, _] = capsys.readouterr().out.splitlines()
@@ -274,9 +277,9 @@ def test_a_slow_mirror_may_take_longer_than_one_answer_may(good, target, serve, 
                 sleep(0.03)
                 outputfile.write(bytes([byte]))
 
-    monkeypatch.setattr(source_kinds, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(kinds, "READ_TIMEOUT", 0.5)
     began = time.monotonic()
-    sources.fetch([serve(good, Slow)], target)
+    fetching.fetch([serve(good, Slow)], target)
     assert time.monotonic() - began > 2
     assert_complete(target)
 
@@ -288,19 +291,19 @@ def test_a_redirect_is_followed_and_its_body_is_not_read(good, target, serve, an
     def send(connection):
         endless(REDIRECT % (address + b"/" + next(names) + b".gz"), bytes(10000))(connection)
 
-    sources.fetch([answer(send)], target)
+    fetching.fetch([answer(send)], target)
     assert_complete(target)
 
 
 def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "SOURCE_SECONDS", 3)
+    monkeypatch.setattr(fetching, "SOURCE_SECONDS", 3)
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe" / FIRST.name)  # nobody writes into it: to open it waits for ever
     (tmp_path / "zeros").mkdir()
     with (tmp_path / "zeros" / f"{FIRST.name}.gz").open("wb") as file:
         file.write(COMPRESSED)
         file.truncate(1 << 34)  # takes no room on the disk
-    sources.fetch([str(tmp_path / "pipe"), str(tmp_path / "zeros"), str(good)], target)
+    fetching.fetch([str(tmp_path / "pipe"), str(tmp_path / "zeros"), str(good)], target)
     assert_complete(target)
     pipe, zeros, _ = capsys.readouterr().out.splitlines()
     assert "not done after 3 s" in pipe
@@ -308,12 +311,12 @@ def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch
 
 
 def test_an_apt_without_an_end_is_killed(good, tmp_path, target, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "SOURCE_SECONDS", 1)
+    monkeypatch.setattr(fetching, "SOURCE_SECONDS", 1)
     program = tmp_path / "apt-get"
     program.write_text(f"#!/bin/sh\necho $$ >'{tmp_path}/pid'\nexec sleep 60\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    sources.fetch(["apt:some-package", str(good)], target)
+    fetching.fetch(["apt:some-package", str(good)], target)
     assert_complete(target)
     assert "apt:some-package: not done after 1 s, expected all files by then" in capsys.readouterr().out
     with pytest.raises(ProcessLookupError):
@@ -325,5 +328,5 @@ def test_a_package_name_is_no_option_to_apt(tmp_path, target):
     program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")
     program.chmod(0o755)
     with pytest.raises(StageError):
-        sources.fetch([f"apt:-oDir::Bin::dpkg={program}"], target)
+        fetching.fetch([f"apt:-oDir::Bin::dpkg={program}"], target)
     assert not (tmp_path / "ran").exists()

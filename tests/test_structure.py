@@ -2,15 +2,16 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, STAGES, code_deps, stage_definitions
 
-from lib.idx import FILES
-from lib.params import Params
+from lib.fashion_mnist import FILES, TRAIN_IMAGES
+from lib.trainings import TRAININGS
+from params_schema import N_TRAIN, Params
+from project import ROOT, SCRIPTS, STAGES, code_deps, imported_files, sections_read, stage_definitions
 
-SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
 # Not named after a stage: the first is short for fetch_fashion_mnist, the others are shared.
 SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None}
 
@@ -37,21 +38,44 @@ def test_stage_has_a_description_and_runs_its_script_with_no_value_from_params(s
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_declared_code_is_what_the_script_imports(stage):
     declared = {dep for dep in stage_definitions()[stage]["deps"] if dep.startswith("stages/")}
-    assert declared == code_deps(STAGES / f"{stage}.py")
+    assert declared == code_deps(stage)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_declared_params_are_what_the_script_reads(stage):
-    tree = ast.parse((STAGES / f"{stage}.py").read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "load_params"]
-    sections = [argument.value for call in loads for argument in call.args]
-    loaded = {
-        f"{name}.{leaf}" for name in sections for leaf in Params.model_fields[name].annotation.model_fields
-    }
-    assert set(stage_definitions()[stage].get("params", [])) == loaded
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert {leaf.split(".")[1] for leaf in loaded} <= read
+def test_declared_params_are_what_the_stage_reads(stage):
+    sections = sections_read(stage)
+    assert stage_definitions()[stage].get("params", []) == sections
+    nodes = [node for path in imported_files(STAGES / f"{stage}.py") for node in ast.walk(parsed(path))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    leaves = {leaf for name in sections for leaf in Params.model_fields[name].annotation.model_fields}
+    assert leaves <= read
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def test_the_schema_is_that_of_the_file_and_the_data():
+    """In the order of params.yaml, which is the one in which MLflow and data/augmented show the params."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for name, section in content.items():
+        assert list(section) == list(Params.model_fields[name].annotation.model_fields)
+    assert TRAIN_IMAGES.shape[0] == N_TRAIN
+
+
+def test_the_trainings_are_those_of_the_map_with_their_files():
+    stages = stage_definitions()
+    assert list(TRAININGS) == ["train_toy_cnn", *(f"train_cnn@{key}" for key in ("original", "augmented"))]
+    for training in TRAININGS.values():
+        name, _, images = training.stage.partition("@")
+        stage = str(stages[name]).replace("${key}", images)
+        for path in (training.weights, training.curve, training.metrics):
+            assert f"'{path}" in stage
+        checked = str(stages[training.evaluation.partition("@")[0]]).replace("${item.images}", images)
+        assert f"'{training.evaluation_results}.json" in checked
+        assert str(training.weights) in checked
+    drawn = {path.stem for path in (ROOT / "metrics/figures").glob("*.png")}
+    assert drawn == {name for training in TRAININGS.values() for name in training.figures}
 
 
 def test_only_evaluate_cnn_reads_the_test_split():
@@ -86,8 +110,31 @@ def test_the_data_card_has_the_files_that_are_fetched():
         assert f"| `{file.name}` | {shape} uint8 | {file.size:,} | `{file.sha256}` |" in card
 
 
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", ".ci/run", "Makefile")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`(?:[A-Z_]+=\S+ )?make ([a-z]+)", text)) <= targets
+    assert set(re.findall(r"^\$ make ([a-z]+)", text, re.MULTILINE)) <= targets
+    for script in re.findall(r"python ([a-z]+/\w+\.py)", text):
+        assert (ROOT / script).is_file(), script
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:stages|tracking|tools|tests|benchmarks|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.+)$", (page.parent / anchor[0]).read_text(), re.MULTILINE)
+        assert anchor[1] in [
+            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+        ]
+
+
 def test_sizes_stay_readable():
     for path in STAGES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 110, path
-    for path in (STAGES / "lib").glob("*.py"):
+    for path in (STAGES / "lib").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 180, path

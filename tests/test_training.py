@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -14,11 +15,12 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lib import training
-from lib.checkpoints import Checkpoint, exclusive_checkpoint
-from lib.cuda_graph import GraphedStep
-from lib.models import fresh
-from lib.training import TrainStep, train_cnn
+from lib.models.cnns import fresh
+from lib.training import loop
+from lib.training.checkpoints import Checkpoint, exclusive_checkpoint
+from lib.training.cuda_graph import GraphedStep
+from lib.training.data import TrainData
+from lib.training.loop import TrainStep, train_cnn
 
 CPU = torch.device("cpu")
 LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
@@ -42,12 +44,11 @@ def train(tmp_path):
     """Train on the first twelve of sixteen images; every training has a checkpoint of its own."""
 
     def run(pool, model=None, checkpoint=None, on_epoch=lambda row, speed: None, **changes):
-        settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "device": CPU} | changes
+        settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0} | changes
         model = model or fresh(build_small, 0)
         checkpoint = checkpoint or Checkpoint(f"{len(list(tmp_path.iterdir()))}", tmp_path)
-        rows = train_cnn(
-            model, pool, LABELS, TRAIN, VAL, **settings, checkpoint=checkpoint, on_epoch=on_epoch
-        )
+        data = TrainData(pool, LABELS, TRAIN, VAL, {})
+        rows = train_cnn(model, data, SimpleNamespace(**settings), CPU, checkpoint, on_epoch)
         return model, rows
 
     return run
@@ -130,7 +131,7 @@ def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learni
 
 def test_an_epoch_is_reported_with_its_images_a_second(train, images, monkeypatch, capsys):
     clock = iter([10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
     heard = []
     _, rows = train(images[None], on_epoch=lambda row, speed: heard.append((row, speed)))
     assert heard == [(rows[0], 6.0), (rows[1], 3.0)]
@@ -161,8 +162,8 @@ class Bar(tqdm):
 
 
 def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "tqdm", Bar)
-    monkeypatch.setattr(training, "REFRESH", 3)  # the last of each epoch's three batches
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(loop, "REFRESH", 3)  # the last of each epoch's three batches
     monkeypatch.setattr(Bar, "shown", [])
     checkpoint = Checkpoint("k", tmp_path)
     _, [first] = train(images[None], epochs=1, checkpoint=checkpoint)

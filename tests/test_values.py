@@ -4,17 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import small_stages as small
 import torch
 import yaml
-from conftest import ROOT
 from safetensors.torch import load_file
-from small_stages import IMAGES, PARAMS, run_stage, table
 
-from lib import figures, manual_conv, runtime
-from lib.errors import StageError
-from lib.idx import CLASSES
-from lib.models import build_cnn, build_toy_cnn, fresh
+import small_stages as small
+from lib import figures
+from lib.by_hand import layers
+from lib.fashion_mnist import CLASSES
+from lib.models import device
+from lib.models.cnns import build_cnn, build_toy_cnn, fresh
+from lib.stage.errors import StageError
+from project import ROOT
+from small_stages import IMAGES, PARAMS, run_stage, table
 
 SIX_DIGITS = 1e-5  # relative: what files keep of a float, and float32 beside float64
 
@@ -238,8 +240,8 @@ def verified(folder) -> dict[str, float]:
 
 
 def wrong(name: str, add: float, condition=lambda inputs: True):
-    """The function of manual_conv with `add` in one place of its result, if its first argument is so."""
-    right = getattr(manual_conv, name)
+    """The function of layers with `add` in one place of its result, if its first argument is so."""
+    right = getattr(layers, name)
 
     def spoiled(*arguments):
         result = right(*arguments)
@@ -266,7 +268,7 @@ WRONG = [
 def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, name, condition, metric):
     folder = again("verify_manual_conv")
     assert verified(folder)[metric] < 1e-4
-    monkeypatch.setattr(manual_conv, name, wrong(name, 0.25, condition))
+    monkeypatch.setattr(layers, name, wrong(name, 0.25, condition))
     run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=1.0)
     assert verified(folder)[metric] == pytest.approx(0.25, abs=1e-4)
 
@@ -275,7 +277,7 @@ def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, 
 def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, metric):
     folder = again("verify_manual_conv")
     before = verified(folder)
-    monkeypatch.setattr(manual_conv, name, wrong(name, float("nan"), condition))
+    monkeypatch.setattr(layers, name, wrong(name, float("nan"), condition))
     with pytest.raises(StageError, match=r"max_abs_error_.* is nan at .*, expected at most 0.001"):
         run_stage(folder, "verify_manual_conv")
     assert verified(folder) == before
@@ -283,7 +285,7 @@ def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, 
 
 def test_an_error_above_the_tolerance_fails_the_stage(again, monkeypatch):
     folder = again("verify_manual_conv")
-    monkeypatch.setattr(manual_conv, "sigmoid", wrong("sigmoid", 0.25))
+    monkeypatch.setattr(layers, "sigmoid", wrong("sigmoid", 0.25))
     with pytest.raises(StageError, match=r"toy_forward is 0.25 at toy, both images, Sigmoid-6, .* 0\.2$"):
         run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=0.2)
     run_stage(folder, "verify_manual_conv", verify_manual_conv__tolerance=0.3)
@@ -386,7 +388,7 @@ def test_numerics_are_those_of_the_stage(again, monkeypatch, stage):
         raise Asked("portable")
 
     folder = again(stage, "original")
-    monkeypatch.setattr(runtime, "_hold_to_portable_code", ask)
+    monkeypatch.setattr(device, "_hold_to_portable_code", ask)
     with pytest.raises(Asked, match="portable"):
         run_stage(folder, stage, "original", **{f"{stage}__numerics": "portable"})
     run_stage(folder, stage, "original", **{f"{stage}__numerics": "native"})

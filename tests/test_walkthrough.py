@@ -5,14 +5,14 @@ import re
 
 import numpy as np
 import pytest
-import small_stages as small
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lib.models import build_toy_cnn, fresh
-from lib.verification import compare_layers
-from lib.walkthrough import parameters_table, weights_table, write_out
+import small_stages as small
+from lib.by_hand.comparison import compare_layers
+from lib.by_hand.walkthrough import parameters_table, weights_table, write_out
+from lib.models.cnns import build_toy_cnn, fresh
 
 IMAGE = np.random.default_rng(0).integers(-8, 9, (1, 4, 4)).astype(np.float32) / 8
 

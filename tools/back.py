@@ -2,7 +2,7 @@
 
 Restores params.yaml, dvc.lock and metrics/ from the last commit, also what `dvc exp run` has staged, and
 puts HEAD on its branch again, which a killed one leaves on none. Code is left alone. Results stay in DVC's
-cache, so the way forth is as short: `dvc exp apply NAME`.
+cache, so the way to an experiment is as short: `dvc exp apply NAME`.
 """
 
 import json
@@ -20,8 +20,9 @@ from mend_lock import LOCK, RWLOCK, mend_rwlock, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.errors import StageError, run_stage
-from lib.lineage import NOT_CODE, GitError, git
+from lib.reporting.provenance import NOT_CODE, GitError, git
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
 
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
 # Where `dvc exp run` puts what is not committed, until it has put it back.
@@ -54,7 +55,7 @@ def refuse_while_dvc_works() -> None:
     users = [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
     at_work = {user["cmd"] for user in users if psutil.pid_exists(user["pid"])}
     if at_work:
-        raise StageError(f"`{'`, `'.join(sorted(at_work))}` is at work here, expected it to have ended")
+        raise StageError(f"`{'`, `'.join(sorted(at_work))}` is running here; wait until it ends")
 
 
 def return_to_branch() -> None:
@@ -83,7 +84,7 @@ def say_where_changes_are() -> None:
         listed = git("diff", "--name-only", "--relative", "-z", head, ref, "--", ".", *NOT_CODE)
         if files := os.fsdecode(listed).split("\0")[:-1]:
             command = shlex.join(["git", "restore", f"--source={ref}", "--", *files])
-            print(f"git keeps changes that your files lack: {command}")
+            print(f"git has changes that your files lack; to restore them: {command}")
 
 
 def drop_unknown_results() -> None:
@@ -103,7 +104,7 @@ def drop_unknown_results() -> None:
         if unknown.isdisjoint(out["path"].rstrip("/") for out in stage["outs"])
     }
     if len(kept) < len(lock["stages"]):
-        print(f"not in the cache, so not of this machine: {', '.join(sorted(unknown))}", flush=True)
+        print(f"not in DVC's cache, so made on another machine: {', '.join(sorted(unknown))}", flush=True)
         dump_yaml(LOCK, lock | {"stages": kept})
 
 

@@ -1,8 +1,8 @@
-"""Take away a file of DVC's that a kill has cut short; `make repro` calls this when DVC cannot go on.
+"""Delete a file of DVC's that a kill has cut short; `make repro` calls this if DVC fails.
 
 DVC writes dvc.lock, and its list of who reads and writes what, in place, so a kill in that moment leaves a
 part of it, which DVC then refuses to read. Without dvc.lock, DVC finds finished stages in its run cache.
-Exits with code 1 where both are whole, or dvc.lock holds a merge conflict, which is for a person to settle.
+Exits with code 1 if both are whole, or if dvc.lock holds a merge conflict, which a person must settle.
 """
 
 import json
@@ -15,7 +15,7 @@ from voluptuous import Invalid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.errors import run_stage
+from lib.stage.process import run_stage
 
 LOCK = Path("dvc.lock")
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -32,7 +32,7 @@ def mend_lock() -> bool:
     if not LOCK.exists() or read_lock() is not None or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         return False
     LOCK.unlink()
-    print(f"{LOCK} was cut short by a kill: taken away, DVC finds finished stages in its run cache")
+    print(f"{LOCK} was cut short by a kill and is deleted; DVC finds finished stages in its run cache")
     return True
 
 
@@ -44,13 +44,13 @@ def mend_rwlock() -> bool:
         return False
     except ValueError:
         RWLOCK.unlink()
-        print(f"{RWLOCK} was cut short by a kill: taken away")
+        print(f"{RWLOCK} was cut short by a kill and is deleted")
         return True
     return False
 
 
 def read_lock() -> dict | None:
-    """What dvc.lock holds; None where it is not what DVC writes."""
+    """What dvc.lock holds; None if it is not what DVC writes."""
     try:
         content = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))  # as DVC does
         COMPILED_LOCKFILE_SCHEMA(content)

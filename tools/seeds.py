@@ -16,9 +16,10 @@ import dvc.api
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.arguments import IMAGES
-from lib.errors import StageError, run_stage
-from lib.files import write_csv
+from lib.stage.errors import StageError
+from lib.stage.files import write_csv
+from lib.stage.process import run_stage
+from lib.trainings import CNNS
 
 RUNS = Path(__file__).resolve().parents[1] / "benchmarks/seeds.csv"
 ROWS = {
@@ -37,7 +38,7 @@ def main() -> None:
         raise StageError(f"--seeds is {seeds.stop}, expected 1 or more")
     for seed in seeds:
         run_experiment(seed)
-    runs = write_csv(RUNS, [results(seed, images) for seed in seeds for images in IMAGES])
+    runs = write_csv(RUNS, [results(seed, images) for seed in seeds for images in CNNS])
     print("\n".join(table(runs)))
 
 
@@ -53,10 +54,10 @@ def run_experiment(seed: int) -> None:
 
 def results(seed: int, images: str) -> dict:
     """One row: the seed, the train images, and the last val and all test metrics."""
-    files = (f"metrics/{stage}/{images}.json" for stage in ("train_cnn", "evaluate_cnn"))
-    metrics = {}
-    for file in files:
-        metrics |= json.loads(dvc.api.read(file, rev=f"seed-{seed}"))
+    training = CNNS[images]
+    metrics: dict = {}
+    for file in (training.metrics, training.evaluation_results.with_suffix(".json")):
+        metrics |= json.loads(dvc.api.read(str(file), rev=f"seed-{seed}"))
     [weights_sha256] = metrics["weights_sha256"]
     numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
     return {"seed": seed, "images": images, **numbers, "weights_sha256": weights_sha256}
@@ -66,7 +67,7 @@ def table(rows: list[dict]) -> list[str]:
     """The README's table of the rows of seeds.csv, in Markdown."""
     lines = ["| test images | trained on original | trained on augmented |", "|---|---|---|"]
     for words, metric in ROWS.items():
-        cells = [spread([100 * row[metric] for row in rows if row["images"] == images]) for images in IMAGES]
+        cells = [spread([100 * row[metric] for row in rows if row["images"] == images]) for images in CNNS]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return lines
 

@@ -8,9 +8,9 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.errors import run_stage
-from lib.lineage import GitError, git
-from lib.runtime import why_not_portable
+from lib.models.device import why_not_portable
+from lib.reporting.provenance import GitError, git
+from lib.stage.process import run_stage
 
 NEXT = """
   look         metrics/figures/ has the pictures, metrics/verify_manual_conv.md the toy by hand

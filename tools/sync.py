@@ -1,8 +1,8 @@
 """Bring the tracked runs in line with dvc.lock, metrics and params. Usage: make sync.
 
-Stages log as they run, but DVC restores results from its cache without running them, stores are new
-or away, and a training repeated to the same bytes leaves its evaluation skipped. Run again, this
-changes nothing.
+Stages report as they run. But DVC restores results from its cache without running stages, a store may be
+new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. A second
+`make sync` changes nothing.
 """
 
 import hashlib
@@ -17,14 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
+from history import file_at, weights_at
+
+from lib.reporting.provenance import GitError, git, git_diff, git_tags
+from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
+from lib.stage.errors import StageError
+from lib.stage.files import numbers, read_json
+from lib.stage.process import run_stage
+from lib.trainings import TRAININGS, Training
 from tracking import runs
 from tracking.sender import send_left_over
-from tracking.store import connect, told_in_one_line
+from tracking.store import as_store_error, connect
 
-from lib.errors import StageError, run_stage
-from lib.files import numbers, read_json
-from lib.lineage import GitError, git, git_diff, git_tags
-from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
+PLOTS = "plot_results"
 
 
 def main() -> None:
@@ -35,52 +40,49 @@ def main() -> None:
     if lock is None:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
     stages = lock["stages"]
+    trainings = [training for name, training in TRAININGS.items() if name in stages]
     for name, stage in stages.items():  # a file cut between two entries is one that DVC still reads
-        found = {Path(out["path"]).suffix for out in stage.get("outs", []) if "md5" in out}
-        if not found or (name in trainings(stages) and len(found) < 3):
-            raise StageError(f"{LOCK}: {name} lacks outputs, expected all of them; `dvc repro` completes it")
-    with told_in_one_line():
+        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
+        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
+        if not found or not expected <= found:
+            raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
+    with as_store_error():
         client, experiment_id = connect()
         for fault in send_left_over((client, experiment_id)):
             print(f"sync: {fault}")
-        for training in trainings(stages):
+        for training in trainings:
             run_id, changes = sync_training(client, experiment_id, training, stages)
-            print(f"sync: {training}, run {run_id}: {', '.join(changes) or 'up to date'}")
+            print(f"sync: {training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
         record_experiments(client, experiment_id)
 
 
-def trainings(stages: dict) -> list[str]:
-    """The stages of dvc.lock that are a run each."""
-    return [name for name in stages if name.startswith("train_")]
-
-
-def sync_training(client, experiment_id: str, training: str, stages: dict) -> tuple[str, list[str]]:
+def sync_training(client, experiment_id: str, training: Training, stages: dict) -> tuple[str, list[str]]:
     """Complete one training's run; returns its id and what was added."""
-    outs = {Path(out["path"]).suffix: _checked(out) for out in stages[training]["outs"]}
-    weights_sha256 = read_weights_sha256(outs[".json"])
-    metrics = read_json(outs[".json"])
+    stage, name = stages[training.stage], training.stage
+    for out in stage["outs"]:
+        _check(out)
+    weights_sha256 = read_weights_sha256(training.metrics)
+    metrics = read_json(training.metrics)
     del metrics["weights_sha256"]
     changes = []
-    run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=training)
+    run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=name)
     if run_id is None:
-        code = {dep["path"]: dep["md5"] for dep in stages[training]["deps"] if dep["path"].endswith(".py")}
-        is_here = all(Path(path).exists() and _md5(Path(path)) == digest for path, digest in code.items())
+        code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
+        is_here = all(
+            Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items()
+        )
         tags = git_tags() if is_here else {}  # the present tree holds the code that made them
         diff = git_diff() if tags.get("git_dirty") == "true" else None
-        run_id = runs.stand_in(client, experiment_id, training, weights_sha256, tags, diff)
+        run_id = runs.stand_in(client, experiment_id, name, weights_sha256, tags, diff)
         changes.append("made")
-    params = stages[training]["params"]["params.yaml"]
-    if training == "train_cnn@augmented":  # its run has the params that made the copies, too
-        params = params | stages["augment_images"]["params"]["params.yaml"]
-    changes += _sync_params(client, run_id, params)
-    changes += _sync_curve(client, run_id, outs[".csv"])
-    changes += _sync_model(client, run_id, training, outs[".safetensors"])
-    for stage, is_about in _reports(training).items():
-        if stage in stages:
-            files = [
-                file for out in stages[stage]["outs"] for file in _files(_checked(out)) if is_about(file)
-            ]
-            changes += _sync_report(client, run_id, stage, metrics, files)
+    changes += _sync_params(client, run_id, _params(training, stages))
+    changes += _sync_curve(client, run_id, training.curve)
+    changes += _sync_model(client, run_id, name, training.weights)
+    for report in _reports(training, stages):
+        paths = [path for out in stages[report]["outs"] for path in _files(_check(out))]
+        if report == PLOTS:
+            paths = [path for path in paths if path.stem in training.figures]
+        changes += _sync_report(client, run_id, report, metrics, paths)
     return run_id, changes + _sync_lock(client, run_id, training, stages)
 
 
@@ -89,36 +91,34 @@ def record_experiments(client, experiment_id: str) -> None:
     try:
         references = git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").decode().split()
     except GitError as error:
-        print(f"sync: no experiments looked for: {error}")
+        print(f"sync: did not look for experiments: {error}")
         return
     for reference in references:
-        stages = YAML(typ="safe").load(_committed(reference, LOCK) or b"stages: {}")["stages"]
-        for training in trainings(stages):
-            [path] = [out["path"] for out in stages[training]["outs"] if out["path"].endswith(".json")]
-            metrics = _committed(reference, path)
-            if metrics is None:  # an experiment that ran other stages may lack it
+        stages = YAML(typ="safe").load(file_at(reference, LOCK) or b"stages: {}")["stages"]
+        for name, training in TRAININGS.items():
+            weights_sha256 = weights_at(reference, training)
+            if name not in stages or weights_sha256 is None:  # it may have run other stages
                 continue
-            [weights_sha256] = json.loads(metrics)["weights_sha256"]
-            run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=training)
+            run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=name)
             if run_id and runs.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
                 _sync_lock(client, run_id, training, stages)
-                name = reference.rpartition("/")[2]
-                print(f"sync: {training}, run {run_id}: dvc.lock of experiment {name}")
+                print(f"sync: {name}, run {run_id}: dvc.lock of experiment {reference.rpartition('/')[2]}")
 
 
-def _committed(reference: str, path: str | Path) -> bytes | None:
-    """A file of an experiment; None if the experiment has no such file."""
-    if not git("ls-tree", reference, "--", str(path)):
-        return None
-    return git("show", f"{reference}:./{path}")
+def _files_of(training: Training) -> set[str]:
+    return {str(path) for path in (training.weights, training.curve, training.metrics)}
 
 
-def _reports(training: str) -> dict:
-    """The stages that report on a training, with which of their files are about it."""
-    if training == "train_toy_cnn":
-        return {"verify_manual_conv": lambda _: True, "plot_results": lambda file: file.stem == "toy_loss"}
-    evaluation = training.replace("train_cnn", "evaluate_cnn")
-    return {evaluation: lambda _: True, "plot_results": lambda file: file.stem != "toy_loss"}
+def _reports(training: Training, stages: dict) -> list[str]:
+    """The stages of dvc.lock that report on a training."""
+    return [name for name in (training.evaluation, PLOTS) if name in stages]
+
+
+def _params(training: Training, stages: dict) -> dict:
+    """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
+    readers = [training.stage, *(["augment_images"] if training.images == "augmented" else [])]
+    sections = [section for name in readers for section in stages[name]["params"]["params.yaml"].items()]
+    return {f"{name}.{leaf}": value for name, section in sections for leaf, value in section.items()}
 
 
 def _sync_params(client, run_id: str, params: dict) -> list[str]:
@@ -154,8 +154,8 @@ def _sync_report(client, run_id: str, stage: str, metrics: dict, files: list[Pat
     return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
 
 
-def _sync_lock(client, run_id: str, training: str, stages: dict) -> list[str]:
-    names = [name for name in (training, *_reports(training)) if name in stages]
+def _sync_lock(client, run_id: str, training: Training, stages: dict) -> list[str]:
+    names = [training.stage, *_reports(training, stages)]
     lock = json.dumps({name: stages[name] for name in names}, indent=2)
     return _once(
         client, run_id, "dvc_lock", lock.encode(), lambda: client.log_text(run_id, lock, "dvc.lock.json")
@@ -172,11 +172,11 @@ def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
     return [name]
 
 
-def _md5(path: Path) -> str:
-    """DVC's digest of a file or folder."""
+def _md5(path: Path, names: str = "*") -> str:
+    """DVC's digest of a file, or of the files in a folder whose names match."""
     if path.is_file():
         return hashlib.md5(path.read_bytes()).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob(names) if file.is_file())
     entries = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
 
@@ -185,11 +185,11 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
-def _checked(out: dict) -> Path:
-    """The path of an output in dvc.lock, whose content must be the one that dvc.lock names."""
+def _check(out: dict) -> Path:
+    """The path of an output in dvc.lock. Raises StageError if its content is not the one named there."""
     path = Path(out["path"])
     if path.exists() and _md5(path) != out["md5"]:
-        raise StageError(f"{path}: not what dvc.lock says; `dvc repro` brings both together")
+        raise StageError(f"{path}: differs from dvc.lock; `dvc repro` writes both again")
     if not path.exists() and path.parts[0] == "metrics":
         raise StageError(f"{path}: not found, expected as in dvc.lock; `dvc repro` makes it")
     return path

@@ -1,4 +1,4 @@
-"""Say where a run, a model file, a digest or a commit comes from, and how to have it back.
+"""Print where a run, a model file, a digest or a commit comes from, and how to restore it.
 
 Usage: python tools/trace.py RUN_ID | FILE | SHA256 | COMMIT [--json]
 """
@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
-from tracking.store import connect
+from history import weights_at
 
-from lib.errors import StageError, run_stage
-from lib.files import sha256_of
-from lib.lineage import GitError, git
+from lib.reporting.provenance import GitError, git
+from lib.stage.errors import StageError
+from lib.stage.files import sha256_of
+from lib.stage.process import run_stage
+from lib.trainings import TRAININGS
+from tracking.store import connect
 
 
 def main() -> None:
@@ -28,30 +31,37 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
     arguments = parser.parse_args()
     client, experiment_id = connect()
-    found = client.search_runs(
-        [experiment_id], query(arguments.what), order_by=["attributes.start_time DESC"]
-    )
+    newest = ["attributes.start_time DESC"]
+    searches = [
+        client.search_runs([experiment_id], query, order_by=newest) for query in queries(arguments.what)
+    ]
+    found = {run.info.run_id: run for runs in searches for run in runs}
     if not found:
         raise StageError(
             f"{arguments.what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
         )
-    traces = [trace(client, run) for run in found]
+    traces = [trace(client, run) for run in found.values()]
     print(json.dumps(traces, indent=2) if arguments.json else "\n\n".join(map(words, traces)))
 
 
-def query(what: str) -> str:
-    """The MLflow search for the runs of `what`. Raises StageError where it is nothing known."""
+def queries(what: str) -> list[str]:
+    """The MLflow searches for the runs of `what`. Raises StageError if it is nothing known."""
     if Path(what).is_file():
-        return f"tags.weights_sha256 = '{sha256_of(Path(what))}'"
+        return [f"tags.weights_sha256 = '{sha256_of(Path(what))}'"]
     if re.fullmatch("[0-9a-f]{64}", what):
-        return f"tags.weights_sha256 = '{what}'"
+        return [f"tags.weights_sha256 = '{what}'"]
     if re.fullmatch("[0-9a-f]{32}", what):
-        return f"attributes.run_id = '{what}'"
+        return [f"attributes.run_id = '{what}'"]
     try:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()
     except GitError as error:
         raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
-    return f"tags.git_commit = '{commit}'"
+    # Runs of its code, and those whose results it holds: a kept experiment ran on the commit before.
+    held = {weights_at(commit, training) for training in TRAININGS.values()} - {None}
+    return [
+        f"tags.git_commit = '{commit}'",
+        *(f"tags.weights_sha256 = '{sha256}'" for sha256 in sorted(held)),
+    ]
 
 
 def trace(client, run) -> dict:
@@ -93,7 +103,7 @@ def restore(run, tags: dict, dirty: bool) -> list[str]:
 
 def words(trace: dict) -> str:
     """The trace for people."""
-    dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty"), "")
+    dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty", ""), "")
     machine = ", ".join(trace[name] for name in ("torch", "cpu_capability", "gpu") if name in trace)
     lines = [
         f"run {trace['run_id']} of {trace['dvc_stage']}, {trace['status']}",
@@ -111,8 +121,8 @@ def words(trace: dict) -> str:
             for item in entry.get(kind, []):
                 lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
     if not trace["dvc_lock"]:
-        lines.append("  dvc.lock    not recorded yet: `make sync` does")
-    return "\n".join([*lines, "  to have it back:", *(f"    {command}" for command in trace["restore"])])
+        lines.append("  dvc.lock    not recorded yet; `make sync` records it")
+    return "\n".join([*lines, "  to restore it:", *(f"    {command}" for command in trace["restore"])])
 
 
 if __name__ == "__main__":

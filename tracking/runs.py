@@ -11,7 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.models import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.trainings import TOY
 
 
 def has_run(client, experiment_id: str, run_id: str) -> bool:
@@ -131,7 +132,7 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
     if has_model(client, run):
         return
     mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model goes to "Default"
-    build, shape = (build_toy_cnn, TOY_SHAPE) if training == "train_toy_cnn" else (build_cnn, CNN_SHAPE)
+    build, shape = (build_toy_cnn, TOY_SHAPE) if training == TOY.stage else (build_cnn, CNN_SHAPE)
     model = load_weights(build(), weights).eval()
     example = np.zeros((2, *shape), np.float32) if example is None else example
     with torch.inference_mode():

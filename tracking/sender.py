@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
+from lib.reporting.outbox import ALIVE, EVENTS, outboxes
+from lib.stage.errors import StageError
+from lib.stage.files import read_json, write_text
+from lib.stage.process import run_stage
 from tracking import runs
-from tracking.store import StoreError, connect, reason, shown, store_faults, store_url
-
-from lib.errors import StageError, run_stage
-from lib.files import read_json, write_text
-from lib.outbox import ALIVE, EVENTS, outboxes
+from tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
 
 LATER = "`make sync` sends the rest"
 LOOK = 0.3  # seconds between looks at the outbox
@@ -32,14 +32,14 @@ PAUSE = 3  # seconds after a store could not be reached
 
 
 def main() -> None:
-    """Send what comes until the stage has ended, then all that is left, and say how it went."""
-    folder, told, ended = Path(sys.argv[1]), None, False
+    """Send the stage's events until it ends, then the rest, and print the result."""
+    folder, lines, ended = Path(sys.argv[1]), None, False
     while not ended:
         fault = None
         try:
             store = connect()
-            if told is None:  # once, and first: a training may go on with a run that an earlier one began
-                told = send_left_over(store, folder)
+            if lines is None:  # once, and first: a training may resume a run that an earlier one began
+                lines = send_left_over(store, folder)
         except StoreError as error:
             fault = str(error)
         if os.environ.pop("REQUIRE_MLFLOW", None):
@@ -48,7 +48,7 @@ def main() -> None:
             ended = stage_has_ended(LOOK)
             fault = send(store, folder, wait=10 if ended else 0)
         ended = ended or stage_has_ended(PAUSE)
-    for line in [*(told or []), f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]:
+    for line in [*(lines or []), f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]:
         print(line)
 
 
@@ -59,18 +59,18 @@ def stage_has_ended(seconds: float) -> bool:
 
 def send_left_over(store, own: Path | None = None) -> list[str]:
     """Send what earlier stages have left, oldest first; returns a line for each that could not be sent."""
-    told = []
+    lines = []
     for folder in sorted(path for path in outboxes().glob("*") if path.is_dir() and path != own):
         if fault := send(store, folder, wait=10):
-            told.append(f"{fault}; delete {folder} to give it up")
-    return told
+            lines.append(f"{fault}; to drop it, delete {folder}")
+    return lines
 
 
 def send(store, folder: Path, wait: float = 0) -> str | None:
     """Send what an outbox holds and the store lacks; delete it when its stage has ended.
 
-    Returns the fault that stopped this, in a line. What another sender has in hand for longer than `wait`
-    seconds is left to it.
+    Returns the fault that stopped this, in a line. If another sender holds the outbox for more than `wait`
+    seconds, this one leaves it.
     """
     try:
         with FileLock(folder / "sender.lock", timeout=wait):
@@ -90,30 +90,31 @@ class Delivery:
         self.client, self.experiment_id = store
         self.folder, self.path = folder, folder / "sent.json"
         begun = read_json(self.path) if self.path.exists() else {}
-        self.store = begun.get("store", shown(store_url()))
-        self.sent, self.run_id = begun.get("sent", 0), begun.get("run_id")
+        self.store = begun.get("store", store_name())
+        self.sent, self.run_id = begun.get("sent", 0), begun.get("run_id", "")
 
     def send(self, wait: float) -> str | None:
         """Send the events that are new; a run that the store has lost is made again, with all of them.
 
         Waits for `wait` seconds for the end of the stage, as a pipe and a lock need not close at once.
         """
-        if self.store != shown(store_url()):
-            return None  # begun in another store, where the rest belongs
+        if self.store != store_name():
+            return f"MLflow: a run begun in another store, {self.store}, where `make sync` ends it"
         ended = self.stage_has_ended(wait)  # before the events are read, so that none comes after
+        faults = (*store_faults(), StageError, ValueError)  # the last two: an outbox that is damaged
         try:
             events = self.events()
             if not ended and len(events) == self.sent:
                 return None
             if self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id):
-                self.sent, self.run_id = 0, None
+                self.sent, self.run_id = 0, ""
             for event in events[self.sent :]:
                 self.write(event)
                 self.sent += 1
                 self.save()
             if ended and self.run_id and events[-1]["event"] != "end":
                 self.write({"event": "end", "status": "KILLED", "time": events[-1]["time"]})
-        except (*store_faults(), StageError, ValueError) as error:  # the last two: an outbox that is damaged
+        except faults as error:  # type: ignore[misc]
             return f"MLflow store {shown(store_url())}: {reason(error)}"
         if ended:
             shutil.rmtree(self.folder)
@@ -167,7 +168,7 @@ class Delivery:
     def begin(self, event: dict) -> None:
         """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
         client, tags = self.client, event["tags"]
-        self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"])
+        self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"]) or ""
         if self.run_id:
             client.update_run(self.run_id, status="RUNNING")
             for name, value in tags.items():

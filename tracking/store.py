@@ -15,9 +15,9 @@ from sqlalchemy.engine import URL, make_url
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.errors import StageError
-from lib.files import replace_atomically
-from lib.lineage import repository_root
+from lib.reporting.provenance import repository_root
+from lib.stage.errors import StageError
+from lib.stage.files import replace_atomically
 
 EXPERIMENT = "fashion-cnn"
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
@@ -37,7 +37,7 @@ def prepare_mlflow() -> None:
     """Set what MLflow reads from the environment; call it before anything imports mlflow."""
     for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID"):  # would credit all to another run or model
         os.environ.pop(name, None)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default goes on for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's default retries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -67,14 +67,20 @@ def is_sqlite(url: str) -> bool:
 def shown(url: str) -> str:
     """A store's address without user and password; the path of a file of SQLite."""
     if is_sqlite(url):
-        return make_url(url).database
+        return make_url(url).database or url
     return re.sub("^([^/]+://)[^/]*@", r"\1", url)
 
 
-def connect():
-    """Return (MlflowClient, experiment id), creating store and experiment where there are none.
+def store_name() -> str:
+    """The store's address as outboxes keep it: below the root, it moves with the project."""
+    root, name = f"{repository_root()}/", shown(store_url())
+    return name.removeprefix(root) if is_sqlite(store_url()) else name
 
-    Raises StoreError within seconds where it cannot be reached.
+
+def connect():
+    """Return (MlflowClient, experiment id), creating store and experiment if there are none.
+
+    Raises StoreError within seconds if the store cannot be reached.
     """
     prepare_mlflow()
     import mlflow
@@ -84,28 +90,28 @@ def connect():
     root, url = repository_root(), store_url()
     mlflow.set_tracking_uri(url)
     # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with FileLock(root / "mlflow.db.lock"), told_in_one_line():
+    with FileLock(root / "mlflow.db.lock"), as_store_error():
         if is_sqlite(url):
             _prepare_sqlite(url)
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment and experiment.lifecycle_stage == "deleted":
             raise StoreError(
-                f"MLflow store {shown(url)}: the experiment {EXPERIMENT} is deleted; expected it there: "
+                f"MLflow store {shown(url)}: the experiment {EXPERIMENT} is deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
             )
         if experiment:
             return client, experiment.experiment_id
-        # Left out, it would be the folder that the process happens to stand in; a server knows its own.
+        # MLflow's default is the current folder; a server has its own.
         location = (root / "mlruns").as_uri() if is_sqlite(url) else None
         return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
 
 
 def _prepare_sqlite(url: str) -> None:
-    """Create a store that is not there; see that one can be written, and that its artifacts are here."""
+    """Create the file if it does not exist; check that it is writable, and that its artifacts are here."""
     import mlflow
 
-    path = Path(make_url(url).database)
+    path = Path(shown(url))
     if not path.exists() and path.parent.exists():
         # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
         # opens.
@@ -114,7 +120,7 @@ def _prepare_sqlite(url: str) -> None:
             mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
     # MLflow tries for two minutes to open a file that SQLite refuses at once.
     with closing(sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=10)) as database:
-        database.execute("BEGIN IMMEDIATE")  # refused where nothing can be written
+        database.execute("BEGIN IMMEDIATE")  # refused if nothing can be written
         if path == repository_root() / "mlflow.db":
             _follow_the_folder(database)
         database.commit()
@@ -134,8 +140,8 @@ def _follow_the_folder(database: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Raise StoreError for a fault of the store in the block."""
+def as_store_error() -> Iterator[None]:
+    """Raise StoreError, one line, if the store fails in the block."""
     try:
         yield
     except store_faults() as error:

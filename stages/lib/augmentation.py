@@ -10,9 +10,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from lib.process import die_with_parent
-from lib.repairs import import_imgaug_augmenters
-from lib.runtime import usable_cores
+from lib.stage.process import die_with_parent
 
 BLOCK = 1000  # images a task; each block has its own seed, so that the number of workers changes no byte
 
@@ -32,7 +30,7 @@ def augment(
     `max_rotation` degrees, uniformly; what comes into view is black. The result depends on the
     seed alone, not on `workers` (None: one for each core this process may use).
     """
-    import_imgaug_augmenters()  # once, before the workers are forked: it takes a second
+    imgaug_augmenters()  # once, before the workers are forked: it takes a second
     _keep_opencv_single()  # here, too: a worker forked beside OpenCV's threads would wait for them for ever
     task = partial(_augment_block, max_shift=max_shift, max_rotation=max_rotation)
     starts = range(0, len(images), BLOCK)
@@ -50,6 +48,11 @@ def augment(
             yield np.concatenate(rows)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker() -> None:
     die_with_parent()
     _keep_opencv_single()
@@ -62,10 +65,29 @@ def _keep_opencv_single() -> None:
 def _augment_block(
     images: np.ndarray, entropy: tuple[int, int, int], max_shift: int, max_rotation: float
 ) -> np.ndarray:
-    augmenters = import_imgaug_augmenters()
+    augmenters = imgaug_augmenters()
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     shift = (-max_shift, max_shift)
     affine = augmenters.Affine(
         translate_px={"x": shift, "y": shift}, rotate=(-max_rotation, max_rotation), cval=0, seed=seed
     )
     return affine(images=images)
+
+
+def imgaug_augmenters():
+    """Return imgaug.augmenters, after the repair that lets it load.
+
+    imgaug 0.4.0, its last release, reads np.sctypes, which NumPy 2 removed. This can go when
+    imgaug does, or when a release of it stops reading np.sctypes.
+    """
+    if not hasattr(np, "sctypes"):
+        np.sctypes = {  # type: ignore[attr-defined]
+            "int": [np.int8, np.int16, np.int32, np.int64],
+            "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
+            "float": [np.float16, np.float32, np.float64],
+            "complex": [np.complex64, np.complex128],
+            "others": [bool, object, bytes, str, np.void],
+        }
+    from imgaug import augmenters
+
+    return augmenters

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.errors import StageError
-from lib.files import read_json, write_array, write_text
+from lib.stage.errors import StageError
+from lib.stage.files import read_json, write_array, write_text
 
 AUGMENTED_DIR = Path("data/augmented")
 

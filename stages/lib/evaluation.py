@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, functional
 
-from lib.files import pixels_to_text
-from lib.idx import CLASSES
+from lib.fashion_mnist import CLASSES
 from lib.inference import loss_and_accuracy, predict
+from lib.stage.files import pixels_to_text
 
 SHIFTS = range(-5, 6)  # pixels; positive is right and down
 ANGLES = range(-30, 31, 5)  # degrees; positive is counterclockwise

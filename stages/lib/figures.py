@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lib.files import replace_atomically
-from lib.idx import CLASSES
+from lib.fashion_mnist import CLASSES
+from lib.stage.files import replace_atomically
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}  # told apart by colour-blind readers, too
 plt.rcdefaults()  # a user's matplotlibrc moves no byte

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.errors import StageError
-from lib.files import pixels_from_text, read_json
-from lib.idx import CLASSES
+from lib.fashion_mnist import CLASSES
+from lib.stage.errors import StageError
+from lib.stage.files import pixels_from_text, read_json
 
 
 class Kind(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib.models import build_toy_cnn, fresh
+from lib.models.cnns import build_toy_cnn, fresh
 
 
 def train_toy(
@@ -33,7 +33,7 @@ def train_toy(
 
 
 def is_relu_dead(model: nn.Sequential, images: np.ndarray) -> bool:
-    """True where the ReLU gives 0 for every image: no gradient reaches the convolution any more,
+    """True if the ReLU gives 0 for every image: no gradient reaches the convolution any more,
     the linear layer sees one input for both labels, and the outputs settle at 0.5."""
     with torch.inference_mode():
         return not model[:3](torch.from_numpy(images)).any()

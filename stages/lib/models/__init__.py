@@ -1,0 +1,1 @@
+"""The CNNs, and torch set up to compute them."""

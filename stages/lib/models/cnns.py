@@ -1,0 +1,89 @@
+"""The lesson's two CNNs, their inputs and their weights on disk."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchsummary import summary
+
+from lib.stage.errors import StageError
+from lib.stage.files import read_tensors, sha256_of, write_tensors
+
+TOY_SHAPE = (1, 4, 4)  # C, H, W
+CNN_SHAPE = (1, 28, 28)
+
+
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """(B, 28, 28) uint8 to the CNN's input, (B, 1, 28, 28) float32 in [0, 1]."""
+    return images[:, None].float().div_(255)
+
+
+def input_array(images: np.ndarray) -> np.ndarray:
+    """The same for an array: (B, 28, 28) uint8 to (B, 1, 28, 28) float32."""
+    return to_input(torch.from_numpy(images)).numpy()
+
+
+def build_toy_cnn() -> nn.Sequential:
+    """The lesson's 12-parameter CNN: (N, 1, 4, 4) to the probability of label 1, (N, 1)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 1, kernel_size=3),  # (N, 1, 2, 2)
+        nn.MaxPool2d(2),  # (N, 1, 1, 1)
+        nn.ReLU(),
+        nn.Flatten(),  # (N, 1)
+        nn.Linear(1, 1),  # (N, 1)
+        nn.Sigmoid(),
+    )
+
+
+def build_cnn() -> nn.Sequential:
+    """The lesson's CNN for Fashion-MNIST, 896,522 parameters: (N, 1, 28, 28) to logits (N, 10)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 64, kernel_size=3),  # (N, 64, 26, 26)
+        nn.MaxPool2d(2),  # (N, 64, 13, 13)
+        nn.ReLU(),
+        nn.Conv2d(64, 128, kernel_size=3),  # (N, 128, 11, 11)
+        nn.MaxPool2d(2),  # (N, 128, 5, 5)
+        nn.ReLU(),
+        nn.Flatten(),  # (N, 3200)
+        nn.Linear(3200, 256),  # (N, 256)
+        nn.ReLU(),
+        nn.Linear(256, 10),  # (N, 10)
+    )
+
+
+def fresh(build: Callable[[], nn.Sequential], seed: int) -> nn.Sequential:
+    """A model with torch's usual random weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    return build()
+
+
+def save_weights(model: nn.Module, path: Path) -> str:
+    """Write the weights as safetensors and return the SHA-256 of the file.
+
+    The bytes depend on the values alone, not on their layout.
+    """
+    write_tensors(path, {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()})
+    return sha256_of(path)
+
+
+def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
+    """Read what save_weights wrote into `model`, in eval mode. Raises StageError if it does not fit."""
+    tensors = {name: torch.from_numpy(array) for name, array in read_tensors(path).items()}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise StageError(f"{path}: weights do not fit the model: {' '.join(str(error).split())}") from None
+    return model.eval()
+
+
+def summarize(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
+    """The table that torchsummary prints, as text."""
+    model = copy.deepcopy(model).cpu()  # the one that trains may be on a GPU, and stays there
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        summary(model, input_shape, device="cpu")
+    return printed.getvalue()

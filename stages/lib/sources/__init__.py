@@ -1,0 +1,1 @@
+"""Where fetch_fashion_mnist fetches from."""

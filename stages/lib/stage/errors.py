@@ -1,0 +1,5 @@
+"""The fault that a user can act on."""
+
+
+class StageError(Exception):
+    """A fault that a user can act on; its message names the thing, the value and what was expected."""

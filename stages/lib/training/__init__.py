@@ -1,0 +1,1 @@
+"""How train_cnn trains: data, loop, checkpoints."""

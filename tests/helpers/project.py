@@ -1,0 +1,89 @@
+"""The project as a map: its stages, the code each runs, and copies of its tree."""
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ROOT / "stages"
+SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
+
+
+def stage_definitions() -> dict[str, dict]:
+    """dvc.yaml's stages, a foreach stage as the definition it repeats."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    return {name: stage.get("do", stage) for name, stage in stages.items()}
+
+
+def code_deps(stage: str) -> set[str]:
+    """The stage's script and every local module it imports, as dvc.yaml is to declare them.
+
+    Transitively; a folder in stages/lib stands for its modules, which must be all imported.
+    """
+    files = imported_files(STAGES / f"{stage}.py")
+    rooms = {path.parent for path in files if path.parent.parent == STAGES / "lib"}
+    for room in rooms:
+        assert set(room.glob("*.py")) <= files, f"{stage} imports {room.name} in part, expected all of it"
+    alone = {path for path in files if path.parent not in rooms}
+    return {path.relative_to(ROOT).as_posix() for path in rooms | alone}
+
+
+def imported_files(script: Path) -> set[Path]:
+    """`script` and every local module it imports, transitively."""
+    found: set[Path] = set()
+    pending = [script]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            pending += _local_imports(path)
+    return found
+
+
+def _local_imports(path: Path) -> list[Path]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    # lib.models.cnns runs the __init__.py of lib and lib.models first.
+    names = [name.split(".") for name in modules]
+    candidates = {STAGES.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
+    files = [path.with_suffix(".py") for path in candidates] + [path / "__init__.py" for path in candidates]
+    return [path for path in files if path.is_file()]
+
+
+def sections_read(stage: str) -> list[str]:
+    """The sections of params.yaml that the script names in its call of load_params."""
+    tree = ast.parse((STAGES / f"{stage}.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "load_params"]
+    return [argument.value for call in loads for argument in call.args]
+
+
+def copy_of_project(folder: Path) -> Path:
+    """The working tree as git sees it, committed in a repository of its own at `folder`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "start")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in `folder` as somebody; returns what it prints."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,0 +1,74 @@
+"""MLflow servers on this machine, and what is left when one is killed during a training."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from mlflow import MlflowClient
+
+from crash import Started, wait_for_text
+from pipeline import environment, outputs, tool, tracked_runs
+from tracking.runs import has_model
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int):
+    """An MLflow server on this machine, with its store in `folder`."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db",
+        "--artifacts-destination", f"{folder}/artifacts",
+    ]  # fmt: skip
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
+        try:
+            for _ in range(600):
+                try:
+                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
+                        break
+                except (requests.ConnectionError, requests.Timeout):
+                    time.sleep(0.1)
+            MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def lose_server(project: Path, epoch: int) -> str:
+    """Kill the MLflow server of a training after `epoch`; returns what that lost for good, or ""."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    before = outputs(project)
+    shutil.rmtree(project / ".checkpoints", ignore_errors=True)  # a kill may have left a finished one
+    log = project.parent / "logs" / "server-killed.log"
+    with mlflow_server(project.parent, port):
+        command = ("-m", "dvc", "repro", "--force", "--single-item", "train_cnn@original")
+        training = Started(project, log, *command, **store)
+        wait_for_text(training, f"epoch {epoch}/")
+    failed, printed = training.process.wait(), training.printed()
+    if failed or "`make sync` sends the rest" not in printed or "Traceback" in printed:
+        return f"the training did not go on: {printed[-300:]}"
+    if outputs(project) != before:
+        return "other outputs without the server"
+    with mlflow_server(project.parent, port):
+        tool(project, "sync", **store)
+        uri = store["MLFLOW_TRACKING_URI"]
+        run = tracked_runs(project, "tags.dvc_stage = 'train_cnn@original'", uri)[0]
+        history = MlflowClient(uri).get_metric_history(run.info.run_id, "train_loss")
+        steps = [metric.step for metric in history]
+        curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
+        if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
+            return f"the run is {run.info.status} with epochs {steps}"
+        if "test_accuracy" not in run.data.metrics or not has_model(MlflowClient(uri), run):
+            return "the run lacks test metrics or model"
+    return ""

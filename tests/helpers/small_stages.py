@@ -1,0 +1,237 @@
+"""The stages in this process, on a few made images, and the plain evaluation of what they write.
+
+Nothing here depends on the user's params.yaml or results, and nothing but the lesson's model comes from lib.
+"""
+
+import csv
+import importlib
+import os
+import shutil
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from lib.fashion_mnist import IdxFile
+from lib.models.cnns import build_cnn
+from lib.training import data
+
+PARAMS = {
+    "fetch": {"sources": ["unused"]},
+    "split": {"seed": 3, "val_size": 60, "train_size": 130},
+    "augment_images": {"seed": 5, "copies": 2, "max_shift": 3, "max_rotation": 15},
+    "train_toy_cnn": {"seed": 0, "epochs": 40, "learning_rate": 0.02},
+    "verify_manual_conv": {"seed": 6, "images": 1, "tolerance": 0.001},
+    "train_cnn": {
+        "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "device": "cpu", "threads": 1,
+        "numerics": "portable",
+    },
+    "evaluate_cnn": {
+        "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,
+    },
+    "plot_results": {"dpi": 50},
+}  # fmt: skip
+# Each name in lib.fashion_mnist, the file's, and how many images or labels it has here.
+FILES = {
+    "TRAIN_IMAGES": ("train-images-idx3-ubyte", (250, 28, 28)),
+    "TRAIN_LABELS": ("train-labels-idx1-ubyte", (250,)),
+    "TEST_IMAGES": ("t10k-images-idx3-ubyte", (150, 28, 28)),
+    "TEST_LABELS": ("t10k-labels-idx1-ubyte", (150,)),
+}
+IMAGES = ("original", "augmented")
+TOY, COPIES = ("build_toy_tensors",), ("augment_images",)
+# Each stage, in order, and those whose outputs it reads.
+PIPELINE = {
+    TOY: [],
+    COPIES: [],
+    ("train_toy_cnn",): [TOY],
+    ("verify_manual_conv",): [TOY, ("train_toy_cnn",)],
+    ("train_cnn", "original"): [],
+    ("train_cnn", "augmented"): [COPIES],
+    ("evaluate_cnn", "original"): [("train_cnn", "original")],
+    ("evaluate_cnn", "augmented"): [("train_cnn", "augmented")],
+}
+PIPELINE |= {("plot_results",): [*PIPELINE]}
+
+
+class Results:
+    """A folder with small data, in which a stage has run when a test asks for its outputs."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.done = folder, set()
+        make_data(folder)
+
+    def need(self, *stage: str) -> None:
+        """Have `stage` run once, after those that it reads from."""
+        if stage not in self.done:
+            self.rerun(*stage)
+
+    def rerun(self, *stage: str) -> Path:
+        """Run `stage`, after those that it reads from, and return the folder.
+
+        A test that looks at a stage's outputs runs the stage itself, so that `make mutate` knows by
+        which tests to judge its code.
+        """
+        for earlier in PIPELINE[stage]:
+            self.need(*earlier)
+        run_stage(self.folder, *stage)
+        self.done.add(stage)
+        return self.folder
+
+    def copy(self, to: Path, *stage: str) -> Path:
+        """A copy of the folder, in which `stage` has run; the data is not copied but linked."""
+        self.need(*stage)
+        return Path(shutil.copytree(self.folder, to, copy_function=_link))
+
+
+def _link(source: str, target: str) -> None:
+    (os.link if "FashionMNIST" in source else shutil.copy)(source, target)
+
+
+def make_data(folder: Path) -> None:
+    """Write four small IDX files: each class a coarse pattern, half hidden by noise."""
+    rng = np.random.default_rng(8)
+    patterns = 255 * (rng.random((10, 4, 4)) < 0.4).repeat(7, axis=1).repeat(7, axis=2)  # (10, 28, 28)
+    for split in ("TRAIN", "TEST"):
+        labels = rng.integers(0, 10, FILES[f"{split}_LABELS"][1]).astype(np.uint8)
+        noise = rng.integers(0, 256, FILES[f"{split}_IMAGES"][1])
+        images = (0.5 * patterns[labels] + 0.5 * noise).astype(np.uint8)
+        images[0] //= 64  # dim: its rounding errors are small beside those of any other image
+        labels[::6] = rng.integers(0, 10, len(labels[::6]))  # wrong ones, so that each model makes mistakes
+        for kind, values in (("IMAGES", images), ("LABELS", labels)):
+            name, shape = FILES[f"{split}_{kind}"]
+            raw = folder / "data/FashionMNIST/raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            (raw / name).write_bytes(IdxFile(name, shape, "").header + values.tobytes())
+
+
+def read_data(folder: Path, name: str) -> np.ndarray:
+    name, shape = FILES[name]
+    size = int(np.prod(shape))
+    return np.fromfile(folder / "data/FashionMNIST/raw" / name, np.uint8)[-size:].reshape(shape)
+
+
+def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> MagicMock:
+    """Run one stage in `folder`, with `changes` to PARAMS given as section__leaf=value.
+
+    Returns the stand-in for what joins stages to MLflow, a mock of the two that stages call.
+    """
+    params = {section: dict(values) for section, values in PARAMS.items()}
+    for where, value in changes.items():
+        section, leaf = where.split("__")
+        params[section][leaf] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    module, tracking = importlib.import_module(stage), MagicMock()
+    tracking.open_run.return_value.__exit__.return_value = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.setattr("sys.argv", [stage, *arguments])
+        for name, (file, shape) in FILES.items():
+            for reader in (module, data):
+                if hasattr(reader, name):
+                    patch.setattr(reader, name, IdxFile(file, shape, ""))
+        for name in ("open_run", "Outbox"):
+            if hasattr(module, name):
+                patch.setattr(module, name, getattr(tracking, name))
+        module.main()
+    return tracking
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that stages write below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for name in ("data", "models", "metrics")
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    }
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(train, val), by PARAMS."""
+    order = np.random.default_rng(PARAMS["split"]["seed"]).permutation(len(labels))
+    first, count = PARAMS["split"]["val_size"], PARAMS["split"]["train_size"]
+    return np.sort(order[first : first + count]), np.sort(order[:first])
+
+
+def logits_of(weights: dict[str, torch.Tensor], images: np.ndarray) -> np.ndarray:
+    """(N, 28, 28) uint8 through the CNN's ten layers in float64: (N, 10)."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    x = torch.from_numpy(images)[:, None].double() / 255
+    for layer in ("0", "3"):
+        x = F.relu(F.max_pool2d(F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"]), 2))
+    x = F.relu(F.linear(x.flatten(1), w["7.weight"], w["7.bias"]))
+    return F.linear(x, w["9.weight"], w["9.bias"]).numpy()
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def loss_and_accuracy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    of_label = probabilities(logits)[np.arange(len(labels)), labels]
+    return -np.log(of_label).mean(), (logits.argmax(1) == labels).mean()
+
+
+def evaluate(weights: Path, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    return loss_and_accuracy(logits_of(load_file(weights), images), labels)
+
+
+def train(pool: np.ndarray, labels: np.ndarray) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The training that train_cnn.py is: its last weights, and train metrics of each epoch."""
+    params, (index, _) = PARAMS["train_cnn"], split(labels)
+    torch.manual_seed(params["seed"])
+    model = build_cnn()
+    optimizer = torch.optim.Adam(model.parameters(), lr=params["learning_rate"])
+    rows = []
+    for epoch in range(1, params["epochs"] + 1):
+        rng = np.random.default_rng([params["seed"], epoch])
+        order = rng.permutation(index)
+        variants = rng.integers(len(pool), size=len(order))
+        losses, hits = [], []  # of each image
+        for start in range(0, len(order), params["batch_size"]):
+            chosen = order[start : start + params["batch_size"]]
+            batch = torch.tensor(pool[variants[start : start + params["batch_size"]], chosen] / 255).float()
+            logits, label = model(batch[:, None]), torch.from_numpy(labels[chosen]).long()
+            each = F.cross_entropy(logits, label, reduction="none")
+            optimizer.zero_grad()
+            each.mean().backward()
+            optimizer.step()
+            losses += each.tolist()
+            hits += (logits.argmax(1) == label).tolist()
+        rows.append({"train_loss": np.mean(losses), "train_accuracy": np.mean(hits)})
+    return model.state_dict(), rows
+
+
+def shifted(images: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Whole pixels; black comes in."""
+    padded = np.pad(images, ((0, 0), (14, 14), (14, 14)))
+    return padded[:, 14 - down : 42 - down, 14 - right : 42 - right].copy()
+
+
+def rotated(images: np.ndarray, degrees: float) -> np.ndarray:
+    """Counterclockwise about the middle, each pixel from the four about the place it came from."""
+    angle = np.deg2rad(degrees)
+    down, right = np.mgrid[:28, :28] - 13.5
+    # The place that a counterclockwise turn (on a screen, whose rows go down) brings to each pixel.
+    x = np.cos(angle) * right - np.sin(angle) * down + 13.5
+    y = np.sin(angle) * right + np.cos(angle) * down + 13.5
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    padded = np.pad(images.astype(float), ((0, 0), (14, 14), (14, 14)))
+    total = np.zeros(images.shape)
+    for i, j in np.ndindex(2, 2):
+        share = (1 - abs(y - top - i)) * (1 - abs(x - left - j))
+        total += share * padded[:, top + i + 14, left + j + 14]
+    return np.round(total).astype(np.uint8)

@@ -1,0 +1,72 @@
+"""From a result back to what made it: the commands that trace prints are run, and give the same bytes."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from pipeline import dvc, environment, ran, tool, tracked_runs
+from project import git
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+]
+
+WEIGHTS = "models/toy_cnn.safetensors"
+
+
+def run_commands(project, commands: list[str]) -> str:
+    return "".join(
+        subprocess.run(
+            command, shell=True, cwd=project, env=environment(), check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        for command in commands
+    )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_weights_of_a_dirty_tree_are_restored(project, cached):
+    code = project / "stages/lib/toy.py"
+    code.write_text(code.read_text().replace("lr=learning_rate", "lr=2 * learning_rate"))
+    (project / "new.txt").write_text("not committed\n")
+    dvc(project, "repro")
+    weights = (project / WEIGHTS).read_bytes()
+    [trace] = json.loads(tool(project, "trace", WEIGHTS, "--json"))
+    git(project, "stash", "--include-untracked")
+    if not cached:
+        shutil.rmtree(project / ".dvc/cache")
+    dvc(project, "repro")
+    assert (project / WEIGHTS).read_bytes() != weights
+    git(project, "restore", ".")
+    assert ran(run_commands(project, trace["restore"])) == ([] if cached else ["train_toy_cnn"])
+    assert (project / WEIGHTS).read_bytes() == weights
+    assert (project / "new.txt").read_text() == "not committed\n"
+
+
+def test_the_commit_of_a_kept_experiment_leads_to_its_run(project):
+    dvc(project, "exp", "run", "--name", "kept", "-S", "train_toy_cnn.seed=1")
+    git(project, "commit", "--quiet", "--all", "--message", "keep the experiment")
+    [run] = tracked_runs(project, "tags.dvc_exp_name = 'kept'")
+    traces = json.loads(tool(project, "trace", "HEAD", "--json"))
+    assert [trace["run_id"] for trace in traces] == [run.info.run_id]
+    before = json.loads(tool(project, "trace", "HEAD~1", "--json"))
+    assert len(before) == 2  # that of the results which were committed, and the experiment's
+
+
+def test_an_experiment_in_a_folder_of_a_bigger_repository_is_recorded(project, tmp_path):
+    folder = tmp_path / "bigger/below"
+    shutil.copytree(project, folder, symlinks=True)
+    shutil.rmtree(folder / ".git")
+    shutil.rmtree(folder / ".dvc/tmp")
+    git(tmp_path / "bigger", "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "start")
+    dvc(folder, "exp", "run", "--name", "below", "-S", "train_toy_cnn.seed=1")
+    git(folder, "restore", ".")
+    dvc(folder, "checkout")
+    assert "dvc.lock of experiment below" in tool(folder, "sync")
+    [run] = tracked_runs(folder, "tags.dvc_exp_name = 'below'")
+    [trace] = json.loads(tool(folder, "trace", run.info.run_id, "--json"))
+    assert trace["dvc_lock"]["train_toy_cnn"]["params"]["params.yaml"]["train_toy_cnn"]["seed"] == 1
