@@ -63,7 +63,7 @@ sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
 
 ui: .venv/ready ## bring the runs in line, then serve the MLflow UI on 127.0.0.1:5000
 	-$(ACTIVATE) python tools/sync.py
-	$(ACTIVATE) python -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+	$(ACTIVATE) MLFLOW_DISABLE_TELEMETRY=true python -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv

@@ -1,11 +1,14 @@
 """MLflow: one training is one run, reports leave it alone, nothing is lost, and the store is in its place."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -573,3 +576,67 @@ def test_no_stage_imports_mlflow():
     lines = [line for path in (ROOT / "stages").rglob("*.py") for line in path.read_text().splitlines()]
     assert [line for line in lines if "import mlflow" in line or "from mlflow" in line] == []
     assert StageError.__module__ == "lib.stage.errors"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "whole"),
+    [
+        ("sent.json", "", True),  # all is sent, perhaps once more
+        ("sent.json", '{"sent": 99}', True),
+        ("events.jsonl", '{"event": "dataset", "time": 1}\n', False),
+        ("events.jsonl", '{"event": "of another version", "time": 1}\n', False),
+    ],
+)
+def test_a_damaged_outbox_is_sent_or_named_and_stays(unsent, file, content, whole):
+    train(unsent)
+    [folder] = folders()
+    (folder / file).write_text(content)
+    later = Outbox()
+    later.report("evaluate_cnn", TOY, SHA, {"test_loss": 0.3}, [])
+    later.close()
+    lines = send_left_over(connect())
+    assert [line.endswith(f"to drop it, delete {folder}") for line in lines] == ([] if whole else [True])
+    assert folders() == ([] if whole else [folder])
+    assert "test_loss" in all_runs()[0].data.metrics
+
+
+def test_a_finished_run_stays_so_when_its_training_is_repeated_and_killed(unsent):
+    train(unsent)
+    assert send_left_over(connect()) == []
+    [before] = all_runs()
+    with pytest.raises(KeyboardInterrupt), open_run(TOY, {}, before.data.tags["training"]):
+        raise KeyboardInterrupt
+    assert send_left_over(connect()) == []
+    [after] = all_runs()
+    assert (after.info.status, after.info.end_time) == ("FINISHED", before.info.end_time)
+
+
+def test_a_model_that_was_deleted_is_logged_again(unsent):
+    train(unsent)
+    client, experiment_id = connect()
+    send_left_over((client, experiment_id))
+    [run] = all_runs()
+    client.delete_logged_model(run.outputs.model_outputs[0].model_id)
+    assert not runs.has_model(client, run)
+    assert runs.log_model(client, run.info.run_id, TOY.stage, unsent / "toy.safetensors") is None
+    assert runs.has_model(client, client.get_run(run.info.run_id))
+
+
+def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):
+    monkeypatch.setattr("tracking.store.CONNECT", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    for byte in b"HTTP/1.1 200 OK\r\n" + b"x" * 1000:
+                        connection.send(bytes([byte]))
+                        time.sleep(0.2)
+
+        threading.Thread(target=drip, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StoreError):  # in words of urllib3, which catches the error
+            connect()
+        assert time.monotonic() - began < 10

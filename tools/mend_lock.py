@@ -1,7 +1,8 @@
-"""Delete a file of DVC's that a kill has cut short; `make repro` calls this if DVC fails.
+"""Replace a file of DVC's that a kill has cut short; `make repro` calls this if DVC fails.
 
 DVC writes dvc.lock, and its list of who reads and writes what, in place, so a kill in that moment leaves a
-part of it, which DVC then refuses to read. Without dvc.lock, DVC finds finished stages in its run cache.
+part of it, which DVC then refuses to read. This restores the committed dvc.lock, as `git restore` would, or
+deletes the part if git has none; DVC finds stages that finished since in its run cache.
 Exits with code 1 if both are whole, or if dvc.lock holds a merge conflict, which a person must settle.
 """
 
@@ -15,6 +16,10 @@ from voluptuous import Invalid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
+from history import file_at
+
+from lib.reporting.provenance import GitError
+from lib.stage.files import write_text
 from lib.stage.process import run_stage
 
 LOCK = Path("dvc.lock")
@@ -22,17 +27,25 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 
 
 def main() -> None:
-    """Remove what is cut short."""
+    """Replace what is cut short."""
     if not any([mend_rwlock(), mend_lock()]):
         sys.exit(1)
 
 
 def mend_lock() -> bool:
-    """Remove dvc.lock unless it is missing, whole or in conflict; whether that was needed."""
+    """Replace dvc.lock unless it is missing, whole or in conflict; whether that was needed."""
     if not LOCK.exists() or read_lock() is not None or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         return False
-    LOCK.unlink()
-    print(f"{LOCK} was cut short by a kill and is deleted; DVC finds finished stages in its run cache")
+    try:
+        committed = file_at("HEAD", LOCK)
+    except GitError:
+        committed = None
+    if committed:
+        write_text(LOCK, committed.decode())
+    else:
+        LOCK.unlink()
+    done = "the committed one replaces it" if committed else "it is deleted"
+    print(f"{LOCK} was cut short by a kill: {done}, and DVC finds later results in its run cache")
     return True
 
 

@@ -118,6 +118,8 @@ def _params(training: Training, stages: dict) -> dict:
     """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
     readers = [training.stage, *(["augment_images"] if training.images == "augmented" else [])]
     sections = [section for name in readers for section in stages[name]["params"]["params.yaml"].items()]
+    if not all(isinstance(section, dict) for _, section in sections):  # from before dvc.yaml named sections
+        raise StageError(f"{LOCK}: params of {training.stage} are no sections; `dvc repro` writes them anew")
     return {f"{name}.{leaf}": value for name, section in sections for leaf, value in section.items()}
 
 

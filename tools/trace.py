@@ -80,7 +80,8 @@ def trace(client, run) -> dict:
         **tags,
         "params": run.data.params,
         "dvc_lock": lock,
-        "restore": restore(run, tags, "uncommitted.diff" in artifacts),
+        # A run that was dirty when it began and resumed after a commit keeps its first diff.
+        "restore": restore(run, tags, tags.get("git_dirty") == "true" and "uncommitted.diff" in artifacts),
     }
 
 

@@ -30,8 +30,24 @@ def find_run(client, experiment_id: str, **tags: str) -> str | None:
 
 def has_model(client, run) -> bool:
     """Whether the run has a model with its files: MLflow attaches one before it sends them."""
-    ids = [output.model_id for output in run.outputs.model_outputs]
-    return any(client.get_logged_model(model_id).status == "READY" for model_id in ids)
+    return any(_is_ready(client, output.model_id) for output in run.outputs.model_outputs)
+
+
+def _is_ready(client, model_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_logged_model(model_id).status == "READY"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False  # deleted, though the run still names it
+
+
+def is_finished(client, run_id: str) -> bool:
+    """Whether the run holds a training that has ended well."""
+    run = client.get_run(run_id)
+    return run.info.status == "FINISHED" and "weights_sha256" in run.data.tags
 
 
 def stand_in(

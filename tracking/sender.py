@@ -8,7 +8,10 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
+import time
+from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 
@@ -27,29 +30,39 @@ from tracking import runs
 from tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
 
 LATER = "`make sync` sends the rest"
+STATE = "sent.json"  # in an outbox: how far it has come
+YOUNG = 60  # seconds in which an outbox without events may belong to a stage that has just begun
 LOOK = 0.3  # seconds between looks at the outbox
 PAUSE = 3  # seconds after a store could not be reached
 
 
 def main() -> None:
     """Send the stage's events until it ends, then the rest, and print the result."""
-    folder, lines, ended = Path(sys.argv[1]), None, False
-    while not ended:
-        fault = None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once; what is not sent stays in the outbox
+    folder, ended = Path(sys.argv[1]), False
+    lines: list[str] | None = None
+    while True:
+        last = ended  # nothing is written into the outbox after this attempt
         try:
             store = connect()
+            answer_stage("")
             if lines is None:  # once, and first: a training may resume a run that an earlier one began
                 lines = send_left_over(store, folder)
+            fault = follow(store, folder)
         except StoreError as error:
             fault = str(error)
-        if os.environ.pop("REQUIRE_MLFLOW", None):
-            print(fault or "", flush=True)
-        while not fault and not ended:
-            ended = stage_has_ended(LOOK)
-            fault = send(store, folder, wait=10 if ended else 0)
-        ended = ended or stage_has_ended(PAUSE)
+            answer_stage(fault)
+        if not fault or last:
+            break
+        ended = stage_has_ended(PAUSE)
     for line in [*(lines or []), f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]:
         print(line)
+
+
+def answer_stage(fault: str) -> None:
+    """Tell a stage that waits for it, once, why the store cannot be used, or by an empty line that it can."""
+    if os.environ.pop("REQUIRE_MLFLOW", None):
+        print(fault, flush=True)
 
 
 def stage_has_ended(seconds: float) -> bool:
@@ -57,26 +70,37 @@ def stage_has_ended(seconds: float) -> bool:
     return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
+def follow(store, folder: Path) -> str | None:
+    """Send the stage's events until it has ended; returns the fault that stopped this, in a line."""
+    while True:
+        ended = stage_has_ended(LOOK)
+        try:
+            fault = send(store, folder, wait=10 if ended else 0)
+        except Timeout:
+            fault = f"MLflow: another process is sending {folder}" if ended else None
+        if fault or ended:
+            return fault
+
+
 def send_left_over(store, own: Path | None = None) -> list[str]:
     """Send what earlier stages have left, oldest first; returns a line for each that could not be sent."""
     lines = []
-    for folder in sorted(path for path in outboxes().glob("*") if path.is_dir() and path != own):
-        if fault := send(store, folder, wait=10):
-            lines.append(f"{fault}; to drop it, delete {folder}")
+    for folder in sorted(path for path in outboxes().glob("[!.]*") if path.is_dir() and path != own):
+        with suppress(Timeout):  # another process is sending it
+            if fault := send(store, folder, wait=10):
+                lines.append(f"{fault}; to drop it, delete {folder}")
     return lines
 
 
 def send(store, folder: Path, wait: float = 0) -> str | None:
     """Send what an outbox holds and the store lacks; delete it when its stage has ended.
 
-    Returns the fault that stopped this, in a line. If another sender holds the outbox for more than `wait`
-    seconds, this one leaves it.
+    Returns the fault that stopped this, in a line. Raises Timeout if another process holds the outbox for
+    more than `wait` seconds.
     """
     try:
         with FileLock(folder / "sender.lock", timeout=wait):
             return Delivery(store, folder).send(wait=min(wait, 1))
-    except Timeout:
-        return None
     except FileNotFoundError:  # another sender was faster
         if folder.exists():
             raise
@@ -84,14 +108,18 @@ def send(store, folder: Path, wait: float = 0) -> str | None:
 
 
 class Delivery:
-    """One outbox on its way into the store; how far it has come is in sent.json."""
+    """One outbox on its way into the store."""
 
     def __init__(self, store, folder: Path):
         self.client, self.experiment_id = store
-        self.folder, self.path = folder, folder / "sent.json"
-        begun = read_json(self.path) if self.path.exists() else {}
+        self.folder = folder
+        try:
+            begun = read_json(folder / STATE)
+        except (FileNotFoundError, StageError):  # missing or damaged: all may be sent twice
+            begun = {}
         self.store = begun.get("store", store_name())
         self.sent, self.run_id = begun.get("sent", 0), begun.get("run_id", "")
+        self.was_finished = begun.get("was_finished", False)  # the run, before this training repeated it
 
     def send(self, wait: float) -> str | None:
         """Send the events that are new; a run that the store has lost is made again, with all of them.
@@ -101,12 +129,14 @@ class Delivery:
         if self.store != store_name():
             return f"MLflow: a run begun in another store, {self.store}, where `make sync` ends it"
         ended = self.stage_has_ended(wait)  # before the events are read, so that none comes after
-        faults = (*store_faults(), StageError, ValueError)  # the last two: an outbox that is damaged
         try:
             events = self.events()
             if not ended and len(events) == self.sent:
                 return None
-            if self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id):
+            if not events and time.time() - int(self.folder.name.partition("-")[0]) / 1e9 < YOUNG:
+                return None  # its stage is about to lock it
+            lost = self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id)
+            if lost or self.sent > len(events):
                 self.sent, self.run_id = 0, ""
             for event in events[self.sent :]:
                 self.write(event)
@@ -114,10 +144,14 @@ class Delivery:
                 self.save()
             if ended and self.run_id and events[-1]["event"] != "end":
                 self.write({"event": "end", "status": "KILLED", "time": events[-1]["time"]})
-        except faults as error:  # type: ignore[misc]
-            return f"MLflow store {shown(store_url())}: {reason(error)}"
-        if ended:
-            shutil.rmtree(self.folder)
+        # The store, a damaged outbox, or one of another version: no fault of one may stop the others.
+        except Exception as error:
+            if isinstance(error, store_faults()):
+                return f"MLflow store {shown(store_url())}: {reason(error)}"
+            return f"MLflow: {self.folder}: {type(error).__name__}: {reason(error)}"
+        if ended:  # under another name first, since another sender may be waiting for its lock
+            gone = self.folder.rename(self.folder.with_name(f".{self.folder.name}"))
+            shutil.rmtree(gone, ignore_errors=True)
         return None
 
     def stage_has_ended(self, wait: float) -> bool:
@@ -138,7 +172,7 @@ class Delivery:
     def save(self) -> None:
         """Keep how far this has come, for another sender."""
         state = {"store": self.store, "sent": self.sent, "run_id": self.run_id}
-        write_text(self.path, json.dumps(state) + "\n")
+        write_text(self.folder / STATE, json.dumps(state | {"was_finished": self.was_finished}) + "\n")
 
     def write(self, event: dict) -> None:
         """Write one event into the store; all that is done here may be done twice."""
@@ -161,19 +195,23 @@ class Delivery:
                 example = np.array(event["example"], np.float32)
                 runs.log_model(client, run_id, training, self.folder / event["weights"], example)
             case {"event": "end"}:
-                client.set_terminated(run_id, event["status"], event["time"])
+                if not self.was_finished:
+                    client.set_terminated(run_id, event["status"], event["time"])
             case {"event": "report"}:
                 self.report(event)
+            case _:
+                raise ValueError(f"unknown event {str(event)[:100]}")
 
     def begin(self, event: dict) -> None:
         """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
         client, tags = self.client, event["tags"]
         self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"]) or ""
-        if self.run_id:
+        self.was_finished = bool(self.run_id) and runs.is_finished(client, self.run_id)
+        if self.run_id and not self.was_finished:
             client.update_run(self.run_id, status="RUNNING")
             for name, value in tags.items():
                 client.set_tag(self.run_id, name, value)
-        else:
+        elif not self.run_id:
             script = f"stages/{event['stage'].partition('@')[0]}.py"
             source = {"mlflow.source.name": script, "mlflow.source.type": "LOCAL", "mlflow.user": getuser()}
             run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=event["stage"])

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sqlite3
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -20,12 +22,14 @@ from lib.stage.errors import StageError
 from lib.stage.files import replace_atomically
 
 EXPERIMENT = "fashion-cnn"
+CONNECT = 30  # seconds in which a store must answer
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
 # Columns that hold a path of artifacts, which MLflow keeps absolute.
 ARTIFACT_PATHS = {
     "experiments": "artifact_location",
     "runs": "artifact_uri",
     "logged_models": "artifact_location",
+    "model_versions": "storage_location",
 }
 
 
@@ -52,7 +56,12 @@ def store_url() -> str:
     named = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if not is_sqlite(named):
         return named
-    url = make_url(named)
+    try:
+        url = make_url(named)
+    except ArgumentError as error:
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI: {error}; expected sqlite:///file or a server's address"
+        ) from None
     path = repository_root() / (url.database or "mlflow.db")
     # The driver is named since MLflow makes the folder of any "sqlite:", and takes its address as the path,
     # although % and the like are quoted in it.
@@ -68,7 +77,7 @@ def shown(url: str) -> str:
     """A store's address without user and password; the path of a file of SQLite."""
     if is_sqlite(url):
         return make_url(url).database or url
-    return re.sub("^([^/]+://)[^/]*@", r"\1", url)
+    return re.sub("^([^/]+://)[^/]*@", r"\1", url).partition("?")[0]  # a query may hold a token
 
 
 def store_name() -> str:
@@ -90,7 +99,7 @@ def connect():
     root, url = repository_root(), store_url()
     mlflow.set_tracking_uri(url)
     # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with FileLock(root / "mlflow.db.lock"), as_store_error():
+    with as_store_error(), _at_most(CONNECT), FileLock(root / "mlflow.db.lock"):
         if is_sqlite(url):
             _prepare_sqlite(url)
         client = mlflow.MlflowClient()
@@ -131,12 +140,29 @@ def _follow_the_folder(database: sqlite3.Connection) -> None:
     here = (repository_root() / "mlruns").as_uri()
     query = "SELECT artifact_location FROM experiments WHERE name = ?"
     for (there,) in database.execute(query, [EXPERIMENT]).fetchall():
-        if there != here:
+        if there != here and there.endswith("/mlruns"):  # another name would be the user's choice
             for table, column in ARTIFACT_PATHS.items():
                 database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} LIKE ? || '%'",
-                    [here, len(there) + 1, there],
+                    f"UPDATE {table} SET {column} = :here || substr({column}, length(:there) + 1) "
+                    f"WHERE {column} = :there OR substr({column}, 1, length(:there) + 1) = :there || '/'",
+                    {"here": here, "there": there},
                 )
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds`, and again each second: a library may retry."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
