@@ -78,7 +78,7 @@ def test_the_commands_that_trace_prints_are_quoted():
     spec.loader.exec_module(trace)
     params = {"train_cnn.device": ODD, "split.train_size": "None", "split.seed": "0"}
     run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
-    commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, dirty=False)
+    commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, has_diff=False)
     assert [shlex.split(command) for command in commands] == [
         ["git", "checkout", ODD],
         [

@@ -15,8 +15,6 @@ from lib.trainings import TOY
 from project import ROOT, git
 from tracking.store import connect
 
-sys.path.insert(0, str(ROOT / "tools"))
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself

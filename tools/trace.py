@@ -80,18 +80,18 @@ def trace(client, run) -> dict:
         **tags,
         "params": run.data.params,
         "dvc_lock": lock,
-        # A run that was dirty when it began and resumed after a commit keeps its first diff.
-        "restore": restore(run, tags, tags.get("git_dirty") == "true" and "uncommitted.diff" in artifacts),
+        "restore": restore(run, tags, "uncommitted.diff" in artifacts),
     }
 
 
-def restore(run, tags: dict, dirty: bool) -> list[str]:
+def restore(run, tags: dict, has_diff: bool) -> list[str]:
     """The commands that make the run's results again, from the DVC cache where it has them.
 
     Quoted: params and tags come from a store that others may write to.
     """
     commands = [shlex.join(["git", "checkout", tags["git_commit"]])] if "git_commit" in tags else []
-    if dirty:
+    # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
+    if tags.get("git_dirty") == "true" and has_diff:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
         commands.append("git apply uncommitted.diff")
     elif tags.get("git_dirty") == "true":

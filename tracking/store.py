@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import sqlite3
 import sys
 import textwrap
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from lib.reporting.provenance import repository_root
 from lib.stage.errors import StageError
 from lib.stage.files import replace_atomically
+from lib.time_limit import at_most
 
 EXPERIMENT = "fashion-cnn"
 CONNECT = 30  # seconds in which a store must answer
@@ -99,7 +99,11 @@ def connect():
     root, url = repository_root(), store_url()
     mlflow.set_tracking_uri(url)
     # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with as_store_error(), _at_most(CONNECT), FileLock(root / "mlflow.db.lock"):
+    with (
+        as_store_error(),
+        at_most(CONNECT, TimeoutError(f"no answer within {CONNECT} s")),
+        FileLock(root / "mlflow.db.lock"),
+    ):
         if is_sqlite(url):
             _prepare_sqlite(url)
         client = mlflow.MlflowClient()
@@ -147,22 +151,6 @@ def _follow_the_folder(database: sqlite3.Connection) -> None:
                     f"WHERE {column} = :there OR substr({column}, 1, length(:there) + 1) = :there || '/'",
                     {"here": here, "there": there},
                 )
-
-
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`, and again each second: a library may retry."""
-
-    def stop(*_) -> None:
-        raise TimeoutError(f"no answer within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -2,12 +2,9 @@
 
 import errno
 import hashlib
-import signal
 import subprocess
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +16,7 @@ from lib.fashion_mnist import FILES, IdxFile, check_header
 from lib.sources.kinds import open_source
 from lib.stage.errors import StageError
 from lib.stage.files import replace_atomically, sha256_of
+from lib.time_limit import at_most
 
 # The four files are 31 MB compressed, 310 s at 100 kB/s. This leaves time for apt's lists, and for another
 # attempt, and gives up a source slower than 35 kB/s.
@@ -44,8 +42,9 @@ def fetch(sources: list[str], folder: Path) -> None:
         print(f"fetch: four verified files were in {folder}")
         return
     for source in sources:
+        too_slow = StageError(f"not done after {SOURCE_SECONDS} s, expected all files by then")
         try:
-            with _at_most(SOURCE_SECONDS), open_source(source) as open_file:
+            with at_most(SOURCE_SECONDS, too_slow), open_source(source) as open_file:
                 while missing:
                     _take(missing[0], open_file, folder, source)
                     missing.pop(0)
@@ -61,22 +60,6 @@ def fetch(sources: list[str], folder: Path) -> None:
         f"no source gave Fashion-MNIST ({'; '.join(faults)}); connect to the network, "
         "or put the four files into a folder and name it in fetch.sources"
     )
-
-
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Raise StageError in a block that takes longer, whichever call of whichever library it waits in."""
-
-    def stop(*_):
-        raise StageError(f"not done after {seconds} s, expected all files by then")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again: Python drops what a destructor raises
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _is_of_output(error: Exception, folder: Path) -> bool:
