@@ -24,6 +24,16 @@ def workspace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory) -> Path:
+    """A store of SQLite as MLflow makes it, which takes it seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    from mlflow import MlflowClient  # takes seconds, and the fast tests do without
+
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
 def images() -> np.ndarray:
     """Sixteen images of noise, (16, 28, 28) uint8."""

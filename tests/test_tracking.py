@@ -18,6 +18,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from lib.models.cnns import TOY_SHAPE, build_toy_cnn, fresh, save_weights
 from lib.reporting import outbox
@@ -41,12 +42,13 @@ SHA, KEY = "ab" * 32, "12" * 32
 
 
 @pytest.fixture
-def unsent(workspace, monkeypatch):
+def unsent(workspace, new_store, monkeypatch):
     """Outboxes whose senders do nothing, so that a test can send them itself."""
     sender = Mock()
     sender.return_value.communicate.return_value = ("MLflow: left\n", None)
     monkeypatch.setattr(outbox, "subprocess", Mock(Popen=sender, TimeoutExpired=subprocess.TimeoutExpired))
     monkeypatch.setattr(outbox, "git_tags", dict)
+    shutil.copy(new_store, workspace / "mlflow.db")
     return workspace
 
 
@@ -293,6 +295,53 @@ def test_whoever_requires_a_store_is_stopped_without_one(workspace):
     )
 
 
+HANGS = """
+from pathlib import Path
+from lib.reporting import outbox
+outbox.WAIT, outbox.SENDER = 0.5, Path("hangs.py")
+"""
+
+
+@pytest.mark.parametrize(
+    ("require", "line"),
+    [
+        ("", "MLflow: not everything was sent within 0.5 s; `make sync` sends the rest"),
+        ("1", "MLflow: the store did not answer within 1.0 s; the stage stops since REQUIRE_MLFLOW is set"),
+    ],
+)
+def test_a_sender_that_hangs_costs_a_stage_a_bounded_time(workspace, require, line):
+    Path("hangs.py").write_text(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    )
+    began = time.monotonic()
+    done = stage(HANGS + ENDLESS.replace("10000", "3"), REQUIRE_MLFLOW=require)
+    assert line in done.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 30
+    assert bool(done.returncode) == bool(require)
+    if not require:
+        assert send_left_over(connect()) == []
+        assert [run.info.status for run in all_runs()] == ["FINISHED"]
+
+
+def test_senders_neither_see_an_outbox_that_nobody_holds_yet_nor_leave_one_that_is_half_deleted(
+    unsent, monkeypatch
+):
+    def acquire(lock) -> None:
+        assert send_left_over(connect()) == []
+        whole(lock)
+
+    whole = FileLock.acquire
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            outbox, "FileLock", Mock(side_effect=lambda path: Mock(acquire=lambda: acquire(FileLock(path))))
+        )
+        train(unsent)
+    (outboxes() / ".gone-1").mkdir()
+    assert send_left_over(connect()) == []
+    assert_whole(all_runs()[0], unsent)
+    assert list(outboxes().iterdir()) == []
+
+
 def test_an_outbox_that_was_begun_in_another_store_stays_for_it(unsent, monkeypatch):
     train(unsent)
     (unsent / "mlruns").write_text("no folder")
@@ -443,14 +492,6 @@ def test_the_diff_of_a_dirty_tree_gives_it_back(workspace):
     assert b"changed by -S" not in (workspace / "saved").read_bytes()
 
 
-@pytest.fixture
-def whole_store(tmp_path_factory) -> Path:
-    """A store of SQLite as MLflow makes it."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 def damaged(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:4096] + bytes(255 - byte for byte in content[4096:]))
@@ -476,8 +517,8 @@ def without_experiment(path: Path) -> None:
         (lambda path: path.write_bytes(b"no database, but long enough for one" * 100), "not a database"),
     ],
 )
-def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, whole_store, spoil, words):
-    shutil.copy(whole_store, workspace / "mlflow.db")
+def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, new_store, spoil, words):
+    shutil.copy(new_store, workspace / "mlflow.db")
     spoil(workspace / "mlflow.db")
     began = time.monotonic()
     with pytest.raises(StoreError, match=f"^MLflow store {workspace}/mlflow.db: .*{words}"):
@@ -560,7 +601,7 @@ def schema(store: Path) -> set[tuple]:
         return set(database.execute(query).fetchall())
 
 
-def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace, whole_store):
+def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace, new_store):
     (workspace / ".mlflow.db.part").write_text("what an earlier kill left")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT}"}
     code = "from tracking.store import connect; connect()"
@@ -569,7 +610,7 @@ def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens
         time.sleep(0.001)
     started.kill()
     assert started.wait() == -signal.SIGKILL
-    assert schema(workspace / "mlflow.db") == schema(whole_store)
+    assert schema(workspace / "mlflow.db") == schema(new_store)
 
 
 def test_no_stage_imports_mlflow():

@@ -10,7 +10,6 @@ import select
 import shutil
 import signal
 import sys
-import time
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
@@ -30,8 +29,8 @@ from tracking import runs
 from tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
 
 LATER = "`make sync` sends the rest"
+GONE = ".gone-"  # the prefix of an outbox that is being deleted
 STATE = "sent.json"  # in an outbox: how far it has come
-YOUNG = 60  # seconds in which an outbox without events may belong to a stage that has just begun
 LOOK = 0.3  # seconds between looks at the outbox
 PAUSE = 3  # seconds after a store could not be reached
 
@@ -84,6 +83,8 @@ def follow(store, folder: Path) -> str | None:
 
 def send_left_over(store, own: Path | None = None) -> list[str]:
     """Send what earlier stages have left, oldest first; returns a line for each that could not be sent."""
+    for gone in outboxes().glob(f"{GONE}*"):  # a kill stopped its deletion
+        shutil.rmtree(gone, ignore_errors=True)
     lines = []
     for folder in sorted(path for path in outboxes().glob("[!.]*") if path.is_dir() and path != own):
         with suppress(Timeout):  # another process is sending it
@@ -133,8 +134,6 @@ class Delivery:
             events = self.events()
             if not ended and len(events) == self.sent:
                 return None
-            if not events and time.time() - int(self.folder.name.partition("-")[0]) / 1e9 < YOUNG:
-                return None  # its stage is about to lock it
             lost = self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id)
             if lost or self.sent > len(events):
                 self.sent, self.run_id = 0, ""
@@ -150,7 +149,7 @@ class Delivery:
                 return f"MLflow store {shown(store_url())}: {reason(error)}"
             return f"MLflow: {self.folder}: {type(error).__name__}: {reason(error)}"
         if ended:  # under another name first, since another sender may be waiting for its lock
-            gone = self.folder.rename(self.folder.with_name(f".{self.folder.name}"))
+            gone = self.folder.rename(self.folder.with_name(f"{GONE}{self.folder.name}"))
             shutil.rmtree(gone, ignore_errors=True)
         return None
 

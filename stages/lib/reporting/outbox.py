@@ -7,6 +7,7 @@ tracking/sender.py, which alone talks to the store, and deletes the folder once 
 import json
 import os
 import secrets
+import select
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from lib.stage.errors import StageError
 from lib.trainings import Training
 
 SENDER = Path(__file__).resolve().parents[3] / "tracking/sender.py"
-WAIT = 30  # seconds that a stage waits at its end for the sender
+WAIT = 30  # seconds that a stage waits for the sender
 EVENTS, ALIVE, FILES = "events.jsonl", "stage.lock", "files"
 
 
@@ -43,9 +44,12 @@ class Outbox:
         # Taken now: when it is sent, the tree may differ.
         self.diff = git_diff() if self.git_tags.get("git_dirty") == "true" else None
         self.folder = outboxes() / f"{time.time_ns()}-{secrets.token_hex(4)}"
-        (self.folder / FILES).mkdir(parents=True)
-        self._alive = FileLock(self.folder / ALIVE)  # held until the stage ends, however it ends
+        # Hidden from senders until it is locked: an outbox that nobody holds is one whose stage has ended.
+        hidden = self.folder.with_name(f".new-{self.folder.name}")
+        (hidden / FILES).mkdir(parents=True)
+        self._alive = FileLock(hidden / ALIVE)  # held until the stage ends, however it ends
         self._alive.acquire()
+        hidden.rename(self.folder)
         self._events = (self.folder / EVENTS).open("a", encoding="utf-8")
         # In its own session and without DVC_STAGE, so that it outlives the stage and reports how that ended.
         environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
@@ -54,11 +58,7 @@ class Outbox:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment,
         )  # fmt: skip
         if os.environ.get("REQUIRE_MLFLOW"):
-            assert self._sender.stdout
-            if not (first := self._sender.stdout.readline()).isspace():
-                self._discard()
-                fault = first.strip() or "MLflow: the sender has failed"
-                raise StageError(f"{fault}; the stage stops since REQUIRE_MLFLOW is set")
+            self._require_store()
 
     def write(self, event: str, **facts: object) -> None:
         """Append one event."""
@@ -97,12 +97,21 @@ class Outbox:
             said, _ = self._sender.communicate(timeout=WAIT)
         except subprocess.TimeoutExpired:
             said = f"MLflow: not everything was sent within {WAIT} s; `make sync` sends the rest\n"
-            self._discard()
+            self._sender.kill()  # not waited for: it may hang in a file system that does not answer
         print(said.strip() or "MLflow: the sender has failed; `make sync` sends the rest")
 
-    def _discard(self) -> None:
-        self._sender.terminate()
-        self._sender.communicate()
+    def _require_store(self) -> None:
+        """Raise StageError unless the sender says, by an empty first line, that it has reached the store."""
+        answer = self._sender.stdout
+        assert answer
+        if not select.select([answer], [], [], 2 * WAIT)[0]:  # longer than the sender waits for the store
+            fault = f"MLflow: the store did not answer within {2 * WAIT} s"
+        elif (first := answer.readline()).isspace():
+            return
+        else:
+            fault = first.strip() or "MLflow: the sender has failed"
+        self._sender.kill()
+        raise StageError(f"{fault}; the stage stops since REQUIRE_MLFLOW is set")
 
 
 class Run:
