@@ -87,7 +87,12 @@ def table(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Trial]]
             first, seconds, rng, arguments.stage_kills
         ),
         "DVC killed between a training's end and dvc.lock": window_kills(first, rng, arguments.window_kills),
-        "DVC killed while it writes dvc.lock": lock_kills(first, rng, arguments.lock_kills),
+        "the same, with results that are not the committed ones": window_kills(
+            other_results(first), rng, arguments.window_kills
+        ),
+        "DVC killed while it writes dvc.lock, which is not the committed one": lock_kills(
+            first, rng, arguments.lock_kills
+        ),
         "`dvc repro` of everything killed at random moments": pipeline_kills(
             folder, expected, sum(seconds.values()), rng, arguments.pipeline_kills
         ),
@@ -105,6 +110,13 @@ def prepared(folder: Path) -> Path:
     dvc(folder, "repro", "--force")
     git(folder, "commit", "--quiet", "--all", "--message", "results")
     return folder
+
+
+def other_results(project: Path) -> Path:
+    """The same project after an edit of params and `dvc repro`, so that its dvc.lock is not committed."""
+    set_params(project, {"train_toy_cnn": {"seed": 1}, "train_cnn": {"seed": 1}})
+    dvc(project, "repro")
+    return project
 
 
 def unrun(folder: Path) -> Path:

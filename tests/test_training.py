@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -275,10 +276,13 @@ def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, m
     Path("dvc.lock").write_text(f"md5: {'0' * 32}\n")
     assert train_in_dvc("k", "some") == 0
     assert train_in_dvc("k", "some") == 2  # DVC was killed before it wrote dvc.lock
+    Path("dvc.lock").write_text(f"md5: {hashlib.md5(b'some').hexdigest()}\n")
+    os.utime("dvc.lock", (0, 0))  # as committed, from before the training
+    assert train_in_dvc("k", "some") == 2
     assert train_in_dvc("other", "other") == 0
     assert not (folder / "k.safetensors").exists()  # one is kept: each is as large as three models
     assert train_in_dvc("k", "some") == 0
-    Path("dvc.lock").write_text(f"md5: {hashlib.md5(b'some').hexdigest()}\n")
+    os.utime("dvc.lock")
     assert train_in_dvc("k", "some") == 0  # `dvc repro --force` trains again
 
 

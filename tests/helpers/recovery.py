@@ -166,10 +166,12 @@ def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at
     reran = set(ran(again)) - ({"verify_manual_conv"} - left - {stage})
     if reran - {stage}:
         trial.lose(f"stages ran again that had finished: {sorted(reran)}")
-    elif not reran and (killed_at_work or f"Stage '{stage}' is cached" not in again):
-        trial.lose("nothing had to be recovered")
-    elif not reran:
+    elif not reran and not killed_at_work and f"Stage '{stage}' is cached" in again:
         trial.what += ", when DVC's run cache had it"
+    elif not reran and not killed_at_work and "the committed one replaces it" in again:
+        trial.what += ", when the committed dvc.lock had it"
+    elif not reran:
+        trial.lose("nothing had to be recovered")
 
 
 def judge_training(trial: Trial, project: Path, stage: str, before: dict[str, str], again: str) -> None:

@@ -73,10 +73,10 @@ class Checkpoint:
 def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
     """The checkpoint of a training that writes `weights`.
 
-    If the block succeeds, the checkpoint is deleted, or, if DVC runs the stage, kept until dvc.lock names
-    these weights: a kill between the end of the stage and that write would cost the training. Two
-    experiments can run the very same training at once: the second waits, so that neither resumes from the
-    other's epochs.
+    If the block succeeds, the checkpoint is deleted, or, if DVC runs the stage, kept until DVC has written
+    dvc.lock: a kill between the end of the stage and that write would cost the training. Two experiments
+    can run the very same training at once: the second waits, so that neither resumes from the other's
+    epochs.
     """
     folder = repository_root() / ".checkpoints"
     folder.mkdir(exist_ok=True)
@@ -96,9 +96,19 @@ def _delete_finished(folder: Path, key: str) -> None:
     """Delete the checkpoints of finished trainings, except that of `key` if dvc.lock lacks its weights."""
     for path in folder.glob("*.done"):
         with suppress(FileNotFoundError):  # another training does the same
-            if path.stem != key or (LOCK.exists() and path.read_text() in LOCK.read_text(encoding="utf-8")):
+            if path.stem != key or _is_recorded(path):
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
                 path.unlink()
+
+
+def _is_recorded(done: Path) -> bool:
+    """Whether DVC has written dvc.lock since the training ended, with the weights whose digest `done` holds.
+
+    An older dvc.lock may name the same weights: that of a fresh clone does.
+    """
+    if not LOCK.exists() or LOCK.stat().st_mtime_ns < done.stat().st_mtime_ns:
+        return False
+    return done.read_text() in LOCK.read_text(encoding="utf-8")
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
