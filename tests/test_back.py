@@ -13,12 +13,42 @@ import pytest
 import yaml
 
 from crash import Started, kill, stage_processes, wait_for_text, wait_until_gone
-from pipeline import dvc, environment, ran, set_params, tool, try_tool
+from pipeline import dvc, environment, ran, set_params, tool, try_tool, two_stages
 from project import git
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = Path("models/toy_cnn.safetensors")
+# In place of train_toy_cnn, without torch and MLflow, which take seconds and no part in the way back.
+STAND_IN = """
+import time
+import numpy as np
+from lib.params import load_params
+from lib.stage.files import write_csv, write_json, write_tensors
+from lib.stage.process import run_stage
+from lib.trainings import TOY
+
+def main():
+    params = load_params("train_toy_cnn").train_toy_cnn
+    if params.epochs == 99999:
+        time.sleep(600)
+    write_tensors(TOY.weights, {"weights": np.array([params.seed, params.epochs])})
+    write_csv(TOY.curve, [{"epoch": 1, "train_loss": params.seed}])
+    write_json(TOY.metrics, {"train_loss": params.seed})
+
+run_stage(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return two_stages(tmp_path_factory.mktemp("back") / "project", training=STAND_IN)
+
+
+@pytest.fixture
+def project(finished, tmp_path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 
 def changes(project: Path) -> str:

@@ -405,11 +405,8 @@ def original_runs(project: Path, epochs: int) -> list:
     return tracked_runs(project, query)
 
 
-@pytest.mark.parametrize(  # with epochs not seen before, so that nothing comes from the cache
-    ("sent", "epochs"), [(signal.SIGKILL, 9), (signal.SIGINT, 10)]
-)
-def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project, sent, epochs):
-    set_params(project, {"train_cnn": {"epochs": epochs}})
+def stop_training(project: Path, epoch: int, sent: signal.Signals) -> None:
+    """Send a signal to DVC and the training after `epoch`; both end within seconds."""
     command = [sys.executable, "-m", "dvc", "repro", "train_cnn@original"]
     started = subprocess.Popen(
         command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True,
@@ -418,17 +415,24 @@ def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project, sent, 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     with started.stdout:
-        assert any(line.startswith("epoch 2/") for line in started.stdout)
+        assert any(line.startswith(f"epoch {epoch}/") for line in started.stdout)
         os.killpg(started.pid, sent)
         began = time.monotonic()
         started.stdout.read()
     started.wait()
     assert time.monotonic() - began < 5  # DVC's own end included
-    deadline = time.monotonic() + 10  # the sender's
-    while original_runs(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    [run] = original_runs(project, epochs)
-    assert run.info.status == "KILLED"
+
+
+def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
+    epochs = 9  # not seen before, so that nothing comes from the cache
+    set_params(project, {"train_cnn": {"epochs": epochs}})
+    for epoch, sent in ((2, signal.SIGINT), (4, signal.SIGKILL)):
+        stop_training(project, epoch, sent)
+        deadline = time.monotonic() + 10  # the sender's
+        while original_runs(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        [run] = original_runs(project, epochs)
+        assert run.info.status == "KILLED"
     again = dvc(project, "repro", "train_cnn@original")
     assert "resuming after epoch" in again.stdout
     [run] = original_runs(project, epochs)

@@ -1,6 +1,7 @@
 """Running the pipeline of a copy of the project, with small params."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import yaml
 from mlflow import MlflowClient
+
+from project import copy_of_project, git
 
 SMALL = yaml.safe_load((Path(__file__).parent / "params.yaml").read_text())
 
@@ -18,6 +21,26 @@ def set_params(project: Path, changes: dict) -> None:
     for section, values in changes.items():
         params[section] |= values
     path.write_text(yaml.safe_dump(params))
+
+
+def two_stages(folder: Path, training: str | None = None) -> Path:
+    """A project of build_toy_tensors and train_toy_cnn at `folder`, after its first run; all is committed.
+
+    `training` is the script of train_toy_cnn, if it is another than the project's.
+    """
+    copy_of_project(folder)
+    definition = yaml.safe_load((folder / "dvc.yaml").read_text())
+    kept = {name: definition["stages"][name] for name in ("build_toy_tensors", "train_toy_cnn")}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": kept}))
+    if training:
+        (folder / "stages/train_toy_cnn.py").write_text(training)
+    (folder / "dvc.lock").unlink()
+    shutil.rmtree(folder / "metrics")
+    set_params(folder, SMALL)
+    dvc(folder, "repro")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "results")
+    return folder
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -76,6 +99,6 @@ def run_queued(project: Path, workers: int, stage: str, changes: list[str]) -> l
         rows = [line for line in status.splitlines() if "queued-" in line]
         if all("Success" in row or "Failed" in row for row in rows):
             break
-        time.sleep(1)
+        time.sleep(3)  # DVC's own start takes a second of a core
     dvc(project, "queue", "stop", "--kill", check=False)
     return [row for row in rows if "Success" not in row]

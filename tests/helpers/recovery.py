@@ -162,13 +162,15 @@ def kill_stage(project: Path, stage: str, strike: Strike, what: str = "") -> Tri
 
 def judge_reruns(trial: Trial, stage: str, left: set[str], again: str, killed_at_work: bool) -> None:
     """A fault if more ran again than what was killed, or nothing did; `left` is what dvc.lock still had."""
-    # DVC has no run cache of verify_manual_conv, so if the kill cut dvc.lock short, it runs again.
-    reran = set(ran(again)) - ({"verify_manual_conv"} - left - {stage})
+    # DVC has no run cache of verify_manual_conv, so it runs again if its entry in dvc.lock is cut off.
+    replaced = "the committed one replaces it" in again
+    has_no_entry = {"verify_manual_conv"} - (set() if replaced else left)
+    reran = set(ran(again)) - (has_no_entry - {stage})
     if reran - {stage}:
         trial.lose(f"stages ran again that had finished: {sorted(reran)}")
     elif not reran and not killed_at_work and f"Stage '{stage}' is cached" in again:
         trial.what += ", when DVC's run cache had it"
-    elif not reran and not killed_at_work and "the committed one replaces it" in again:
+    elif not reran and not killed_at_work and replaced:
         trial.what += ", when the committed dvc.lock had it"
     elif not reran:
         trial.lose("nothing had to be recovered")
