@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 from dvc.utils.serialize import dump_yaml
+
 from mend_lock import LOCK, RWLOCK, mend_rwlock, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))

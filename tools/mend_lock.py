@@ -17,7 +17,6 @@ from voluptuous import Invalid
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 from history import file_at
-
 from lib.reporting.provenance import GitError
 from lib.stage.files import write_text
 from lib.stage.process import run_stage

@@ -10,16 +10,17 @@ import json
 import sys
 from pathlib import Path
 
-from mend_lock import LOCK, read_lock
 from ruamel.yaml import YAML
+
+from mend_lock import LOCK, read_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
+from dvc_experiments import experiments
 from history import file_at, weights_at
-
-from lib.reporting.provenance import GitError, git, git_diff, git_tags
+from lib.reporting.provenance import GitError, git_diff, git_tags
 from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from lib.stage.errors import StageError
 from lib.stage.files import numbers, read_json
@@ -89,20 +90,20 @@ def sync_training(client, experiment_id: str, training: Training, stages: dict) 
 def record_experiments(client, experiment_id: str) -> None:
     """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
     try:
-        references = git("for-each-ref", "--format=%(refname)", "refs/exps/??/*/*").decode().split()
+        found = experiments()
     except GitError as error:
         print(f"sync: did not look for experiments: {error}")
         return
-    for reference in references:
-        stages = YAML(typ="safe").load(file_at(reference, LOCK) or b"stages: {}")["stages"]
+    for experiment in found:
+        stages = YAML(typ="safe").load(file_at(experiment.reference, LOCK) or b"stages: {}")["stages"]
         for name, training in TRAININGS.items():
-            weights_sha256 = weights_at(reference, training)
+            weights_sha256 = weights_at(experiment.reference, training)
             if name not in stages or weights_sha256 is None:  # it may have run other stages
                 continue
             run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=name)
             if run_id and runs.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
                 _sync_lock(client, run_id, training, stages)
-                print(f"sync: {name}, run {run_id}: dvc.lock of experiment {reference.rpartition('/')[2]}")
+                print(f"sync: {name}, run {run_id}: dvc.lock of experiment {experiment.name}")
 
 
 def _files_of(training: Training) -> set[str]:

@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
 from history import weights_at
-
 from lib.reporting.provenance import GitError, git
 from lib.stage.errors import StageError
 from lib.stage.files import sha256_of

@@ -1,0 +1,224 @@
+"""compare: its statistics against values found by other ways, and what it says about whole sides."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+import compare
+import judgement
+from lib.stage.errors import StageError
+from project import git
+from sides import read_side
+
+CLASSES = ("Bag", "Coat")
+
+
+def test_mcnemars_exact_test_by_hand():
+    """Of 10 images that one model alone reads right, A has 1: p = 2 · (C(10,0) + C(10,1)) / 2^10."""
+    a = np.array([True] * 20 + [True] + [False] * 9)
+    b = np.array([True] * 20 + [False] + [True] * 9)
+    judged = judgement.same_images("all", a, b)
+    assert judged.p == pytest.approx(2 * (1 + 10) / 1024)
+    assert judged.difference == pytest.approx(8 / 30)
+    assert (judged.verdict, judged.needed, judged.n) == ("better", None, 30)
+    assert judgement.same_images("all", b, a).verdict == "worse"
+
+
+def test_the_bootstrap_interval_is_that_of_drawing_images():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.93
+    judged = judgement.same_images("all", a, b)
+    differences = b.astype(float) - a
+    drawn = [rng.choice(differences, len(differences)).mean() for _ in range(4000)]
+    assert (judged.low, judged.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.002)
+
+
+def test_models_that_agree_on_all_images_are_not_told_apart_and_no_number_would_tell():
+    right = np.array([True, False] * 50)
+    judged = judgement.same_images("all", right, right)
+    assert (judged.p, judged.low, judged.high, judged.needed) == (1.0, 0, 0, None)
+    assert judged.verdict == "not to be told apart"
+
+
+def test_as_many_images_as_would_tell_do_so_in_four_of_five_cases():
+    shares = np.array([0.04, 0.05, 0.91])  # only A right, only B right, neither or both
+    needed = judgement.images_or_seeds_needed(0.01, 0.09 - 0.01**2)
+    assert needed == math.ceil((1.959964 + 0.841621) ** 2 * (0.09 - 0.0001) / 0.0001)
+    drawn = np.random.default_rng(0).multinomial(needed, shares, 2000)
+    told = [stats.binomtest(int(b), int(a + b)).pvalue < 0.05 and b > a for a, b, _ in drawn]
+    assert np.mean(told) == pytest.approx(0.8, abs=0.04)
+
+
+def test_seeds_are_paired_where_both_sides_have_the_same():
+    a, b = {0: 0.90, 1: 0.92, 2: 0.91}, {2: 0.92, 1: 0.925, 0: 0.91}
+    judged = judgement.seeds("all", a, b)
+    # Differences 0.01, 0.005, 0.01: mean 1/120, sd 1/346.41, t = 5; 4.3027 is the 97.5 % point of t with 2.
+    assert judged.difference == pytest.approx(1 / 120)
+    assert (judged.high - judged.low) / 2 == pytest.approx(4.302653 * (1 / 120) / 5, rel=1e-5)
+    assert judged.p == pytest.approx(0.0377495, rel=1e-4)
+    assert (judged.verdict, judged.n, judged.unit) == ("better", 3, "seeds")
+
+
+def test_other_seeds_are_not_paired():
+    judged = judgement.seeds("all", {0: 0.90, 1: 0.92, 2: 0.91}, {3: 0.92, 4: 0.925, 5: 0.91})
+    # Variances 1e-4 and 5.8333e-5 of three values each: t = 0.0083333 / sqrt(5.2778e-5).
+    assert judged.difference / judged_deviation(judged) == pytest.approx(1.147079, rel=1e-5)
+    assert judged.verdict == "not to be told apart"
+    assert judged.needed == math.ceil((1.959964 + 0.841621) ** 2 * 1.583333e-4 / (1 / 120) ** 2)
+
+
+def judged_deviation(judged) -> float:
+    """The standard error that an interval of Welch's t comes from."""
+    freedom = (5.27778e-5) ** 2 / ((1e-4 / 3) ** 2 / 2 + (5.833333e-5 / 3) ** 2 / 2)
+    return (judged.high - judged.low) / 2 / stats.t.isf(0.025, freedom)
+
+
+def test_accuracies_without_predictions_are_taken_as_of_different_images():
+    judged = judgement.accuracies("moved", 0.5, 0.6, 100)
+    assert (judged.high - judged.low) / 2 == pytest.approx(1.959964 * math.sqrt((0.25 + 0.24) / 100))
+    assert judged.verdict == "not to be told apart"
+    assert judgement.accuracies("moved", 0.5, 0.6, 1000).verdict == "better"
+
+
+def write_results(folder: Path, images: str, seed: int, wrong: int, epochs: int = 5) -> None:
+    """Results of a CNN that reads the first `wrong` of 200 test images wrong."""
+    metrics = folder / "metrics"
+    (metrics / "train_cnn").mkdir(parents=True, exist_ok=True)
+    (metrics / "evaluate_cnn").mkdir(exist_ok=True)
+    accuracy = 1 - wrong / 200
+    train = {"val_accuracy": accuracy, "weights_sha256": [f"{images}-{seed}-{wrong}"]}
+    test = {
+        "test_accuracy": accuracy, "test_accuracy_shift_3px": accuracy, "test_accuracy_rotation_15deg": 0.5,
+        "shifts": [{"n": 100}],
+    }  # fmt: skip
+    (metrics / f"train_cnn/{images}.json").write_text(json.dumps(train))
+    (metrics / f"evaluate_cnn/{images}.json").write_text(json.dumps(test))
+    rows = [(CLASSES[n % 2], CLASSES[(n + (n < wrong)) % 2]) for n in range(200)]
+    (metrics / f"evaluate_cnn/{images}_confusion.csv").write_text(
+        "actual,predicted\n" + "".join(f"{actual},{predicted}\n" for actual, predicted in rows)
+    )
+    params = {"train_cnn": {"seed": seed, "epochs": epochs}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    stages = {f"train_cnn@{name}": {"params": {"params.yaml": params}} for name in ("original", "augmented")}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+
+
+@pytest.fixture
+def results(workspace) -> Path:
+    """A repository whose HEAD reads 20 of 200 images wrong, with experiments as DVC keeps them."""
+    git(workspace, "init", "--quiet")
+    write_results(workspace, "original", 0, 20)
+    commit(workspace)
+    for name, seed, wrong in (("slow-0", 0, 40), ("slow-1", 1, 44), ("wide-0", 0, 20), ("wide-1", 1, 23)):
+        experiment(workspace, name, seed, wrong)
+    return workspace
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "results")
+
+
+def experiment(folder: Path, name: str, seed: int, wrong: int) -> None:
+    head = git(folder, "rev-parse", "HEAD").strip()
+    write_results(folder, "original", seed, wrong, epochs=9)
+    commit(folder)
+    git(folder, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", "HEAD")
+    git(folder, "reset", "--quiet", "--hard", head)
+
+
+def run(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
+    compare.main()
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_worse_experiment_is_told_with_the_numbers(results, monkeypatch, capsys):
+    told = run(monkeypatch, capsys, "HEAD", "slow-0")
+    assert "test_accuracy 0.9 0.8 −0.1" in told
+    assert "Test images as they are: B is worse than A. Difference −10.00 points" in told
+    assert "only A is right on 20 images, only B on 0; McNemar's exact test: p = 1.9e-06" in told
+    assert "rotated by ±15°: A and B are not to be told apart by 100 images. Difference +0.00" in told
+    assert "To compare their settings, train each with several seeds" in told
+
+
+def test_the_same_weights_are_not_to_be_told_apart(results, monkeypatch, capsys):
+    told = run(monkeypatch, capsys, "HEAD", "workspace")
+    assert told.endswith("the same weights on both sides, so A and B are not to be told apart")
+
+
+def test_several_seeds_are_compared_by_seed(results, monkeypatch, capsys):
+    [compared] = json.loads(run(monkeypatch, capsys, "wide-*", "slow-0,slow-1", "--json"))
+    assert compared["sources"] == [["wide-0", "wide-1"], ["slow-0", "slow-1"]]
+    assert compared["metrics"]["test_accuracy"][1]["mean"] == pytest.approx(0.79)
+    judged = compared["judgements"][0]
+    assert (judged["unit"], judged["n"]) == ("seeds", 2)
+    assert judged["difference"] == pytest.approx(-0.1025)
+    assert "paired by seed" in judged["how"]
+
+
+def test_each_training_or_the_two_that_are_named(results):
+    write_results(results, "augmented", 0, 30)
+    assert [a[0].training for a, _ in compare.pairs("workspace", "workspace")] == [
+        "train_cnn@original", "train_cnn@augmented",
+    ]  # fmt: skip
+    [(a, b)] = compare.pairs("workspace@original", "workspace@augmented")
+    assert compare.judgements(a, b)[0].difference == pytest.approx(-0.05)
+    (results / "metrics/train_cnn/original.json").unlink()
+    assert len(compare.pairs("HEAD", "workspace")) == 1  # one training on each side, so those two
+    write_results(results, "original", 0, 30)
+    commit(results)
+    (results / "metrics/train_cnn/original.json").unlink()
+    (results / "metrics/train_cnn/augmented.json").rename(results / "metrics/train_toy_cnn.json")
+    with pytest.raises(StageError, match="HEAD has results of train_cnn@original, train_cnn@augmented, and"):
+        compare.pairs("HEAD", "workspace")
+
+
+@pytest.mark.parametrize(
+    ("side", "words"),
+    [
+        (
+            "no-such-thing",
+            "no-such-thing: expected workspace, an experiment, a git revision or a run of MLflow",
+        ),
+        ("x*", r"x\*: matches no experiment"),
+        ("workspace@augmented", "workspace@augmented: no results there"),
+        ("--all", "--all: expected workspace"),
+    ],
+)
+def test_a_side_that_is_nothing_is_named(results, side, words):
+    with pytest.raises(StageError, match=words):
+        read_side(side)
+
+
+def test_damaged_results_are_named(results):
+    path = results / "metrics/evaluate_cnn/original_confusion.csv"
+    for content in ("Bag\n", "actual,predicted\nBag\n", ""):
+        path.write_text(content)
+        with pytest.raises(StageError, match=r"original_confusion\.csv of workspace: .*as a stage writes it"):
+            read_side("workspace")
+    path.unlink()
+    [[a], [b]] = compare.pairs("HEAD", "workspace")[0]
+    assert b.predictions == []
+    with pytest.raises(StageError, match="no predictions of the same test images"):
+        compare.judgements([a], [b])
+
+
+def test_the_list_fits_a_hundred_columns_and_says_what_was_changed(results, monkeypatch, capsys):
+    experiment(results, "a-name-that-is-longer-than-its-column", 5, 10)
+    monkeypatch.setattr("sys.argv", ["compare.py"])
+    compare.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    [row] = [line.split() for line in lines if line.startswith("slow-1")]
+    assert row[1:5] == ["train_cnn.epochs=9,", "train_cnn…", "78.00", "78.00"]
+    for word in ("dvc exp apply", "dvc exp branch", "dvc exp remove", "--name", "make back"):
+        assert word in "\n".join(lines)
+    shutil.rmtree(results / ".git/refs/exps")
+    assert "workspace 90.00 90.00" in run(monkeypatch, capsys)
