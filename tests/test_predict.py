@@ -1,0 +1,176 @@
+"""predict: what becomes of a picture before the network sees it, and what is said about each file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import predict
+from lib.fashion_mnist import CLASSES
+from lib.models.cnns import build_cnn, fresh, save_weights
+from lib.stage.errors import StageError
+from pictures import read_picture
+
+
+def save(folder: Path, picture: Image.Image, name: str = "picture.png") -> Path:
+    picture.save(folder / name)
+    return folder / name
+
+
+def drawn(size: tuple[int, int], box: tuple[int, int, int, int], mode: str = "L", back=255, garment=0):
+    """A rectangle on a plain background; the box's right and lower edges are not in it."""
+    picture = Image.new(mode, size, back)
+    left, top, right, bottom = box
+    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), fill=garment)
+    return picture
+
+
+BLOCK = np.zeros((28, 28), np.uint8)
+BLOCK[:, 7:21] = 255  # twice as high as wide, from edge to edge
+
+
+@pytest.mark.parametrize("box", [(30, 20, 80, 120), (100, 40, 150, 140)])
+def test_a_dark_garment_on_white_is_inverted_and_fills_the_middle(tmp_path, box):
+    image, inverted = read_picture(save(tmp_path, drawn((300, 200), box)))
+    assert inverted
+    assert (image == BLOCK).all()
+
+
+def test_a_light_garment_on_black_is_not_inverted(tmp_path):
+    image, inverted = read_picture(save(tmp_path, drawn((90, 90), (10, 4, 50, 84), back=0, garment=255)))
+    assert not inverted
+    assert (image == BLOCK).all()
+
+
+def test_a_small_garment_is_enlarged(tmp_path):
+    image, _ = read_picture(save(tmp_path, drawn((40, 40), (8, 8, 12, 16))))
+    assert (image == BLOCK).all()
+
+
+def test_a_picture_shrinks_by_area(tmp_path):
+    """56×56 pixels, of which each 2×2 are 200, 100, 60 and 40: the mean is 100."""
+    garment = np.tile(np.array([[200, 100], [60, 40]], np.uint8), (28, 28))
+    image, _ = read_picture(save(tmp_path, Image.fromarray(np.pad(garment, 9))))
+    assert (image == 100).all()
+
+
+def test_a_grey_background_becomes_black(tmp_path):
+    picture = drawn((100, 100), (20, 20, 60, 100 - 0), back=100, garment=200).crop((0, 0, 100, 99))
+    image, inverted = read_picture(save(tmp_path, picture))
+    assert not inverted
+    assert set(np.unique(image)) == {0, round(100 * 255 / 155)}
+
+
+def test_an_image_of_the_data_set_stays_as_it_is(tmp_path, images):
+    dark = images[0] // 2
+    image, inverted = read_picture(save(tmp_path, Image.fromarray(dark)))
+    assert (image == dark).all()
+    assert not inverted
+    image, inverted = read_picture(save(tmp_path, Image.fromarray(255 - dark)))
+    assert (image == dark).all()
+    assert inverted
+
+
+@pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "P", "CMYK"])
+def test_the_mode_of_a_picture_changes_nothing(tmp_path, mode):
+    picture = drawn((300, 200), (30, 20, 80, 120)).convert(mode)
+    image, inverted = read_picture(save(tmp_path, picture, "picture.tiff"))
+    assert inverted
+    assert (image == BLOCK).all()
+
+
+def test_16_bits_a_pixel(tmp_path):
+    grey = np.array(drawn((300, 200), (30, 20, 80, 120)), np.uint16) * 257
+    image, inverted = read_picture(save(tmp_path, Image.fromarray(grey)))
+    assert inverted
+    assert (image == BLOCK).all()
+
+
+@pytest.mark.parametrize(("garment", "inverted"), [((250, 250, 250, 255), False), ((5, 5, 5, 255), True)])
+def test_behind_a_transparent_background_is_what_differs_from_the_garment(tmp_path, garment, inverted):
+    picture = drawn((300, 200), (30, 20, 80, 120), "RGBA", back=(255, 255, 255, 0), garment=garment)
+    image, was_inverted = read_picture(save(tmp_path, picture))
+    assert was_inverted == inverted
+    assert (image == np.where(BLOCK, 250, 0)).all()
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    picture = drawn((200, 300), (20, 30, 120, 80))
+    picture.save(tmp_path / "turned.png", exif=exif)
+    image, _ = read_picture(tmp_path / "turned.png")
+    assert (image == BLOCK).all()
+
+
+def cut_short(folder: Path) -> Path:
+    path = save(folder, Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90), np.uint8)))
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+def text(folder: Path) -> Path:
+    (folder / "picture.png").write_text("no picture")
+    return folder / "picture.png"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (text, "no picture that Pillow reads"),
+        (lambda folder: folder / "absent.png", "No such file or directory"),
+        (lambda folder: folder, "Is a directory"),
+        (cut_short, "truncated"),
+        (lambda folder: save(folder, Image.new("RGB", (50, 50), "red")), "blank"),
+    ],
+)
+def test_what_is_no_picture_is_named_in_one_line(tmp_path, make, words):
+    path = make(tmp_path)
+    with pytest.raises(StageError, match=words) as error:
+        read_picture(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    save_weights(fresh(build_cnn, 0), tmp_path / "cnn.safetensors")
+    return tmp_path / "cnn.safetensors"
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        predict.main()
+    return int(stop.value.code), *capsys.readouterr()
+
+
+def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(tmp_path, weights, monkeypatch, capsys):
+    bad, good = tmp_path / "absent.png", save(tmp_path, drawn((300, 200), (30, 20, 80, 120)))
+    code, told, faults = run(monkeypatch, capsys, bad, good, "--model", weights, "--show", tmp_path / "seen")
+    assert code == 1
+    assert faults.startswith(f"error: {bad}: No such file")
+    assert told.startswith(f"{good}: ")
+    assert told.endswith(" % (inverted, as its border is light)\n")
+    assert (np.asarray(Image.open(tmp_path / "seen/picture.png")) == BLOCK).all()
+
+
+def test_the_probabilities_are_those_of_the_model(tmp_path, weights, images, monkeypatch, capsys):
+    path = save(tmp_path, Image.fromarray(images[1] // 2))
+    code, told, _ = run(monkeypatch, capsys, path, "--model", weights, "--json")
+    [one] = json.loads(told)
+    with torch.inference_mode():
+        logits = fresh(build_cnn, 0)(torch.from_numpy(images[1] // 2)[None, None].float() / 255)[0].double()
+    expected = (logits.exp() / logits.exp().sum()).sort(descending=True)
+    assert (code, one["inverted"]) == (0, False)
+    assert [guess["class"] for guess in one["top"]] == [CLASSES[n] for n in expected.indices[:3]]
+    found = [guess["probability"] for guess in one["top"]]
+    assert found == pytest.approx(expected.values[:3].tolist(), abs=1e-4)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    with pytest.raises(StageError, match=r"no-such-model: not found"):
+        run(monkeypatch, capsys, tmp_path / "picture.png", "--model", "no-such-model")

@@ -1,0 +1,258 @@
+"""promote: which model becomes the champion, on which images, and what is served."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+import promote
+import registry
+from lib.fashion_mnist import CLASSES
+from lib.models.cnns import build_cnn, fresh, load_weights, save_weights
+from lib.stage.errors import StageError
+from lib.stage.files import sha256_of
+from lib.training.data import split_indices
+from project import ROOT
+from small_stages import make_data, read_data
+from tracking import runs
+from tracking.store import connect
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # MLflow and torch warn about themselves
+]
+
+SPLIT = {"split.seed": 3, "split.val_size": 100, "split.train_size": None}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return {
+        "train-images": read_data(folder, "TRAIN_IMAGES"),
+        "train-labels": read_data(folder, "TRAIN_LABELS"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> list[Path]:
+    """Weights after 0, 1 and 30 steps over 150 of the images."""
+    folder, paths = tmp_path_factory.mktemp("weights"), []
+    train, _ = split_indices(250, 100, None, 3)
+    images = torch.from_numpy(data["train-images"][train])[:, None].float() / 255
+    labels = torch.from_numpy(data["train-labels"][train]).long()
+    model = fresh(build_cnn, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    for step in range(31):
+        if step in (0, 1, 30):
+            paths.append(folder / f"{step}.safetensors")
+            save_weights(model, paths[-1])
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return paths
+
+
+@pytest.fixture
+def store(workspace, new_store, data, monkeypatch):
+    """A store without runs; the train images are the small ones."""
+    (workspace / "mlflow.db").write_bytes(new_store.read_bytes())
+    (workspace / ".dvc/tmp").mkdir(parents=True)
+    monkeypatch.setattr(promote, "read_idx", lambda file: data[file.name[: len("train-images")]])
+    return connect()
+
+
+def add_run(store, weights: Path, **split: object) -> str:
+    """A finished run of train_cnn@original with these weights."""
+    client, experiment_id = store
+    run_id = runs.stand_in(client, experiment_id, "train_cnn@original", sha256_of(weights), {}, None)
+    runs.log_params(client, run_id, SPLIT | {f"split.{name}": value for name, value in split.items()})
+    runs.log_model(client, run_id, "train_cnn@original", weights)
+    return run_id
+
+
+def run(monkeypatch, capsys, *arguments: object) -> str:
+    monkeypatch.setattr("sys.argv", ["promote.py", *map(str, arguments)])
+    promote.main()
+    return capsys.readouterr().out
+
+
+def reads_right(weights: Path, data, indices: np.ndarray) -> np.ndarray:
+    images = torch.from_numpy(data["train-images"][indices])[:, None].float() / 255
+    with torch.inference_mode():
+        return load_weights(build_cnn(), weights)(images).argmax(1).numpy() == data["train-labels"][indices]
+
+
+def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
+    store, trained, data, monkeypatch, capsys
+):
+    client, _ = store
+    untrained, barely, better = trained
+    ids = [add_run(store, weights) for weights in trained]
+    told = run(monkeypatch, capsys, untrained, "--dry-run")
+    assert told.endswith("--dry-run: nothing was changed\n")
+    assert client.search_registered_models() == []
+
+    assert "no champion yet" in run(monkeypatch, capsys, untrained)
+    told = run(monkeypatch, capsys, ids[1])  # by the id of its run
+    _, val = split_indices(250, 100, None, 3)
+    right = {path: reads_right(path, data, val) for path in trained}
+    assert f"{right[barely].mean():.2%}".replace("%", " %") in told
+    assert "not better beyond noise than version 1" in told
+    assert registry.champion(client).version == 1
+
+    told = run(monkeypatch, capsys, better)
+    version = registry.champion(client)
+    assert version.run_id == ids[2]
+    only = (right[better] & ~right[untrained]).sum(), (right[untrained] & ~right[better]).sum()
+    p = stats.binomtest(int(only[0]), int(sum(only))).pvalue
+    assert p < 0.05
+    assert float(version.tags["p"]) == pytest.approx(p)
+    assert float(version.tags["val_accuracy"]) == pytest.approx(right[better].mean())
+    assert float(version.tags["champion_val_accuracy"]) == pytest.approx(right[untrained].mean())
+    assert (version.tags["promoted"], version.tags["images"], version.tags["champion_before"]) == (
+        "true",
+        "100",
+        "1",
+    )
+    assert f"this model on {only[0]}; McNemar's exact test" in version.description
+
+    assert "is the champion already" in run(monkeypatch, capsys, better)
+    assert "not better" in run(monkeypatch, capsys, untrained)
+    assert registry.champion(client).run_id == ids[2]
+    assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
+
+
+def test_a_stricter_level_asks_for_more(store, trained, monkeypatch, capsys):
+    client, _ = store
+    for weights in trained[1:]:
+        add_run(store, weights)
+    run(monkeypatch, capsys, trained[1])
+    assert "not better beyond noise" in run(monkeypatch, capsys, trained[2], "--level", "1e-60")
+    assert registry.champion(client).version == 1
+    with pytest.raises(StageError, match=r"--level is 2\.0, expected a number between 0 and 1"):
+        run(monkeypatch, capsys, trained[2], "--level", "2")
+
+
+def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, data):
+    client, _ = store
+    found = [client.get_run(add_run(store, weights, seed=seed)) for seed, weights in enumerate(trained[:2])]
+    splits = [split_indices(250, 100, None, seed) for seed in range(2)]
+    expected = np.intersect1d(splits[0][1], splits[1][1])
+    images, labels = promote.val_images(*found)
+    assert (images == data["train-images"][expected]).all()
+    assert (labels == data["train-labels"][expected]).all()
+
+
+def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
+    client, _ = store
+    for weights in trained[1:]:
+        add_run(store, weights)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]; import promote, numpy as np;"
+        "data = dict(np.load('data.npz'));"
+        "promote.read_idx = lambda file: data[file.name[:12]];"
+        "sys.argv[1:] = sys.argv[1:2]; promote.main()"
+    )
+    np.savez("data.npz", **{name: promote.read_idx(Mock(name)) for name in ("train-images", "train-labels")})
+    command = [sys.executable, "-c", code]
+    paths = [str(ROOT / "tools"), str(ROOT / "stages"), str(ROOT)]
+    started = [
+        subprocess.Popen(
+            [*command, str(weights), *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for weights in trained[1:]
+    ]
+    printed = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    # Whichever came first, the better one is the champion at the end.
+    assert registry.champion(client).run_id == runs.find_run(*store, weights_sha256=sha256_of(trained[2]))
+
+
+class Mock:
+    """A file of the data set, as read_idx takes it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("0" * 32, "no run of it in MLflow"),
+        ("absent.safetensors", "absent.safetensors: not found"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(store, monkeypatch, capsys, model, words):
+    with pytest.raises(StageError, match=words):
+        run(monkeypatch, capsys, model)
+
+
+def test_weights_without_a_run_are_named_with_the_way_out(store, trained, monkeypatch, capsys):
+    with pytest.raises(StageError, match="no run of it in MLflow, expected one; `make sync`"):
+        run(monkeypatch, capsys, trained[0])
+
+
+@pytest.fixture
+def server(store, trained, monkeypatch, capsys):
+    """The champion, served by MLflow on this machine."""
+    add_run(store, trained[2])
+    run(monkeypatch, capsys, trained[2])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/fashion-cnn@champion",
+        "--env-manager", "local", "--port", str(port),
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{Path.cwd()}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    environment.pop("PYTHONPATH", None)
+    with Path("server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        for _ in range(600):
+            try:
+                if requests.get(f"http://127.0.0.1:{port}/ping", timeout=1).ok:
+                    break
+            except (requests.ConnectionError, requests.Timeout):
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_champion_is_served_with_probabilities_by_class(server, trained, data):
+    for count in (1, 2, 7):
+        images = data["train-images"][:count]
+        answer = requests.post(server, json={"inputs": {"images": images.tolist()}}, timeout=30)
+        assert answer.status_code == 200, answer.text
+        rows = answer.json()["predictions"]
+        with torch.inference_mode():
+            model = load_weights(build_cnn(), trained[2])
+            expected = model(torch.from_numpy(images)[:, None].float() / 255).softmax(1).numpy()
+        assert [list(row) for row in rows] == [list(CLASSES)] * count
+        assert np.array([list(row.values()) for row in rows]) == pytest.approx(expected, abs=1e-5)
+    for wrong in (
+        {"inputs": {"images": np.zeros((2, 28, 27), int).tolist()}},
+        {"inputs": {"pictures": np.zeros((2, 28, 28), int).tolist()}},
+        {"inputs": {"images": [["a"]]}},
+        {"images": 1},
+    ):
+        answer = requests.post(server, json=wrong, timeout=30)
+        assert answer.status_code == 400, (json.dumps(wrong)[:80], answer.text[:300])

@@ -1,0 +1,135 @@
+"""Register a trained CNN, and make it the champion if it is better beyond noise. Usage: make promote MODEL=…
+
+The model is a file of weights or the id of an MLflow run. It becomes a version of the registered model
+fashion-cnn. It gets the alias champion if there is none yet, or if it reads more images than the champion, of
+those that neither was trained on, and McNemar's exact test says that this is no chance. The test split is
+not opened.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from judgement import LEVEL, same_images
+from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.models.device import prepare_torch
+from lib.reporting.provenance import repository_root
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
+from lib.training.data import split_indices
+from lib.trainings import CNNS
+from registry import CHAMPION, NAME, champion, exported, find_cnn_run, of_network, of_version, register
+from tracking.store import as_store_error, connect
+
+DEFAULT = CNNS["augmented"].weights
+
+
+def main() -> None:
+    """Compare, decide, register, and print the decision."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default=str(DEFAULT), help=f"default: {DEFAULT}")
+    parser.add_argument("--level", type=float, default=LEVEL, help="of McNemar's test (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="decide, and change nothing")
+    arguments = parser.parse_args()
+    if not 0 < arguments.level < 1:
+        raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
+    prepare_torch("cpu", threads=2)
+    # Two at once would each compare with a champion that the other may replace.
+    with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
+        client, experiment_id = connect()
+        run = find_cnn_run(client, experiment_id, arguments.model)
+        decision = decide(client, run, champion(client), arguments.level)
+        print(decision.words)
+        if arguments.dry_run:
+            print("--dry-run: nothing was changed")
+        else:
+            carry_out(client, run, decision)
+
+
+@dataclass
+class Decision:
+    """Whether a run's model becomes the champion, why, and the numbers."""
+
+    promote: bool
+    words: str
+    numbers: dict[str, object]
+
+
+def decide(client, run, before, level: float) -> Decision:
+    """Compare a run's model with that of the version `before`, if there is one."""
+    if before is None:
+        images, labels = val_images(run)
+        accuracy = float(np.mean(reads(of_network(exported(client, run)), images) == labels))
+        words = f"there is no champion yet; val accuracy {100 * accuracy:.2f} % of {len(labels):,} images"
+        return Decision(True, words, {"val_accuracy": accuracy, "images": len(labels)})
+    if before.run_id == run.info.run_id:
+        return Decision(False, f"{NAME} version {before.version}, of this run, is the champion already", {})
+    images, labels = val_images(run, client.get_run(before.run_id))
+    a = reads(of_version(before), images) == labels
+    b = reads(of_network(exported(client, run)), images) == labels
+    judged = same_images("val", a, b, names=("the champion", "this model"))
+    promote = judged.p is not None and judged.p < level and judged.difference > 0
+    words = (
+        f"{'better' if promote else 'not better beyond noise'} than version {before.version}, the champion: "
+        f"{100 * b.mean():.2f} % against {100 * a.mean():.2f} % of {judged.n:,} val images that neither "
+        f"was trained on ({judged.how}, level {level:g})"
+    )
+    numbers = {
+        "val_accuracy": float(b.mean()),
+        "champion_before": before.version,
+        "champion_val_accuracy": float(a.mean()),
+        "p": judged.p,
+        "level": level,
+        "images": judged.n,
+    }
+    return Decision(promote, words, numbers)
+
+
+def reads(classify, images: np.ndarray) -> np.ndarray:
+    """The class that a classifier finds in each image."""
+    return classify(images).argmax(1)
+
+
+def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
+    """The val images of the runs, and their labels, without those that another of them was trained on."""
+    images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
+    in_val, in_train = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
+    for run in runs:
+        size = run.data.params["split.train_size"]
+        train, val = split_indices(
+            len(labels),
+            int(run.data.params["split.val_size"]),
+            None if size == "None" else int(size),
+            int(run.data.params["split.seed"]),
+        )
+        in_train[train], in_val[val] = True, True
+    keep = in_val & ~in_train
+    if not keep.any():
+        raise StageError("each training saw the other's val images, expected the same split.seed in both")
+    return images[keep], labels[keep]
+
+
+def carry_out(client, run, decision: Decision) -> None:
+    """Register the model, note the decision on its version, and move the alias if it is to be moved."""
+    version = register(client, run)
+    for name, value in decision.numbers.items():
+        client.set_model_version_tag(NAME, version.version, name, str(value))
+    if decision.numbers:
+        client.update_model_version(NAME, version.version, f"When it was compared: {decision.words}.")
+        client.set_model_version_tag(NAME, version.version, "promoted", str(decision.promote).lower())
+    if decision.promote:
+        client.set_registered_model_alias(NAME, CHAMPION, version.version)
+    print(f"{NAME} version {version.version}: {'champion' if decision.promote else 'registered'}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
