@@ -462,6 +462,19 @@ def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
     assert len(set(printed)) == 1
 
 
+def test_a_runs_name_says_what_is_special_about_it(workspace):
+    (workspace / "params.yaml").write_text("train_toy_cnn: {seed: 0, epochs: 40}\n")
+    commit_all(workspace)
+    tags = git_tags()
+    same = {"train_toy_cnn.seed": 0, "train_toy_cnn.epochs": 40}
+    other = {"train_toy_cnn.seed": 1, "train_toy_cnn.epochs": 40}
+    assert runs.run_name("train_toy_cnn", tags, same) == "train_toy_cnn"
+    assert runs.run_name("train_toy_cnn", tags, other) == "train_toy_cnn seed=1"
+    assert runs.run_name("train_toy_cnn", tags | {"dvc_exp_name": "slow"}, other) == "train_toy_cnn slow"
+    assert runs.run_name("train_toy_cnn", {}, other) == "train_toy_cnn"
+    assert runs.run_name("train_toy_cnn", {"git_commit": "ab" * 20}, other) == "train_toy_cnn"
+
+
 def test_git_and_dvc_tags(workspace, monkeypatch):
     assert git_tags() == {}
     commit_all(workspace)

@@ -3,16 +3,42 @@
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from ruamel.yaml import YAML, YAMLError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+from lib.reporting.provenance import GitError, git
 from lib.trainings import TOY
+
+
+def run_name(stage: str, tags: dict, params: dict) -> str:
+    """The stage, and what is special about the run: its experiment, or the params that were not committed."""
+    if "dvc_exp_name" in tags:
+        return f"{stage} {tags['dvc_exp_name']}"
+    try:
+        committed = params_in(git("show", f"{tags['git_commit']}:./params.yaml"))
+    except (KeyError, GitError):  # not in git, or without params there
+        return stage
+    own = f"{stage.partition('@')[0]}."
+    changed = [
+        f"{name.removeprefix(own)}={value}" for name, value in params.items() if committed.get(name) != value
+    ]
+    return textwrap.shorten(" ".join([stage, *changed]), 100, placeholder=" …")
+
+
+def params_in(content: bytes) -> dict[str, object]:
+    """The params of a params.yaml, under their paths, whichever its version has; none if it is damaged."""
+    try:
+        sections = YAML(typ="safe").load(content)
+        return {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
+    except (YAMLError, AttributeError):
+        return {}
 
 
 def has_run(client, experiment_id: str, run_id: str) -> bool:
@@ -143,6 +169,8 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
     import mlflow
     import torch
     from mlflow.models import Model, infer_signature
+
+    from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 
     run = client.get_run(run_id)
     if has_model(client, run):

@@ -203,6 +203,8 @@ class Delivery:
 
     def begin(self, event: dict) -> None:
         """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
+        import torch  # noqa: F401  (for the model: takes seconds, during which the stage trains)
+
         client, tags = self.client, event["tags"]
         self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"]) or ""
         self.was_finished = bool(self.run_id) and runs.is_finished(client, self.run_id)
@@ -213,7 +215,8 @@ class Delivery:
         elif not self.run_id:
             script = f"stages/{event['stage'].partition('@')[0]}.py"
             source = {"mlflow.source.name": script, "mlflow.source.type": "LOCAL", "mlflow.user": getuser()}
-            run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=event["stage"])
+            name = runs.run_name(event["stage"], tags, event["params"])
+            run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=name)
             self.run_id = run.info.run_id
         runs.log_params(client, self.run_id, event["params"])
         runs.log_diff(client, self.run_id, event["diff"])

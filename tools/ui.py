@@ -1,0 +1,105 @@
+"""Serve MLflow's UI on this machine, and open it at the table of trainings. Usage: [PORT=5001] make ui
+
+MLflow's own start page shows other things first: an experiment's traces, or its runs without a metric.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import webbrowser
+from pathlib import Path
+
+import requests
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
+from tracking.store import as_store_error, connect, is_sqlite, shown, store_url
+
+HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
+VIEW = "trainings"
+COLUMNS = [
+    "attributes.`Created`",
+    *(f"metrics.`{name}`" for name in ("val_accuracy", "test_accuracy")),
+    *(f"params.`train_cnn.{name}`" for name in ("learning_rate", "epochs", "batch_size", "seed")),
+]  # fmt: skip
+SAVED_VIEW = {
+    "searchFilter": "tags.dvc_stage LIKE 'train_cnn%'",
+    "orderByKey": "metrics.`val_accuracy`",
+    "orderByAsc": False,
+    "selectedColumns": COLUMNS,
+    "compareRunsMode": "TABLE",
+}
+DESCRIPTION = """One run for each training: `train_cnn@original`, `train_cnn@augmented` and `train_toy_cnn`.
+
+- **Compare:** select two runs and press *Compare*, or run `make compare` in the project.
+- **Restore a run:** `python tools/trace.py RUN_ID` prints the commands.
+- **Figures:** a run's artifacts have them, under `plot_results`.
+"""
+
+
+def main() -> None:
+    """Save the view, start the UI, and print its address; ends with the UI."""
+    port = free_port()
+    with as_store_error():
+        client, experiment_id = connect()
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(SAVED_VIEW))
+        client.set_experiment_tag(experiment_id, "mlflow.note.content", DESCRIPTION)
+    path = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    url = store_url()
+    if not is_sqlite(url):  # a server has a UI of its own
+        print(f"MLflow: {shown(url)}{path}")
+        return
+    command = [
+        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port)
+    ]  # fmt: skip
+    with subprocess.Popen(command, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}) as server:
+        try:
+            wait_until_ready(server, port)
+            address = f"http://{HOST}:{port}{path}"
+            print(f"MLflow: {address}\nCtrl-C ends it")
+            if can_show():
+                webbrowser.open(address)
+            server.wait()
+        finally:
+            server.terminate()
+
+
+def can_show() -> bool:
+    """Whether there is a screen; without one, Python may open a text browser in the terminal."""
+    return sys.platform == "darwin" or any(map(os.environ.get, ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")))
+
+
+def free_port() -> int:
+    """PORT, or 5000. Raises StageError if it is no port, or another program uses it."""
+    named = os.environ.get("PORT", "5000")
+    if not named.isdecimal() or not 0 < int(named) < 65536:
+        raise StageError(f"PORT is {named!r}, expected a number from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, int(named)))
+        except OSError as error:
+            raise StageError(f"port {named}: {error.strerror}; name another: PORT=5001 make ui") from None
+    return int(named)
+
+
+def wait_until_ready(server: subprocess.Popen, port: int) -> None:
+    """Wait until the UI answers. Raises StageError if it ends, or does not in time."""
+    deadline = time.monotonic() + START
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            if requests.get(f"http://{HOST}:{port}/health", timeout=5).ok:
+                return
+        except (requests.ConnectionError, requests.Timeout):
+            time.sleep(0.1)
+    raise StageError(f"MLflow's UI did not answer within {START} s; its messages are above")
+
+
+if __name__ == "__main__":
+    run_stage(main)
