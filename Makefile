@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline check test committed seeds soak mutate ui sync bench clean
+.PHONY: help setup repro back baseline compare promote predict check test committed seeds soak mutate ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -27,14 +27,27 @@ back: .venv/ready ## return from experiments to the committed params and results
 baseline: ## commit this machine's results, to compare with from now on
 	git commit --message "Take this machine's results as the baseline" -- params.yaml dvc.lock metrics
 
+# A and B reach the shell as they are, so that it expands no pattern in them.
+compare: .venv/ready ## list the experiments, or compare two: make compare A=HEAD B=NAME
+	@$(ACTIVATE) python tools/compare.py $${A:+"$$A"} $${B:+"$$B"}
+
+promote: .venv/ready ## register a CNN, and make it the champion if it is better: make promote MODEL=…
+	@$(ACTIVATE) python tools/promote.py $${MODEL:+"$$MODEL"}
+
+predict: .venv/ready ## name the garment in a picture: make predict FILE=picture.png
+	@$(ACTIVATE) python tools/predict.py $${FILE:+"$$FILE"}
+
+# The tests of a file stay in one process, where they share what took long to make.
+PARALLEL := --numprocesses auto --dist loadfile
+
 check: .venv/ready ## lint, types and the fast tests, in under a minute
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) mypy
-	$(ACTIVATE) python -m pytest --numprocesses auto -m 'not slow and not committed'
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed'
 
 test: .venv/ready check ## the same, then all other tests
-	$(ACTIVATE) python -m pytest --numprocesses auto -m 'slow and not committed'
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together: code, params, results, README
@@ -61,9 +74,9 @@ bench: .venv/ready ## measure beside the lesson's own loops (25 minutes, quiet m
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
 	$(ACTIVATE) python tools/sync.py
 
-ui: .venv/ready ## bring the runs in line, then serve the MLflow UI on 127.0.0.1:5000
+ui: .venv/ready ## bring the runs in line, then open MLflow's table of trainings on 127.0.0.1:5000
 	-$(ACTIVATE) python tools/sync.py
-	$(ACTIVATE) MLFLOW_DISABLE_TELEMETRY=true python -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+	@$(ACTIVATE) python tools/ui.py
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv

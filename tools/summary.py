@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from mend_lock import LOCK, read_lock
 from ruamel.yaml import YAML
+
+from mend_lock import LOCK, read_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -14,9 +15,10 @@ from lib.stage.process import run_stage
 
 NEXT = """
   look         metrics/figures/ has the pictures, metrics/verify_manual_conv.md the toy by hand
-  compare      make ui, or `. .venv/bin/activate` and `dvc metrics diff`
+  compare      make compare A=HEAD B=workspace, or make ui
   experiment   edit params.yaml and run `make repro`: only what the change reaches runs again
-  return       make back restores the committed params and results"""
+  return       make back restores the committed params and results
+  use          make predict FILE=docs/boot.png"""
 
 
 def main() -> None:
