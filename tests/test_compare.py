@@ -73,6 +73,11 @@ def test_other_seeds_are_not_paired():
     assert judged.needed == math.ceil((1.959964 + 0.841621) ** 2 * 1.583333e-4 / (1 / 120) ** 2)
 
 
+def test_no_difference_in_any_seed_is_no_difference():
+    judged = judgement.seeds("all", {0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
+    assert (judged.p, judged.low, judged.high, judged.verdict) == (1.0, 0, 0, "not to be told apart")
+
+
 def judged_deviation(judged) -> float:
     """The standard error that an interval of Welch's t comes from."""
     freedom = (5.27778e-5) ** 2 / ((1e-4 / 3) ** 2 / 2 + (5.833333e-5 / 3) ** 2 / 2)

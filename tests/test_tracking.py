@@ -100,6 +100,7 @@ def test_a_training_is_one_whole_run(workspace):
     train(workspace)
     [run] = all_runs()
     assert run.info.run_name == "train_toy_cnn"
+    assert f"python tools/trace.py {run.info.run_id}" in run.data.tags["mlflow.note.content"]
     assert_whole(run, workspace)
     assert run.info.start_time <= run.info.end_time
     assert run.info.artifact_uri.startswith((workspace / "mlruns").as_uri())

@@ -80,6 +80,8 @@ def seeds(what: str, a: dict[int | None, float], b: dict[int | None, float]) -> 
         test, how = stats.ttest_ind(right, left, equal_var=False), "other seeds on each side, Welch's t"
     difference = float(np.mean(list(b.values())) - np.mean(list(a.values())))
     p, interval = float(test.pvalue), tuple(test.confidence_interval(1 - LEVEL))
+    if np.isnan(p):  # no difference in any seed
+        p, interval = 1.0, (0.0, 0.0)
     return judge(what, difference, interval, p, n, "seeds", variance, f"{how}: p = {p:.2g}")
 
 

@@ -16,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 from lib.reporting.provenance import GitError, git
 from lib.trainings import TOY
 
+NOTE = (
+    "`python tools/trace.py {}`, in the project, prints what this run was made from and the commands that "
+    "restore it. Figures and tables are artifacts, under the stage that made them."
+)
+
 
 def run_name(stage: str, tags: dict, params: dict) -> str:
     """The stage, and what is special about the run: its experiment, or the params that were not committed."""

@@ -218,6 +218,7 @@ class Delivery:
             name = runs.run_name(event["stage"], tags, event["params"])
             run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=name)
             self.run_id = run.info.run_id
+            client.set_tag(self.run_id, "mlflow.note.content", runs.NOTE.format(self.run_id))
         runs.log_params(client, self.run_id, event["params"])
         runs.log_diff(client, self.run_id, event["diff"])
 
