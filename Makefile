@@ -50,7 +50,7 @@ test: .venv/ready check ## the same, then all other tests
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 
 # For maintainers, and in CI: users' trees may hold any params and results.
-committed: .venv/ready ## check that what is committed belongs together: code, params, results, README
+committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages
 	$(ACTIVATE) python -m pytest -m committed
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
