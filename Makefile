@@ -37,8 +37,8 @@ promote: .venv/ready ## register a CNN, and make it the champion if it is better
 predict: .venv/ready ## name the garment in a picture: make predict FILE=picture.png
 	@$(ACTIVATE) python tools/predict.py $${FILE:+"$$FILE"}
 
-# The tests of a file stay in one process, where they share what took long to make.
-PARALLEL := --numprocesses auto --dist loadfile
+# Tests of a group stay in one process: they share what takes a minute to make.
+PARALLEL := --numprocesses auto --dist loadgroup
 
 check: .venv/ready ## lint, types and the fast tests, in under a minute
 	$(ACTIVATE) ruff check .

@@ -30,7 +30,7 @@ def test_mcnemars_exact_test_by_hand():
     assert judgement.same_images("all", b, a).verdict == "worse"
 
 
-def test_the_bootstrap_interval_is_that_of_drawing_images():
+def test_the_interval_of_the_difference_is_about_that_of_drawing_images_again():
     rng = np.random.default_rng(1)
     a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.93
     judged = judgement.same_images("all", a, b)
@@ -39,16 +39,27 @@ def test_the_bootstrap_interval_is_that_of_drawing_images():
     assert (judged.low, judged.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.002)
 
 
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 5), (0, 6), (1, 7), (2, 9), (10, 22), (10, 25), (30, 30)])
+def test_the_interval_never_contradicts_the_test(only_a, only_b):
+    a, b = np.zeros(100, bool), np.zeros(100, bool)
+    a[:only_a], b[only_a : only_a + only_b] = True, True
+    judged = judgement.same_images("all", a, b)
+    assert (judged.p < 0.05) == (judged.low > 0 or judged.high < 0)
+    assert (judged.verdict == "not to be told apart") == (judged.p >= 0.05)
+
+
 def test_models_that_agree_on_all_images_are_not_told_apart_and_no_number_would_tell():
     right = np.array([True, False] * 50)
     judged = judgement.same_images("all", right, right)
-    assert (judged.p, judged.low, judged.high, judged.needed) == (1.0, 0, 0, None)
+    assert (judged.p, judged.needed) == (1.0, None)
+    # Clopper and Pearson: images that differ are at most 1 − 0.025^(1/100) of all.
+    assert (judged.low, judged.high) == pytest.approx((0.025**0.01 - 1, 1 - 0.025**0.01))
     assert judged.verdict == "not to be told apart"
 
 
 def test_as_many_images_as_would_tell_do_so_in_four_of_five_cases():
     shares = np.array([0.04, 0.05, 0.91])  # only A right, only B right, neither or both
-    needed = judgement.images_or_seeds_needed(0.01, 0.09 - 0.01**2)
+    needed = judgement.images_needed(0.01, 0.09 - 0.01**2)
     assert needed == math.ceil((1.959964 + 0.841621) ** 2 * (0.09 - 0.0001) / 0.0001)
     drawn = np.random.default_rng(0).multinomial(needed, shares, 2000)
     told = [stats.binomtest(int(b), int(a + b)).pvalue < 0.05 and b > a for a, b, _ in drawn]
@@ -70,12 +81,38 @@ def test_other_seeds_are_not_paired():
     # Variances 1e-4 and 5.8333e-5 of three values each: t = 0.0083333 / sqrt(5.2778e-5).
     assert judged.difference / judged_deviation(judged) == pytest.approx(1.147079, rel=1e-5)
     assert judged.verdict == "not to be told apart"
-    assert judged.needed == math.ceil((1.959964 + 0.841621) ** 2 * 1.583333e-4 / (1 / 120) ** 2)
+    rng = np.random.default_rng(0)
+    told = [
+        stats.ttest_ind(
+            rng.normal(1 / 120, 0.0076376, judged.needed), rng.normal(0, 0.01, judged.needed)
+        ).pvalue
+        < 0.05
+        for _ in range(2000)
+    ]
+    assert np.mean(told) == pytest.approx(0.8, abs=0.04)
 
 
-def test_no_difference_in_any_seed_is_no_difference():
-    judged = judgement.seeds("all", {0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
-    assert (judged.p, judged.low, judged.high, judged.verdict) == (1.0, 0, 0, "not to be told apart")
+def test_as_many_pairs_of_seeds_as_would_tell_do_so_in_four_of_five_cases():
+    needed = judgement.seeds_needed(1.2, 1.0, sides=1)
+    assert needed == 8  # six by the normal distribution, which is too sure of few
+    drawn = np.random.default_rng(0).normal(1.2, 1, (4000, needed))
+    assert np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.04)
+    assert judgement.seeds_needed(0, 1.0, sides=1) is None
+
+
+def test_seeds_that_both_sides_have_are_paired_and_the_others_named():
+    judged = judgement.seeds("all", {0: 0.90, 1: 0.92, 2: 0.5}, {0: 0.91, 1: 0.935})
+    assert judged.n == 2
+    assert judged.difference == pytest.approx(0.0125)
+    assert "without seed 2, which one side lacks" in judged.how
+
+
+@pytest.mark.parametrize("more", [0, 0.001])
+def test_the_same_difference_in_every_seed_says_nothing_about_chance(more):
+    judged = judgement.seeds("all", {0: 0.91, 1: 0.92}, {0: 0.91 + more, 1: 0.92 + more})
+    assert judged.difference == pytest.approx(more)
+    assert (judged.p, judged.needed, judged.verdict) == (None, None, "not to be told apart")
+    assert "say nothing about chance" in judged.how
 
 
 def judged_deviation(judged) -> float:
@@ -200,6 +237,38 @@ def test_each_training_or_the_two_that_are_named(results):
 def test_a_side_that_is_nothing_is_named(results, side, words):
     with pytest.raises(StageError, match=words):
         read_side(side)
+
+
+def test_an_evaluation_of_other_weights_does_not_count(results, monkeypatch, capsys):
+    lock = yaml.safe_load((results / "dvc.lock").read_text())
+    weights = {"path": "models/cnn_original.safetensors"}
+    lock["stages"]["train_cnn@original"]["outs"] = [{**weights, "md5": "new"}]
+    lock["stages"]["evaluate_cnn@original"] = {"deps": [{**weights, "md5": "old"}]}
+    (results / "dvc.lock").write_text(yaml.safe_dump(lock))
+    metrics = results / "metrics/train_cnn/original.json"
+    metrics.write_text(json.dumps({"val_accuracy": 0.5, "weights_sha256": ["new"]}))
+    [workspace] = read_side("workspace")["train_cnn@original"]
+    assert workspace.metrics == {"val_accuracy": 0.5}
+    assert "not evaluated on both sides" in run(monkeypatch, capsys, "workspace")
+
+
+def test_results_of_an_early_version_are_compared_by_what_they_have(results, monkeypatch, capsys):
+    path = results / "metrics/evaluate_cnn/original.json"
+    path.write_text(json.dumps({"test_accuracy": 0.5}))
+    metrics = results / "metrics/train_cnn/original.json"
+    metrics.write_text(json.dumps({"weights_sha256": ["other"]}))
+    told = run(monkeypatch, capsys, "HEAD", "workspace")
+    assert told.count("Test images") == 1
+
+
+@pytest.mark.parametrize("content", ["", "stages:\n", "stages: [", "- a\n"])
+def test_a_dvc_lock_that_was_cut_short_is_named_or_taken_as_empty(results, content):
+    (results / "dvc.lock").write_text(content)
+    if content == "stages:\n":
+        assert read_side("workspace")["train_cnn@original"][0].seed is None
+    else:
+        with pytest.raises(StageError, match=r"dvc\.lock of workspace: "):
+            read_side("workspace")
 
 
 def test_damaged_results_are_named(results):

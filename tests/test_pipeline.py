@@ -39,6 +39,7 @@ from tracking.runs import has_model
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("pipeline"),  # all share one project
     pytest.mark.filterwarnings("ignore"),  # MLflow and torchvision warn about themselves
 ]
 

@@ -155,7 +155,7 @@ def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(tmp_path, weig
     assert faults.startswith(f"error: {bad}: No such file")
     assert told.startswith(f"{good}: ")
     assert told.endswith(" % (inverted, as its border is light)\n")
-    assert (np.asarray(Image.open(tmp_path / "seen/picture.png")) == BLOCK).all()
+    assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 
 
 def test_the_probabilities_are_those_of_the_model(tmp_path, weights, images, monkeypatch, capsys):

@@ -131,6 +131,7 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
 
     assert "is the champion already" in run(monkeypatch, capsys, better)
     assert "not better" in run(monkeypatch, capsys, untrained)
+    assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # as it was then
     assert registry.champion(client).run_id == ids[2]
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
 
@@ -198,6 +199,13 @@ class Mock:
 def test_a_model_that_is_not_there_is_named(store, monkeypatch, capsys, model, words):
     with pytest.raises(StageError, match=words):
         run(monkeypatch, capsys, model)
+
+
+def test_a_run_without_params_is_named_with_the_way_out(store, trained, monkeypatch, capsys):
+    client, experiment_id = store
+    runs.stand_in(client, experiment_id, "train_cnn@original", sha256_of(trained[0]), {}, None)
+    with pytest.raises(StageError, match="the run lacks its params; `make sync` adds them"):
+        run(monkeypatch, capsys, trained[0])
 
 
 def test_weights_without_a_run_are_named_with_the_way_out(store, trained, monkeypatch, capsys):

@@ -4,7 +4,7 @@ Usage: python tools/compare.py A B, or make compare A=… B=…
 
 A and B are each one of: workspace, a DVC experiment, a git revision, the id of an MLflow run. A comma or a
 pattern takes several, such as 'slow-*' for the seeds of a setting; @original or @augmented at the end takes
-that training alone. Without A and B: a table of all experiments.
+that training alone. One side alone is compared with HEAD. Without any: a table of all experiments.
 """
 
 import argparse
@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
 import judgement
 from dvc_experiments import Experiment, changed_params, committed_at, experiments
-from judgement import Judgement
+from judgement import ALIKE, Judgement
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
-from lib.trainings import CNNS
+from lib.trainings import CNNS, TOY
 from sides import WORKSPACE, Result, read_side, results_of
 
-ALIKE = "not to be told apart"
 MOVED = {
     "test_accuracy_shift_3px": "shifted by ±3 px",
     "test_accuracy_rotation_15deg": "rotated by ±15°",
@@ -51,13 +50,13 @@ def main() -> None:
     if not arguments.sides:
         rows = [row_of_workspace(), *map(row_of, experiments())]
         print(json.dumps(rows, indent=2) if arguments.json else listed(rows))
-    elif len(arguments.sides) == 2:
-        a, b = arguments.sides
+    elif len(arguments.sides) <= 2:
+        a, b = arguments.sides if len(arguments.sides) == 2 else ("HEAD", arguments.sides[0])
         compared = [compare(*pair) for pair in pairs(a, b)]
         words = "\n\n".join([f"A  {a}\nB  {b}", *map(in_words, compared)])
         print(json.dumps(compared, indent=2) if arguments.json else words)
     else:
-        raise StageError(f"one side, {arguments.sides[0]}, or more than two; expected A and B, or neither")
+        raise StageError(f"{len(arguments.sides)} sides, expected A and B; commas join the seeds of one side")
 
 
 def pairs(a: str, b: str) -> list[tuple[list[Result], list[Result]]]:
@@ -94,10 +93,10 @@ def mean_and_deviation(name: str, results: list[Result]) -> dict:
 
 def judgements(a: list[Result], b: list[Result]) -> list[Judgement]:
     """On test accuracy: over seeds if both sides have several, else over images."""
-    if "test_accuracy" not in a[0].metrics or "test_accuracy" not in b[0].metrics:
+    if not all("test_accuracy" in result.metrics for result in a + b):
         return []  # the toy, or a training that is not evaluated
     if min(len(a), len(b)) > 1:
-        names = {"test_accuracy": "as they are"} | MOVED
+        names = {"test_accuracy": "as they are"} | moved_in(a + b)
         return [judgement.seeds(words, by_seed(name, a), by_seed(name, b)) for name, words in names.items()]
     if len(a) != len(b):
         raise StageError(
@@ -113,13 +112,19 @@ def judgements(a: list[Result], b: list[Result]) -> list[Judgement]:
     rights = [np.array(side.predictions) == labels for side in (left, right)]
     return [judgement.same_images("as they are", *rights)] + [
         judgement.accuracies(words, left.metrics[name], right.metrics[name], n)
-        for name, words in MOVED.items()
+        for name, words in moved_in([left, right]).items()
     ]
 
 
-def by_seed(name: str, results: list[Result]) -> dict[int | None, float]:
-    """A metric of each seed. Raises StageError if two results have the same."""
-    found = {result.seed: result.metrics[name] for result in results}
+def moved_in(results: list[Result]) -> dict[str, str]:
+    """What all the results have of MOVED; those of early versions have nothing."""
+    has = [result.metrics for result in results if result.moved_images]
+    return {name: words for name, words in MOVED.items() if sum(name in one for one in has) == len(results)}
+
+
+def by_seed(name: str, results: list[Result]) -> dict[int, float]:
+    """A metric of each seed. Raises StageError if two results have the same, or one has none."""
+    found = {result.seed: result.metrics[name] for result in results if result.seed is not None}
     if len(found) < len(results):
         told = ", ".join(f"{result.source} has {result.seed}" for result in results)
         raise StageError(f"{results[0].training}: {told}; expected another seed in each")
@@ -136,7 +141,9 @@ def in_words(compared: dict) -> str:
     for name, (a, b) in compared["metrics"].items():
         rows.append((name, spread(a), spread(b), signed(b["mean"] - a["mean"])))
     sentences = [sentence(one) for one in compared["judgements"]]
-    if sentences and not several:
+    if not sentences and names[0] != TOY.stage:
+        sentences.append("These weights are not evaluated on both sides, so test accuracy is not compared.")
+    elif sentences and not several:
         sentences.append(
             "This is about two trained models. To compare their settings, train each with several seeds: see "
             "docs/experiments.md."

@@ -25,69 +25,104 @@ class Judgement:
     verdict: str  # better, worse or not to be told apart
 
 
-def judge(
-    what: str, difference: float, interval: tuple[float, float], p: float | None, n: int, unit: str,
-    variance: float, how: str,
-) -> Judgement:  # fmt: skip
-    """The verdict; `variance` is that of the difference in one image or seed."""
-    low, high = map(float, interval)
-    told = p < LEVEL if p is not None else low > 0 or high < 0
-    verdict = ("better" if difference > 0 else "worse") if told else "not to be told apart"
-    needed = None if told else images_or_seeds_needed(difference, variance)
-    return Judgement(what, float(difference), low, high, p, n, unit, needed, how, verdict)
+ALIKE = "not to be told apart"
+
+
+def verdict(told: bool, difference: float) -> str:
+    """What is said about a difference that is told, or is not."""
+    return ("better" if difference > 0 else "worse") if told else ALIKE
 
 
 def same_images(what: str, a: np.ndarray, b: np.ndarray, names: tuple[str, str] = ("A", "B")) -> Judgement:
-    """Two models on the same images: McNemar's exact test, and a bootstrap interval of the difference.
+    """Two models on the same images: McNemar's exact test, and the interval that belongs to it.
 
-    a, b (N,) bool: which images each model reads right.
+    a, b (N,) bool: which images each model reads right. The interval is Clopper and Pearson's of the share
+    of B among those images that one model alone reads right.
     """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    p = float(stats.binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    # To draw images again is to draw how many of these three kinds there are.
-    shares = [only_a / n, only_b / n, 1 - (only_a + only_b) / n]
-    drawn = np.random.default_rng(0).multinomial(n, shares, 10_000)
-    interval = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [LEVEL / 2, 1 - LEVEL / 2])
-    difference = (only_b - only_a) / n
+    one_alone, difference = only_a + only_b, (only_b - only_a) / n
+    if one_alone:
+        test = stats.binomtest(only_b, one_alone)
+        p, share = float(test.pvalue), test.proportion_ci(1 - LEVEL)
+        low, high = ((2 * bound - 1) * one_alone / n for bound in share)
+    else:
+        p, high = 1.0, stats.binomtest(0, n).proportion_ci(1 - LEVEL).high
+        low = -high
     how = (
         f"only {names[0]} is right on {only_a:,} images, only {names[1]} on {only_b:,}; "
         f"McNemar's exact test: p = {p:.2g}"
     )
-    variance = (only_a + only_b) / n - difference**2
-    return judge(what, difference, tuple(interval), p, n, "images", variance, how)
+    needed = None if p < LEVEL else images_needed(difference, one_alone / n - difference**2)
+    return Judgement(
+        what, difference, float(low), float(high), p, n, "images", needed, how,
+        verdict(p < LEVEL, difference),
+    )  # fmt: skip
 
 
 def accuracies(what: str, a: float, b: float, n: int) -> Judgement:
     """Two accuracies on n images, of which nothing is known by image: an interval that ignores the pairs."""
-    variance = a * (1 - a) + b * (1 - b)
+    difference, variance = b - a, a * (1 - a) + b * (1 - b)
     reach = float(stats.norm.isf(LEVEL / 2)) * (variance / n) ** 0.5
     how = "from the accuracies alone, as if on different images, so the interval is rather too wide"
-    return judge(what, b - a, (b - a - reach, b - a + reach), None, n, "images", variance, how)
+    told = abs(difference) > reach
+    needed = None if told else images_needed(difference, variance)
+    return Judgement(
+        what, difference, difference - reach, difference + reach, None, n, "images", needed, how,
+        verdict(told, difference),
+    )  # fmt: skip
 
 
-def seeds(what: str, a: dict[int | None, float], b: dict[int | None, float]) -> Judgement:
-    """Two settings, an accuracy for each seed: Student's t over pairs of a seed, else Welch's t.
+def seeds(what: str, a: dict[int, float], b: dict[int, float]) -> Judgement:
+    """Two settings, an accuracy for each seed: Student's t over the seeds of both, else Welch's t.
 
     Needs two or more seeds on each side.
     """
-    if a.keys() == b.keys():
-        differences = np.array([b[seed] - a[seed] for seed in a])
-        n, variance = len(differences), float(np.var(differences, ddof=1))
-        test, how = stats.ttest_1samp(differences, 0), "paired by seed, Student's t"
+    common = sorted(a.keys() & b.keys())
+    if len(common) > 1:
+        values = np.array([b[seed] - a[seed] for seed in common])
+        difference, variance, n, per_seed = values.mean(), values.var(ddof=1), len(values), 1
+        test = None if np.ptp(values) < 1e-9 else stats.ttest_1samp(values, 0)
+        how = "paired by seed, Student's t"
+        if left_out := sorted(a.keys() ^ b.keys()):
+            how += f", without seed {', '.join(map(str, left_out))}, which one side lacks"
     else:
-        left, right = list(a.values()), list(b.values())
-        n, variance = min(len(a), len(b)), float(np.var(left, ddof=1) + np.var(right, ddof=1))
-        test, how = stats.ttest_ind(right, left, equal_var=False), "other seeds on each side, Welch's t"
-    difference = float(np.mean(list(b.values())) - np.mean(list(a.values())))
-    p, interval = float(test.pvalue), tuple(test.confidence_interval(1 - LEVEL))
-    if np.isnan(p):  # no difference in any seed
-        p, interval = 1.0, (0.0, 0.0)
-    return judge(what, difference, interval, p, n, "seeds", variance, f"{how}: p = {p:.2g}")
+        left, right = np.array(list(a.values())), np.array(list(b.values()))
+        difference, variance = right.mean() - left.mean(), left.var(ddof=1) + right.var(ddof=1)
+        n, per_seed = min(len(a), len(b)), 2
+        test = (
+            None if max(np.ptp(left), np.ptp(right)) < 1e-9 else stats.ttest_ind(right, left, equal_var=False)
+        )
+        how = "other seeds on each side, Welch's t"
+    difference = float(difference)
+    if test is None:
+        how = "the seeds do not differ, so they say nothing about chance"
+        return Judgement(what, difference, difference, difference, None, n, "seeds", None, how, ALIKE)
+    p, (low, high) = float(test.pvalue), test.confidence_interval(1 - LEVEL)
+    needed = None if p < LEVEL else seeds_needed(difference, float(variance), per_seed)
+    return Judgement(
+        what, difference, float(low), float(high), p, n, "seeds", needed, f"{how}: p = {p:.2g}",
+        verdict(p < LEVEL, difference),
+    )  # fmt: skip
 
 
-def images_or_seeds_needed(difference: float, variance: float) -> int | None:
-    """How many would tell `difference` in POWER of all cases, by the normal distribution; None if it is 0."""
+def images_needed(difference: float, variance: float) -> int | None:
+    """How many images would tell `difference` in POWER of all cases; None if it is 0.
+
+    `variance` is that of the difference in one image.
+    """
     if difference == 0:
         return None
     reach = stats.norm.isf(LEVEL / 2) + stats.norm.isf(1 - POWER)
     return int(np.ceil(reach**2 * variance / difference**2))
+
+
+def seeds_needed(difference: float, variance: float, sides: int) -> int | None:
+    """The same for seeds, where Student's t must be surer with few; `sides` is 1 for pairs of a seed."""
+    n = images_needed(difference, variance)
+    while n is not None:
+        n = max(n, 2)
+        freedom, shift = sides * (n - 1), abs(difference) * (n / variance) ** 0.5
+        if stats.nct.sf(stats.t.isf(LEVEL / 2, freedom), freedom, shift) >= POWER:
+            break
+        n += 1
+    return n

@@ -24,11 +24,11 @@ def read_picture(path: Path) -> tuple[np.ndarray, bool]:
     inverted = background > 127
     if inverted:
         grey, background = 255 - grey, 255 - background
-    if grey.shape == (SIZE, SIZE):
-        return np.rint(grey).astype(np.uint8), inverted
     rows, columns = np.nonzero(np.abs(grey - background) > NOISE)
     if not len(rows):
         raise StageError(f"{path}: blank, expected a garment that differs from its background")
+    if grey.shape == (SIZE, SIZE):
+        return np.rint(grey).astype(np.uint8), inverted
     grey = grey[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     grey = np.clip(grey - background, 0, None) * 255 / (255 - background)
     return in_the_middle(grey), inverted

@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FOLDER", help="write what the network sees there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
     arguments = parser.parse_args()
+    names = [path.name for path in arguments.pictures]
+    if arguments.show and (twice := {name for name in names if names.count(name) > 1}):
+        raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
     prepare_torch("cpu", threads=2)
     classify = load_classifier(arguments.model) if arguments.model else load_default()
     answers = [answer(path, classify, arguments.show) for path in arguments.pictures]
@@ -64,7 +67,7 @@ def answer(path: Path, classify: Classifier, show: Path | None) -> dict:
     except StageError as error:
         return {"file": str(path), "error": str(error)}
     if show:
-        write_picture(show / f"{path.stem}.png", image)
+        write_picture(show / f"{path.name}.28x28.png", image)
     [probabilities] = classify(image[None])
     order = np.argsort(-probabilities, kind="stable")[:TOP]
     top = [

@@ -1,12 +1,13 @@
 """Register a trained CNN, and make it the champion if it is better beyond noise. Usage: make promote MODEL=…
 
 The model is a file of weights or the id of an MLflow run. It becomes a version of the registered model
-fashion-cnn. It gets the alias champion if there is none yet, or if it reads more images than the champion, of
-those that neither was trained on, and McNemar's exact test says that this is no chance. The test split is
-not opened.
+fashion-cnn. It gets the alias champion if there is none yet, or if it reads more val images than the
+champion, of those that neither was trained on, and McNemar's exact test gives a p below the level. The test
+split is not opened.
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from judgement import LEVEL, same_images
 from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.models.cnns import build_cnn, load_weights
 from lib.models.device import prepare_torch
 from lib.reporting.provenance import repository_root
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
 from lib.training.data import split_indices
 from lib.trainings import CNNS
-from registry import CHAMPION, NAME, champion, exported, find_cnn_run, of_network, of_version, register
+from registry import CHAMPION, NAME, RUN, champion, exported, find_cnn_run, of_network, register
 from tracking.store import as_store_error, connect
 
 DEFAULT = CNNS["augmented"].weights
@@ -43,11 +45,17 @@ def main() -> None:
     if not 0 < arguments.level < 1:
         raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
     prepare_torch("cpu", threads=2)
+    if not re.fullmatch(RUN, arguments.model):
+        load_weights(build_cnn(), Path(arguments.model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
         client, experiment_id = connect()
         run = find_cnn_run(client, experiment_id, arguments.model)
-        decision = decide(client, run, champion(client), arguments.level)
+        before = champion(client)
+        if before and before.run_id == run.info.run_id:
+            print(f"{NAME} version {before.version}, of this run, is the champion already")
+            return
+        decision = decide(client, run, before, arguments.level)
         print(decision.words)
         if arguments.dry_run:
             print("--dry-run: nothing was changed")
@@ -71,10 +79,8 @@ def decide(client, run, before, level: float) -> Decision:
         accuracy = float(np.mean(reads(of_network(exported(client, run)), images) == labels))
         words = f"there is no champion yet; val accuracy {100 * accuracy:.2f} % of {len(labels):,} images"
         return Decision(True, words, {"val_accuracy": accuracy, "images": len(labels)})
-    if before.run_id == run.info.run_id:
-        return Decision(False, f"{NAME} version {before.version}, of this run, is the champion already", {})
-    images, labels = val_images(run, client.get_run(before.run_id))
-    a = reads(of_version(before), images) == labels
+    images, labels = val_images(run, run_before := client.get_run(before.run_id))
+    a = reads(of_network(exported(client, run_before)), images) == labels
     b = reads(of_network(exported(client, run)), images) == labels
     judged = same_images("val", a, b, names=("the champion", "this model"))
     promote = judged.p is not None and judged.p < level and judged.difference > 0
@@ -104,6 +110,8 @@ def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
     images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
     in_val, in_train = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
     for run in runs:
+        if "split.train_size" not in run.data.params:
+            raise StageError(f"{run.info.run_id}: the run lacks its params; `make sync` adds them")
         size = run.data.params["split.train_size"]
         train, val = split_indices(
             len(labels),
@@ -119,11 +127,14 @@ def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def carry_out(client, run, decision: Decision) -> None:
-    """Register the model, note the decision on its version, and move the alias if it is to be moved."""
+    """Register the model, note the decision on its version, and move the alias if it is to be moved.
+
+    A version that was promoted once keeps the numbers of that.
+    """
     version = register(client, run)
-    for name, value in decision.numbers.items():
-        client.set_model_version_tag(NAME, version.version, name, str(value))
-    if decision.numbers:
+    if decision.promote or version.tags.get("promoted") != "true":
+        for name, value in decision.numbers.items():
+            client.set_model_version_tag(NAME, version.version, name, str(value))
         client.update_model_version(NAME, version.version, f"When it was compared: {decision.words}.")
         client.set_model_version_tag(NAME, version.version, "promoted", str(decision.promote).lower())
     if decision.promote:

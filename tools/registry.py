@@ -93,15 +93,15 @@ def find_cnn_run(client, experiment_id: str, model: str):
     """The run of a CNN, by its id or by a file of its weights. Raises StageError if there is none."""
     run_id: str | None = model
     if not re.fullmatch(RUN, model):
-        load_weights(build_cnn(), Path(model))  # its errors are clearer
         run_id = find_run(client, experiment_id, weights_sha256=sha256_of(Path(model)))
     if not run_id or not has_run(client, experiment_id, run_id):
         raise StageError(
             f"{model}: no run of it in MLflow, expected one; `make sync` makes the runs of models/"
         )
     run = client.get_run(run_id)
-    if run.data.tags["dvc_stage"] not in [training.stage for training in CNNS.values()]:
-        raise StageError(f"{model}: a run of {run.data.tags['dvc_stage']}, expected one of train_cnn")
+    stage = run.data.tags.get("dvc_stage")
+    if stage not in [training.stage for training in CNNS.values()]:
+        raise StageError(f"{model}: a run of {stage or 'no stage'}, expected one of train_cnn")
     return run
 
 
@@ -143,7 +143,10 @@ def log_served_model(client, run):
 
     here = Path(__file__).resolve().parent
     network = build_cnn()
-    network.load_state_dict(exported(client, run).state_dict())
+    try:
+        network.load_state_dict(exported(client, run).state_dict())
+    except RuntimeError:
+        raise StageError(f"{run.info.run_id}: the run's model is not the present build_cnn()") from None
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "cnn.safetensors"
         if save_weights(network, weights) != run.data.tags["weights_sha256"]:

@@ -80,12 +80,11 @@ def results_of(source: str) -> list[Result]:
 
 
 def commit_of(name: str) -> str:
-    """The commit of an experiment, of HEAD's if several have the name, or of a git revision."""
+    """The commit of an experiment (of HEAD's or the newest, if several have the name) or of a revision."""
     try:
         head = git("rev-parse", "HEAD").decode().strip()
-        named = sorted(
-            (one for one in experiments() if one.name == name), key=lambda one: one.baseline != head
-        )
+        named = [one for one in reversed(experiments()) if one.name == name]
+        named.sort(key=lambda one: one.baseline != head)  # HEAD's first, then the newest
         if named:
             return named[0].reference
         return git("rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}").decode().strip()
@@ -97,16 +96,38 @@ def commit_of(name: str) -> str:
 
 def results_in(source: str, read: Reader) -> list[Result]:
     """The results in metrics/ and dvc.lock."""
-    stages = load(source, LOCK, read, YAML(typ="safe").load, {}).get("stages", {})
+    stages = load(source, LOCK, read, YAML(typ="safe").load, {}).get("stages") or {}
     found = []
     for training in TRAININGS.values():
-        if metrics := load(source, training.metrics, read, json.loads, {}):
-            params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
-            section = training.stage.partition("@")[0]
-            seed = params.get(section, {}).get("seed", params.get(f"{section}.seed"))
-            weights_sha256 = metrics["weights_sha256"][0]
-            found.append(with_evaluation(source, training, weights_sha256, seed, numbers(metrics), read))
+        metrics = load(source, training.metrics, read, json.loads, {})
+        if not metrics:
+            continue
+        if not isinstance(metrics.get("weights_sha256"), list):
+            raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
+        params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
+        section = training.stage.partition("@")[0]
+        seed = params.get(section, {}).get("seed", params.get(f"{section}.seed"))
+        # An experiment may have run the training alone; the evaluation there is then of other weights.
+        made = digest_of(training.weights, stages.get(training.stage, {}).get("outs", []))
+        is_evaluated = made == digest_of(
+            training.weights, stages.get(training.evaluation, {}).get("deps", [])
+        )
+        found.append(
+            with_evaluation(
+                source, training, metrics["weights_sha256"][0], seed, numbers(metrics),
+                read if is_evaluated else nothing,
+            )
+        )  # fmt: skip
     return found
+
+
+def nothing(_: Path) -> None:
+    """The reader of a source that has no files."""
+
+
+def digest_of(path: Path, entries: list[dict]) -> str | None:
+    """The digest of a file among the deps or outs of a stage in dvc.lock."""
+    return next((entry["md5"] for entry in entries if entry["path"] == str(path)), None)
 
 
 def result_of_run(run_id: str) -> Result:
@@ -119,7 +140,11 @@ def result_of_run(run_id: str) -> Result:
         if not runs.has_run(client, experiment_id, run_id):
             raise StageError(f"{run_id}: no run of this id in MLflow, expected one that `make ui` shows")
         run = client.get_run(run_id)
-        training = TRAININGS[run.data.tags["dvc_stage"]]
+        training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))
+        if training is None or "weights_sha256" not in run.data.tags:
+            raise StageError(
+                f"{run_id}: a run in state {run.info.status}, expected a training that is finished"
+            )
         folder = training.evaluation.partition("@")[0]
         has = {Path(file.path).name for file in client.list_artifacts(run_id, folder)}
 
@@ -129,7 +154,7 @@ def result_of_run(run_id: str) -> Result:
             return Path(client.download_artifacts(run_id, f"{folder}/{path.name}")).read_bytes()
 
         seed = run.data.params.get(f"{training.stage.partition('@')[0]}.seed")
-        weights_sha256 = run.data.tags.get("weights_sha256", "")
+        weights_sha256 = run.data.tags["weights_sha256"]
         return with_evaluation(run_id, training, weights_sha256, seed and int(seed), run.data.metrics, read)
 
 
@@ -157,9 +182,13 @@ def load(source: str, path: Path, read: Reader, parse: Callable, default):
     if (content := read(path)) is None:
         return default
     try:
-        return parse(content.decode("utf-8"))
+        found = parse(content.decode("utf-8"))
     except (ValueError, YAMLError) as error:
-        raise StageError(f"{path} of {source}: {error}; expected it as a stage writes it") from None
+        reason = " ".join(str(error).split())[:300]
+        raise StageError(f"{path} of {source}: {reason}; expected it as a stage writes it") from None
+    if not isinstance(found, type(default)):
+        raise StageError(f"{path} of {source}: empty or cut short, expected it as a stage or DVC writes it")
+    return found
 
 
 def read_rows(text: str) -> list[tuple[str, str]]:

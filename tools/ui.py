@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
-from tracking.store import as_store_error, connect, is_sqlite, shown, store_url
+from tracking.store import as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
 VIEW = "trainings"
@@ -52,8 +52,8 @@ def main() -> None:
         client.set_experiment_tag(experiment_id, "mlflow.note.content", DESCRIPTION)
     path = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     url = store_url()
-    if not is_sqlite(url):  # a server has a UI of its own
-        print(f"MLflow: {shown(url)}{path}")
+    if url.startswith("http"):  # a server has a UI of its own
+        print(f"MLflow: {shown(url).rstrip('/')}{path}")
         return
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port)
@@ -98,7 +98,8 @@ def wait_until_ready(server: subprocess.Popen, port: int) -> None:
                 return
         except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.1)
-    raise StageError(f"MLflow's UI did not answer within {START} s; its messages are above")
+    fault = f"did not answer within {START} s" if server.poll() is None else "ended at once"
+    raise StageError(f"MLflow's UI {fault}; its messages are above")
 
 
 if __name__ == "__main__":
