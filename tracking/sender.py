@@ -203,8 +203,6 @@ class Delivery:
 
     def begin(self, event: dict) -> None:
         """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
-        import torch  # noqa: F401  (for the model: takes seconds, during which the stage trains)
-
         client, tags = self.client, event["tags"]
         self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"]) or ""
         self.was_finished = bool(self.run_id) and runs.is_finished(client, self.run_id)
@@ -221,6 +219,7 @@ class Delivery:
             client.set_tag(self.run_id, "mlflow.note.content", runs.NOTE.format(self.run_id))
         runs.log_params(client, self.run_id, event["params"])
         runs.log_diff(client, self.run_id, event["diff"])
+        import torch  # noqa: F401  (for the model: takes seconds, during which the stage trains)
 
     def report(self, event: dict) -> None:
         """Write what a later stage says about the newest run of its training; make one if there is none."""
