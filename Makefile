@@ -40,7 +40,7 @@ predict: .venv/ready ## name the garment in a picture: make predict FILE=picture
 # Tests of a group stay in one process: they share what takes a minute to make.
 PARALLEL := --numprocesses auto --dist loadgroup
 
-check: .venv/ready ## lint, types and the fast tests, in under a minute
+check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) mypy
