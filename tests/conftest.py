@@ -33,6 +33,12 @@ def new_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def project(finished, tmp_path) -> Path:
+    """A copy for one test of what a file's fixture `finished` has made."""
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture
 def images() -> np.ndarray:
     """Sixteen images of noise, (16, 28, 28) uint8."""
     return np.random.default_rng(0).integers(0, 256, (16, 28, 28), np.uint8)

@@ -45,12 +45,6 @@ def finished(tmp_path_factory) -> Path:
     return two_stages(tmp_path_factory.mktemp("back") / "project", training=STAND_IN)
 
 
-@pytest.fixture
-def project(finished, tmp_path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
-
-
 def changes(project: Path) -> str:
     return git(project, "status", "--porcelain")
 

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
 from lib.training.data import split_indices
 from project import ROOT
+from servers import free_port, wait_until_up
 from small_stages import make_data, read_data
 from tracking import runs
 from tracking.store import connect
@@ -218,9 +217,7 @@ def server(store, trained, monkeypatch, capsys):
     """The champion, served by MLflow on this machine."""
     add_run(store, trained[2])
     run(monkeypatch, capsys, trained[2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/fashion-cnn@champion",
         "--env-manager", "local", "--port", str(port),
@@ -233,12 +230,7 @@ def server(store, trained, monkeypatch, capsys):
     with Path("server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
-        for _ in range(600):
-            try:
-                if requests.get(f"http://127.0.0.1:{port}/ping", timeout=1).ok:
-                    break
-            except (requests.ConnectionError, requests.Timeout):
-                time.sleep(0.1)
+        wait_until_up(f"http://127.0.0.1:{port}/ping")
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

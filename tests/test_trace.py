@@ -23,12 +23,6 @@ def finished(tmp_path_factory) -> Path:
     return two_stages(tmp_path_factory.mktemp("trace") / "project")
 
 
-@pytest.fixture
-def project(finished, tmp_path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
-
-
 def run_commands(project, commands: list[str]) -> str:
     return "".join(
         subprocess.run(

@@ -13,6 +13,7 @@ import pytest
 from lib.trainings import CNNS, TOY
 from pipeline import environment
 from project import ROOT
+from servers import free_port
 from tracking import runs
 from tracking.store import connect
 
@@ -22,12 +23,6 @@ pytestmark = [
 ]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(**more: str) -> subprocess.Popen:

@@ -18,6 +18,23 @@ from pipeline import environment, outputs, tool, tracked_runs
 from tracking.runs import has_model
 
 
+def free_port() -> int:
+    """A port of this machine that nothing uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_until_up(address: str) -> None:
+    """Wait until a server answers at `address`, for a minute or two."""
+    for _ in range(600):
+        try:
+            if requests.get(address, timeout=1).ok:
+                break
+        except (requests.ConnectionError, requests.Timeout):
+            time.sleep(0.1)
+
+
 @contextmanager
 def mlflow_server(folder: Path, port: int):
     """An MLflow server on this machine, with its store in `folder`."""
@@ -29,12 +46,7 @@ def mlflow_server(folder: Path, port: int):
     with (folder / "server.log").open("a") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
         try:
-            for _ in range(600):
-                try:
-                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
-                        break
-                except (requests.ConnectionError, requests.Timeout):
-                    time.sleep(0.1)
+            wait_until_up(f"http://127.0.0.1:{port}/health")
             MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
             yield
         finally:
@@ -44,9 +56,7 @@ def mlflow_server(folder: Path, port: int):
 
 def lose_server(project: Path, epoch: int) -> str:
     """Kill the MLflow server of a training after `epoch`; returns what that lost for good, or ""."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     before = outputs(project)
     shutil.rmtree(project / ".checkpoints", ignore_errors=True)  # a kill may have left a finished one
