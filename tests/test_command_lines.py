@@ -76,7 +76,7 @@ def test_the_commands_that_trace_prints_are_quoted():
     spec = importlib.util.spec_from_file_location("tools_trace", ROOT / "tools/trace.py")
     trace = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trace)
-    params = {"train_cnn.device": ODD, "split.train_size": "None", "split.seed": "0"}
+    params = {"train_cnn.device": ODD, "split.train_size": "null", "split.seed": "0", "train_images": "55000"}
     run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
     commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, has_diff=False)
     assert [shlex.split(command) for command in commands] == [

@@ -31,9 +31,9 @@ def repository(workspace):
 
 
 def run_artifacts() -> set[str]:
-    client, experiment_id = connect()
-    [run] = client.search_runs([experiment_id])
-    return {file.path for file in client.list_artifacts(run.info.run_id)}
+    store = connect()
+    [run] = store.client.search_runs(store.experiments)
+    return {file.path for file in store.client.list_artifacts(run.info.run_id)}
 
 
 def test_the_users_index_is_neither_locked_nor_written(repository):
@@ -58,8 +58,8 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
     line, _ = capsys.readouterr().out.splitlines()  # the second is the sender's
     assert line.startswith("the run records no commit: git rev-parse: ")
     assert f"git config --global --add safe.directory {repository}" in line
-    client, experiment_id = connect()
-    [run] = client.search_runs([experiment_id])
+    store = connect()
+    [run] = store.client.search_runs(store.experiments)
     assert (run.info.status, "git_commit" in run.data.tags) == ("FINISHED", False)
 
 
@@ -132,7 +132,7 @@ def test_trace_takes_no_option_for_a_commit(repository, what):
 def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
     from sync import record_experiments
 
-    record_experiments(None, "1")
+    record_experiments(None)
     assert capsys.readouterr().out.startswith(
         "sync: did not look for experiments: git for-each-ref: fatal: not"
     )

@@ -259,6 +259,8 @@ def assert_runs_match(project: Path, store: str | None = None) -> None:
         if training == "train_cnn@augmented":
             params |= lock["augment_images"]["params"]["params.yaml"]
         leaves = {f"{name}.{leaf}": str(value) for name in params for leaf, value in params[name].items()}
+        if "split" in params:
+            leaves["train_images"] = leaves["split.train_size"]
         assert run.data.params == leaves
 
 

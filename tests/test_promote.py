@@ -75,8 +75,8 @@ def store(workspace, new_store, data, monkeypatch):
 
 def add_run(store, weights: Path, **split: object) -> str:
     """A finished run of train_cnn@original with these weights."""
-    client, experiment_id = store
-    run_id = runs.stand_in(client, experiment_id, "train_cnn@original", sha256_of(weights), {}, None)
+    client = store.client
+    run_id = runs.stand_in(store, "train_cnn@original", sha256_of(weights), {}, None)
     runs.log_params(client, run_id, SPLIT | {f"split.{name}": value for name, value in split.items()})
     runs.log_model(client, run_id, "train_cnn@original", weights)
     return run_id
@@ -97,7 +97,7 @@ def reads_right(weights: Path, data, indices: np.ndarray) -> np.ndarray:
 def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
     store, trained, data, monkeypatch, capsys
 ):
-    client, _ = store
+    client = store.client
     untrained, barely, better = trained
     ids = [add_run(store, weights) for weights in trained]
     told = run(monkeypatch, capsys, untrained, "--dry-run")
@@ -136,7 +136,7 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
 
 
 def test_a_stricter_level_asks_for_more(store, trained, monkeypatch, capsys):
-    client, _ = store
+    client = store.client
     for weights in trained[1:]:
         add_run(store, weights)
     run(monkeypatch, capsys, trained[1])
@@ -147,7 +147,7 @@ def test_a_stricter_level_asks_for_more(store, trained, monkeypatch, capsys):
 
 
 def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, data):
-    client, _ = store
+    client = store.client
     found = [client.get_run(add_run(store, weights, seed=seed)) for seed, weights in enumerate(trained[:2])]
     splits = [split_indices(250, 100, None, seed) for seed in range(2)]
     expected = np.intersect1d(splits[0][1], splits[1][1])
@@ -157,7 +157,7 @@ def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, dat
 
 
 def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
-    client, _ = store
+    client = store.client
     for weights in trained[1:]:
         add_run(store, weights)
     code = (
@@ -178,7 +178,7 @@ def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
     printed = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     # Whichever came first, the better one is the champion at the end.
-    assert registry.champion(client).run_id == runs.find_run(*store, weights_sha256=sha256_of(trained[2]))
+    assert registry.champion(client).run_id == runs.find_run(store, weights_sha256=sha256_of(trained[2]))
 
 
 class Mock:
@@ -201,8 +201,7 @@ def test_a_model_that_is_not_there_is_named(store, monkeypatch, capsys, model, w
 
 
 def test_a_run_without_params_is_named_with_the_way_out(store, trained, monkeypatch, capsys):
-    client, experiment_id = store
-    runs.stand_in(client, experiment_id, "train_cnn@original", sha256_of(trained[0]), {}, None)
+    runs.stand_in(store, "train_cnn@original", sha256_of(trained[0]), {}, None)
     with pytest.raises(StageError, match="the run lacks its params; `make sync` adds them"):
         run(monkeypatch, capsys, trained[0])
 

@@ -1,6 +1,7 @@
 """MLflow: one training is one run, reports leave it alone, nothing is lost, and the store is in its place."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -71,12 +73,12 @@ def folders() -> list[Path]:
 
 
 def all_runs():
-    client, experiment_id = connect()
-    return client.search_runs([experiment_id])
+    store = connect()
+    return store.client.search_runs(store.experiments)
 
 
 def curve(run) -> list[tuple[int, float]]:
-    client, _ = connect()
+    client = connect().client
     return [
         (metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "train_loss")
     ]
@@ -84,14 +86,15 @@ def curve(run) -> list[tuple[int, float]]:
 
 def assert_whole(run, workspace: Path) -> None:
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"train_toy_cnn.epochs": "2", "split.train_size": "None"}
+    assert run.data.params == {"train_toy_cnn.epochs": "2", "split.train_size": "null"}
     assert curve(run) == [(1, 0.5), (2, 0.25)]
     assert run.data.metrics["dead_relu"] == 0
     assert run.data.tags["weights_sha256"] == sha256_of(workspace / "toy.safetensors")
     assert run.data.tags["dvc_stage"] == "train_toy_cnn"
     [dataset] = run.inputs.dataset_inputs
-    assert dataset.dataset.digest == "cd" * 16
-    client, _ = connect()
+    assert dataset.dataset.digest == "cd" * 4
+    assert json.loads(dataset.dataset.profile) == {"train_images": 2, "digest": "cd" * 16}
+    client = connect().client
     assert "layers.txt" in {file.path for file in client.list_artifacts(run.info.run_id)}
     assert runs.has_model(client, run)
 
@@ -362,7 +365,7 @@ def test_a_run_that_was_deleted_meanwhile_is_made_again(unsent):
     (unsent / "mlruns").write_text("no folder")
     send_left_over(connect())
     (unsent / "mlruns").unlink()
-    client, _ = connect()
+    client = connect().client
     client.delete_run(all_runs()[0].info.run_id)
     assert send_left_over(connect()) == []
     [run] = all_runs()
@@ -390,7 +393,7 @@ def test_reports_leave_status_and_times_alone(unsent):
         before.info.start_time,
         before.info.end_time,
     )
-    client, _ = connect()
+    client = connect().client
     files = client.list_artifacts(after.info.run_id, "evaluate_cnn")
     assert [file.path for file in files] == ["evaluate_cnn/table.csv"]
 
@@ -404,7 +407,7 @@ def test_a_file_is_sent_as_it_was_when_it_was_reported(unsent):
     box.close()
     send_left_over(connect())
     [run] = all_runs()
-    client, _ = connect()
+    client = connect().client
     sent = client.download_artifacts(run.info.run_id, "evaluate_cnn/table.csv")
     assert Path(sent).read_text() == "then"
 
@@ -420,6 +423,49 @@ def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):
     assert run.info.status == "FINISHED"
 
 
+def test_the_toy_and_the_cnns_have_an_experiment_each_and_runs_in_turn_another_colour(unsent):
+    store = connect()
+    names = [TOY.stage, *(training.stage for training in CNNS.values())]
+    made = [runs.stand_in(store, name, f"{number}" * 64, {}, None) for number, name in enumerate(names * 4)]
+    found = [store.client.get_run(run_id) for run_id in made]
+    assert [run.info.experiment_id for run in found] == [store.toys, store.cnns, store.cnns] * 4
+    assert len({store.toys, store.cnns}) == 2
+    colors = [run.data.tags["mlflow.runColor"] for run in found if run.info.experiment_id == store.cnns]
+    assert colors[:2] == ["#0072b2", "#d55e00"]  # as in the figures
+    assert colors[:1] == colors[7:]
+    assert len(set(colors[:7])) == 7
+    store.client.set_tag(made[-1], "mlflow.runColor", "#123456")  # chosen in the UI
+    last = store.client.get_run(runs.stand_in(store, names[1], "ab" * 32, {}, None))
+    assert last.data.tags["mlflow.runColor"] == "#0072b2"
+
+
+@pytest.mark.parametrize(("size", "images"), [(None, "55000"), (6000, "6000")])
+def test_a_run_says_how_many_images_it_trains_on(unsent, size, images):
+    store = connect()
+    run_id = runs.stand_in(store, "train_cnn@original", SHA, {}, None)
+    params = {"split.train_size": size, "split.val_size": 5000}
+    assert runs.log_params(store.client, run_id, params) is True
+    assert runs.log_params(store.client, run_id, params) is False
+    assert store.client.get_run(run_id).data.params == {
+        "split.train_size": str(size or "null"), "split.val_size": "5000", "train_images": images,
+    }  # fmt: skip
+
+
+def test_the_model_has_its_name_and_the_last_value_of_every_metric_of_its_run(unsent):
+    train(unsent)
+    send_left_over(connect())
+    [run] = all_runs()
+    report("evaluate_cnn", TOY, run.data.tags["weights_sha256"], {"test_loss": 0.3}, [])
+    report("evaluate_cnn", TOY, run.data.tags["weights_sha256"], {"test_loss": 0.2}, [])
+    [model] = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+    assert model.name == "toy_cnn"
+    last = {metric.key: (metric.value, metric.step) for metric in model.metrics}
+    assert last["train_loss"] == (0.25, 2)
+    assert last["test_loss"] == (0.2, 0)
+    assert set(last) == {"train_loss", "images_per_second", "dead_relu", "test_loss"}
+    assert curve(run) == [(1, 0.5), (2, 0.25)]  # none twice
+
+
 def test_a_run_id_or_a_model_id_in_the_environment_hijacks_nothing(unsent, monkeypatch):
     train(unsent)
     send_left_over(connect())
@@ -429,7 +475,7 @@ def test_a_run_id_or_a_model_id_in_the_environment_hijacks_nothing(unsent, monke
     train(unsent, key="34" * 32)
     send_left_over(connect())
     assert len(all_runs()) == 2
-    client, _ = connect()
+    client = connect().client
     model = client.get_logged_model(first.outputs.model_outputs[0].model_id)
     assert {metric.run_id for metric in model.metrics or []} <= {first.info.run_id}
 
@@ -446,7 +492,7 @@ def test_a_diff_that_is_sent_later_is_the_one_of_the_training(unsent, monkeypatc
     (unsent / "code.py").write_text("of the training")
     with open_run(TOY, {}, KEY):
         (unsent / "code.py").write_text("of later")
-    client, _ = connect()
+    client = connect().client
     send_left_over(connect())
     [run] = all_runs()
     diff = Path(client.download_artifacts(run.info.run_id, "uncommitted.diff")).read_text()
@@ -455,7 +501,7 @@ def test_a_diff_that_is_sent_later_is_the_one_of_the_training(unsent, monkeypatc
 
 
 def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
-    code = "import sys; sys.path[:0] = sys.argv[1:]; from tracking.store import connect; print(connect()[1])"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from tracking.store import connect; print(connect()[1:])"
     command = [sys.executable, "-c", code, str(ROOT / "stages"), str(ROOT)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = [process.communicate()[0] for process in processes]
@@ -517,9 +563,9 @@ def read_only(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])  # root may write to any file
 
 
-def without_experiment(path: Path) -> None:
+def without(experiment: str, path: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{path}")
-    client.delete_experiment(client.create_experiment("fashion-cnn"))
+    client.delete_experiment(client.create_experiment(experiment))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +573,10 @@ def without_experiment(path: Path) -> None:
     [
         (damaged, "malformed"),
         (read_only, ""),
-        (without_experiment, "the experiment fashion-cnn is deleted; .* `mlflow experiments restore"),
+        *(
+            (partial(without, name), f"the experiment {name} is deleted; .* `mlflow experiments restore")
+            for name in ("fashion-cnn", "fashion-cnn-toy")
+        ),
         (lambda path: path.write_bytes(b"no database, but long enough for one" * 100), "not a database"),
     ],
 )
@@ -557,8 +606,9 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(unsent, monkeypa
     code = """
 import mlflow
 from tracking.store import connect
-client, experiment_id = connect()
-[run] = client.search_runs([experiment_id])
+store = connect()
+client = store.client
+[run] = client.search_runs(store.experiments)
 model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
 mlflow.pytorch.load_model(model.model_uri)
 client.log_text(run.info.run_id, "new", "new.txt")
@@ -668,8 +718,8 @@ def test_a_finished_run_stays_so_when_its_training_is_repeated_and_killed(unsent
 
 def test_a_model_that_was_deleted_is_logged_again(unsent):
     train(unsent)
-    client, experiment_id = connect()
-    send_left_over((client, experiment_id))
+    client = connect().client
+    send_left_over(connect())
     [run] = all_runs()
     client.delete_logged_model(run.outputs.model_outputs[0].model_id)
     assert not runs.has_model(client, run)

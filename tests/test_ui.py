@@ -15,7 +15,7 @@ from pipeline import environment
 from project import ROOT
 from servers import free_port
 from tracking import runs
-from tracking.store import connect
+from tracking.store import Store, connect
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,12 +39,12 @@ def start(**more: str) -> subprocess.Popen:
 def address(workspace, new_store):
     """Of the UI of a store with a run of each training."""
     shutil.copy(new_store, workspace / "mlflow.db")
-    client, experiment_id = connect()
+    store = connect()
     for number, training in enumerate([TOY, *CNNS.values()]):
-        run_id = runs.stand_in(client, experiment_id, training.stage, f"{number}" * 64, {}, None)
-        runs.log_params(client, run_id, {"train_cnn.learning_rate": 0.001, "train_cnn.epochs": 5})
+        run_id = runs.stand_in(store, training.stage, f"{number}" * 64, {}, None)
+        runs.log_params(store.client, run_id, {"train_cnn.learning_rate": 0.001, "train_cnn.epochs": 5})
         runs.log_rows(
-            client,
+            store.client,
             run_id,
             [{"epoch": 5, "val_accuracy": 0.875 + number / 100, "test_accuracy": 0.5}],
             runs.now(),
@@ -68,8 +68,8 @@ def test_a_fresh_browser_sees_the_cnns_with_val_accuracy_and_what_was_set(addres
     text = re.sub("<[^>]*>", " ", page)
     for words in ("val_accuracy", "test_accuracy", "learning_rate", "epochs", "train_cnn@original", "0.885"):
         assert words in text, words
-    assert runs.find_run(*connect(), dvc_stage=CNNS["augmented"].stage) in page
-    assert runs.find_run(*connect(), dvc_stage=TOY.stage) not in page
+    assert runs.find_run(connect(), dvc_stage=CNNS["augmented"].stage) in page
+    assert runs.find_run(connect(), dvc_stage=TOY.stage) not in page
 
 
 def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
@@ -89,7 +89,7 @@ def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
             pass
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
-    monkeypatch.setattr(ui, "connect", lambda: (Client(), "7"))
+    monkeypatch.setattr(ui, "connect", lambda: Store(Client(), "7", "8"))
     ui.main()
     told = capsys.readouterr().out
     assert told.startswith("MLflow: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&")

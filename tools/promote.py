@@ -49,8 +49,8 @@ def main() -> None:
         load_weights(build_cnn(), Path(arguments.model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
-        client, experiment_id = connect()
-        run = find_cnn_run(client, experiment_id, arguments.model)
+        store = connect()
+        client, run = store.client, find_cnn_run(store, arguments.model)
         before = champion(client)
         if before and before.run_id == run.info.run_id:
             print(f"{NAME} version {before.version}, of this run, is the champion already")
@@ -116,7 +116,7 @@ def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
         train, val = split_indices(
             len(labels),
             int(run.data.params["split.val_size"]),
-            None if size == "None" else int(size),
+            None if size in ("null", "None") else int(size),  # None: as earlier versions logged it
             int(run.data.params["split.seed"]),
         )
         in_train[train], in_val[val] = True, True

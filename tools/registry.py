@@ -20,10 +20,11 @@ from lib.fashion_mnist import CLASSES
 from lib.models.cnns import build_cnn, load_weights, save_weights, to_input
 from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
-from lib.trainings import CNNS
-from tracking.runs import find_run, has_run
-from tracking.store import as_store_error, connect
+from lib.trainings import CNNS, TRAININGS
+from tracking.runs import find_run, has_run, log_model_metrics
+from tracking.store import Store, as_store_error, connect
 
+SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
 NAME, CHAMPION = "fashion-cnn", "champion"
 RUN = "[0-9a-f]{32}"
 # (N, 28, 28) uint8 to probabilities (N, 10).
@@ -38,10 +39,10 @@ def load_classifier(model: str) -> Classifier:
     if model != CHAMPION and not re.fullmatch(rf"\d+|{RUN}", model):
         return of_network(load_weights(build_cnn(), Path(model)))
     with as_store_error():
-        client, experiment_id = connect()
+        store = connect()
         if re.fullmatch(RUN, model):
-            return of_network(exported(client, find_cnn_run(client, experiment_id, model)))
-        return of_version(find_version(client, model))
+            return of_network(exported(store.client, find_cnn_run(store, model)))
+        return of_version(find_version(store.client, model))
 
 
 def of_network(network: Callable) -> Classifier:
@@ -89,16 +90,16 @@ def champion(client):
         return None
 
 
-def find_cnn_run(client, experiment_id: str, model: str):
+def find_cnn_run(store: Store, model: str):
     """The run of a CNN, by its id or by a file of its weights. Raises StageError if there is none."""
     run_id: str | None = model
     if not re.fullmatch(RUN, model):
-        run_id = find_run(client, experiment_id, weights_sha256=sha256_of(Path(model)))
-    if not run_id or not has_run(client, experiment_id, run_id):
+        run_id = find_run(store, weights_sha256=sha256_of(Path(model)))
+    if not run_id or not has_run(store, run_id):
         raise StageError(
             f"{model}: no run of it in MLflow, expected one; `make sync` makes the runs of models/"
         )
-    run = client.get_run(run_id)
+    run = store.client.get_run(run_id)
     stage = run.data.tags.get("dvc_stage")
     if stage not in [training.stage for training in CNNS.values()]:
         raise StageError(f"{model}: a run of {stage or 'no stage'}, expected one of train_cnn")
@@ -110,7 +111,8 @@ def exported(client, run) -> torch.nn.Module:
     import mlflow
 
     models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
-    if not (ready := [model for model in models if model.name == "model" and model.status == "READY"]):
+    models = [model for model in models if not model.name.endswith(SERVED)]
+    if not (ready := [model for model in models if model.status == "READY"]):
         raise StageError(
             f"{run.info.run_id}: the run has no model; `make sync` adds it if its weights are here"
         )
@@ -125,6 +127,7 @@ def register(client, run):
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME, description=DESCRIPTION)
     info = log_served_model(client, run)
+    log_model_metrics(client, run.info.run_id)
     return client.create_model_version(NAME, info.model_uri, run.info.run_id, model_id=info.model_id)
 
 
@@ -155,7 +158,7 @@ def log_served_model(client, run):
             None,
             flavor=mlflow.pyfunc,
             run_id=run.info.run_id,
-            name="classifier",
+            name=f"{TRAININGS[run.data.tags['dvc_stage']].weights.stem}{SERVED}",
             python_model=str(here / "serving.py"),
             artifacts={"weights": str(weights)},
             code_paths=[str(here.parent / "stages/lib")],

@@ -136,9 +136,10 @@ def result_of_run(run_id: str) -> Result:
     from tracking.store import as_store_error, connect
 
     with as_store_error():
-        client, experiment_id = connect()
-        if not runs.has_run(client, experiment_id, run_id):
+        store = connect()
+        if not runs.has_run(store, run_id):
             raise StageError(f"{run_id}: no run of this id in MLflow, expected one that `make ui` shows")
+        client = store.client
         run = client.get_run(run_id)
         training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))
         if training is None or "weights_sha256" not in run.data.tags:

@@ -28,7 +28,7 @@ from lib.stage.process import run_stage
 from lib.trainings import TRAININGS, Training
 from tracking import runs
 from tracking.sender import send_left_over
-from tracking.store import as_store_error, connect
+from tracking.store import Store, as_store_error, connect
 
 PLOTS = "plot_results"
 
@@ -48,25 +48,25 @@ def main() -> None:
         if not found or not expected <= found:
             raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
     with as_store_error():
-        client, experiment_id = connect()
-        for fault in send_left_over((client, experiment_id)):
+        store = connect()
+        for fault in send_left_over(store):
             print(f"sync: {fault}")
         for training in trainings:
-            run_id, changes = sync_training(client, experiment_id, training, stages)
+            run_id, changes = sync_training(store, training, stages)
             print(f"sync: {training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
-        record_experiments(client, experiment_id)
+        record_experiments(store)
 
 
-def sync_training(client, experiment_id: str, training: Training, stages: dict) -> tuple[str, list[str]]:
+def sync_training(store: Store, training: Training, stages: dict) -> tuple[str, list[str]]:
     """Complete one training's run; returns its id and what was added."""
-    stage, name = stages[training.stage], training.stage
+    stage, name, client = stages[training.stage], training.stage, store.client
     for out in stage["outs"]:
         _check(out)
     weights_sha256 = read_weights_sha256(training.metrics)
     metrics = read_json(training.metrics)
     del metrics["weights_sha256"]
     changes = []
-    run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=name)
+    run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
     if run_id is None:
         code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
         is_here = all(
@@ -74,9 +74,9 @@ def sync_training(client, experiment_id: str, training: Training, stages: dict) 
         )
         tags = git_tags() if is_here else {}  # the present tree holds the code that made them
         diff = git_diff() if tags.get("git_dirty") == "true" else None
-        run_id = runs.stand_in(client, experiment_id, name, weights_sha256, tags, diff)
+        run_id = runs.stand_in(store, name, weights_sha256, tags, diff)
         changes.append("made")
-    changes += _sync_params(client, run_id, _params(training, stages))
+    changes += ["params"] if runs.log_params(client, run_id, _params(training, stages)) else []
     changes += _sync_curve(client, run_id, training.curve)
     changes += _sync_model(client, run_id, name, training.weights)
     for report in _reports(training, stages):
@@ -87,7 +87,7 @@ def sync_training(client, experiment_id: str, training: Training, stages: dict) 
     return run_id, changes + _sync_lock(client, run_id, training, stages)
 
 
-def record_experiments(client, experiment_id: str) -> None:
+def record_experiments(store: Store) -> None:
     """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
     try:
         found = experiments()
@@ -100,9 +100,9 @@ def record_experiments(client, experiment_id: str) -> None:
             weights_sha256 = weights_at(experiment.reference, training)
             if name not in stages or weights_sha256 is None:  # it may have run other stages
                 continue
-            run_id = runs.find_run(client, experiment_id, weights_sha256=weights_sha256, dvc_stage=name)
-            if run_id and runs.synced_tag("dvc_lock") not in client.get_run(run_id).data.tags:
-                _sync_lock(client, run_id, training, stages)
+            run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
+            if run_id and runs.synced_tag("dvc_lock") not in store.client.get_run(run_id).data.tags:
+                _sync_lock(store.client, run_id, training, stages)
                 print(f"sync: {name}, run {run_id}: dvc.lock of experiment {experiment.name}")
 
 
@@ -122,13 +122,6 @@ def _params(training: Training, stages: dict) -> dict:
     if not all(isinstance(section, dict) for _, section in sections):  # from before dvc.yaml named sections
         raise StageError(f"{LOCK}: params of {training.stage} are no sections; `dvc repro` writes them anew")
     return {f"{name}.{leaf}": value for name, section in sections for leaf, value in section.items()}
-
-
-def _sync_params(client, run_id: str, params: dict) -> list[str]:
-    has = client.get_run(run_id).data.params
-    missing = {name: params[name] for name in params if name not in has}
-    runs.log_params(client, run_id, missing)
-    return ["params"] if missing else []
 
 
 def _sync_curve(client, run_id: str, path: Path) -> list[str]:

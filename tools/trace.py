@@ -20,6 +20,7 @@ from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
 from lib.stage.process import run_stage
 from lib.trainings import TRAININGS
+from tracking.runs import NEWEST, TRAIN_IMAGES
 from tracking.store import connect
 
 
@@ -29,17 +30,17 @@ def main() -> None:
     parser.add_argument("what", help="an MLflow run id, a file, a SHA-256 of weights, or a git commit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
     arguments = parser.parse_args()
-    client, experiment_id = connect()
-    newest = ["attributes.start_time DESC"]
+    store = connect()
     searches = [
-        client.search_runs([experiment_id], query, order_by=newest) for query in queries(arguments.what)
+        store.client.search_runs(store.experiments, query, order_by=NEWEST)
+        for query in queries(arguments.what)
     ]
     found = {run.info.run_id: run for runs in searches for run in runs}
     if not found:
         raise StageError(
             f"{arguments.what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
         )
-    traces = [trace(client, run) for run in found.values()]
+    traces = [trace(store.client, run) for run in found.values()]
     print(json.dumps(traces, indent=2) if arguments.json else "\n\n".join(map(words, traces)))
 
 
@@ -97,7 +98,8 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append("# the run had uncommitted changes, which it does not record")
     changes = []
     for name, value in sorted(run.data.params.items()):
-        changes += ["-S", f"{name}={'null' if value == 'None' else value}"]
+        if name != TRAIN_IMAGES:
+            changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
     return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
 
 

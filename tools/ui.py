@@ -27,30 +27,37 @@ COLUMNS = [
     "attributes.`Created`",
     *(f"metrics.`{name}`" for name in ("val_accuracy", "test_accuracy")),
     *(f"params.`train_cnn.{name}`" for name in ("learning_rate", "epochs", "batch_size", "seed")),
+    "params.`train_images`",
 ]  # fmt: skip
 SAVED_VIEW = {
-    "searchFilter": "tags.dvc_stage LIKE 'train_cnn%'",
+    "searchFilter": "",
     "orderByKey": "metrics.`val_accuracy`",
     "orderByAsc": False,
     "selectedColumns": COLUMNS,
     "compareRunsMode": "TABLE",
 }
-DESCRIPTION = """One run for each training: `train_cnn@original`, `train_cnn@augmented` and `train_toy_cnn`.
+DESCRIPTION = """{}
 
 - **Compare:** select two runs and press *Compare*, or run `make compare` in the project.
 - **Restore a run:** `python tools/trace.py RUN_ID` prints the commands.
 - **Figures:** a run's artifacts have them, under `plot_results`.
 """
+CNNS = (
+    "One run for each training of the CNN on Fashion-MNIST: `train_cnn@original` and `train_cnn@augmented`."
+)
+TOYS = "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`."
 
 
 def main() -> None:
     """Save the view, start the UI, and print its address; ends with the UI."""
     port = free_port()
     with as_store_error():
-        client, experiment_id = connect()
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(SAVED_VIEW))
-        client.set_experiment_tag(experiment_id, "mlflow.note.content", DESCRIPTION)
-    path = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+        store = connect()
+        for experiment_id, what in ((store.cnns, CNNS), (store.toys, TOYS)):
+            store.client.set_experiment_tag(experiment_id, "mlflow.note.content", DESCRIPTION.format(what))
+        view = json.dumps(SAVED_VIEW)
+        store.client.set_experiment_tag(store.cnns, f"mlflow.sharedViewState.{VIEW}", view)
+    path = f"/#/experiments/{store.cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     url = store_url()
     if url.startswith("http"):  # a server has a UI of its own
         print(f"MLflow: {shown(url).rstrip('/')}{path}")

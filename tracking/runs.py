@@ -7,15 +7,25 @@ import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.reporting.provenance import GitError, git
-from lib.trainings import TOY
+from lib.trainings import TOY, TRAININGS
+from params_schema import N_TRAIN
+from tracking.store import Store
 
+NEWEST = ["attributes.start_time DESC"]
+TRAIN_IMAGES = "train_images"  # a param of runs that is not one of params.yaml
+# Of runs in MLflow's charts and tables; without them, two of a few runs may have the same. Okabe and Ito's,
+# from those of the figures on.
+COLOR = "mlflow.runColor"
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
 NOTE = (
     "`python tools/trace.py {}`, in the project, prints what this run was made from and the commands that "
     "restore it. Figures and tables are artifacts, under the stage that made them."
@@ -46,17 +56,26 @@ def params_in(content: bytes) -> dict[str, object]:
         return {}
 
 
-def has_run(client, experiment_id: str, run_id: str) -> bool:
+def has_run(store: Store, run_id: str) -> bool:
     """Whether the store has the run, and it is not deleted."""
-    return bool(client.search_runs([experiment_id], f"attributes.run_id = '{run_id}'"))
+    return bool(store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'"))
 
 
-def find_run(client, experiment_id: str, **tags: str) -> str | None:
+def find_run(store: Store, **tags: str) -> str | None:
     """The newest run with these tags."""
     query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-    newest = ["attributes.start_time DESC"]
-    found = client.search_runs([experiment_id], query, max_results=1, order_by=newest)
+    found = store.client.search_runs(store.experiments, query, max_results=1, order_by=NEWEST)
     return found[0].info.run_id if found else None
+
+
+def create_run(store: Store, training: str, name: str, tags: dict[str, str], when: int | None = None) -> str:
+    """Make a run in the experiment of its training, in another colour than the last one; `when` in ms."""
+    experiment_id = store.experiment_of(training)
+    last = store.client.search_runs([experiment_id], max_results=1, order_by=NEWEST)
+    color = last[0].data.tags.get(COLOR, COLORS[-1]) if last else COLORS[-1]
+    place = COLORS.index(color) if color in COLORS else -1  # a user may have chosen another
+    tags = tags | {COLOR: COLORS[(place + 1) % len(COLORS)]}
+    return store.client.create_run(experiment_id, when, tags, run_name=name).info.run_id
 
 
 def has_model(client, run) -> bool:
@@ -81,9 +100,7 @@ def is_finished(client, run_id: str) -> bool:
     return run.info.status == "FINISHED" and "weights_sha256" in run.data.tags
 
 
-def stand_in(
-    client, experiment_id: str, training: str, weights_sha256: str, tags: dict, diff: str | None
-) -> str:
+def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff: str | None) -> str:
     """Make a finished run for weights that the store does not know; it says so.
 
     `tags` and `diff` are those of the code that made them, where that is known.
@@ -96,17 +113,30 @@ def stand_in(
         "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
         "dvc_stage": training,
     }  # fmt: skip
-    run_id = client.create_run(experiment_id, run_name=training, tags=tags).info.run_id
-    log_diff(client, run_id, diff)
-    client.set_terminated(run_id)
+    run_id = create_run(store, training, training, tags)
+    log_diff(store.client, run_id, diff)
+    store.client.set_terminated(run_id)
     return run_id
 
 
-def log_params(client, run_id: str, params: dict[str, object]) -> None:
-    """Log params under their path in params.yaml."""
+def log_params(client, run_id: str, params: dict[str, Any]) -> bool:
+    """Log those params that the run lacks, under their path in params.yaml; returns whether it lacked any.
+
+    Beside them, how many images a CNN trains on: the default of split.train_size, null, does not say it.
+    """
     from mlflow.entities import Param
 
-    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+    if "split.val_size" in params:
+        rest = N_TRAIN - params["split.val_size"]
+        params = {**params, TRAIN_IMAGES: params.get("split.train_size") or rest}
+    has = client.get_run(run_id).data.params
+    missing = [
+        Param(name, "null" if value is None else str(value))
+        for name, value in params.items()
+        if name not in has
+    ]
+    client.log_batch(run_id, params=missing)
+    return bool(missing)
 
 
 def log_diff(client, run_id: str, diff: str | None) -> None:
@@ -155,13 +185,35 @@ def log_report(client, run_id: str, stage: str, metrics: dict, files: list[Path]
     log_new_metrics(client, run_id, metrics, when)
     for path in files:
         client.log_artifact(run_id, path, artifact_path=stage)
+    log_model_metrics(client, run_id)
+
+
+def log_model_metrics(client, run_id: str) -> None:
+    """Give the run's models the last values of its metrics, for the table of models."""
+    from mlflow.entities import Metric
+
+    run = client.get_run(run_id)
+    for model_id in (output.model_id for output in run.outputs.model_outputs):
+        if not _is_ready(client, model_id):
+            continue
+        has = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics or []}
+        # With time and epoch of the run's own value, or the run would get the same value a second time.
+        new = [
+            client.get_metric_history(run_id, name)[-1]
+            for name, value in run.data.metrics.items()
+            if has.get(name) != value
+        ]
+        client.log_batch(
+            run_id, [Metric(one.key, one.value, one.timestamp, one.step, model_id=model_id) for one in new]
+        )
 
 
 def log_dataset(client, run_id: str, name: str, digest: str, source: str, sizes: dict) -> None:
-    """Log which data a run trains on: `digest` of at most 36 characters, and its sizes."""
+    """Log which data a run trains on, and its sizes; of `digest` the first 8 digits, as in MLflow's own."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(sizes))
+    profile = json.dumps({**sizes, "digest": digest})
+    dataset = Dataset(name, digest[:8], "local", json.dumps({"uri": source}), profile=profile)
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])])
 
 
@@ -191,7 +243,7 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
         None,
         flavor=mlflow.pytorch,
         run_id=run_id,
-        name="model",
+        name=TRAININGS[training].weights.stem,
         pytorch_model=model,
         serialization_format="pt2",
         input_example=example,
@@ -199,6 +251,7 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
         # Given, since inferring them takes 5 s; without the "+cpu" of a local build.
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy")],
     )
+    log_model_metrics(client, run_id)
 
 
 def now() -> int:

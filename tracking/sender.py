@@ -112,7 +112,7 @@ class Delivery:
     """One outbox on its way into the store."""
 
     def __init__(self, store, folder: Path):
-        self.client, self.experiment_id = store
+        self.mlflow, self.client = store, store.client
         self.folder = folder
         try:
             begun = read_json(folder / STATE)
@@ -134,7 +134,7 @@ class Delivery:
             events = self.events()
             if not ended and len(events) == self.sent:
                 return None
-            lost = self.run_id and not runs.has_run(self.client, self.experiment_id, self.run_id)
+            lost = self.run_id and not runs.has_run(self.mlflow, self.run_id)
             if lost or self.sent > len(events):
                 self.sent, self.run_id = 0, ""
             for event in events[self.sent :]:
@@ -204,7 +204,7 @@ class Delivery:
     def begin(self, event: dict) -> None:
         """Open the run of a training: that which it resumes or an earlier try has made, or a new one."""
         client, tags = self.client, event["tags"]
-        self.run_id = runs.find_run(client, self.experiment_id, training=tags["training"]) or ""
+        self.run_id = runs.find_run(self.mlflow, training=tags["training"]) or ""
         self.was_finished = bool(self.run_id) and runs.is_finished(client, self.run_id)
         if self.run_id and not self.was_finished:
             client.update_run(self.run_id, status="RUNNING")
@@ -214,8 +214,7 @@ class Delivery:
             script = f"stages/{event['stage'].partition('@')[0]}.py"
             source = {"mlflow.source.name": script, "mlflow.source.type": "LOCAL", "mlflow.user": getuser()}
             name = runs.run_name(event["stage"], tags, event["params"])
-            run = client.create_run(self.experiment_id, event["time"], tags | source, run_name=name)
-            self.run_id = run.info.run_id
+            self.run_id = runs.create_run(self.mlflow, event["stage"], name, tags | source, event["time"])
             client.set_tag(self.run_id, "mlflow.note.content", runs.NOTE.format(self.run_id))
         runs.log_params(client, self.run_id, event["params"])
         runs.log_diff(client, self.run_id, event["diff"])
@@ -224,12 +223,9 @@ class Delivery:
     def report(self, event: dict) -> None:
         """Write what a later stage says about the newest run of its training; make one if there is none."""
         stage, training, weights = event["stage"], event["training"], event["weights_sha256"]
-        found = {"weights_sha256": weights, "dvc_stage": training}
-        run_id = runs.find_run(self.client, self.experiment_id, **found)
+        run_id = runs.find_run(self.mlflow, weights_sha256=weights, dvc_stage=training)
         if run_id is None:
-            run_id = runs.stand_in(
-                self.client, self.experiment_id, training, weights, event["tags"], event["diff"]
-            )
+            run_id = runs.stand_in(self.mlflow, training, weights, event["tags"], event["diff"])
         files = [self.folder / name for name in event["files"]]
         runs.log_report(self.client, run_id, stage, event["metrics"], files, event["time"])
 

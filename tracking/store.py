@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from sqlalchemy.engine import URL, make_url
@@ -20,8 +21,10 @@ from lib.reporting.provenance import repository_root
 from lib.stage.errors import StageError
 from lib.stage.files import replace_atomically
 from lib.time_limit import at_most
+from lib.trainings import TOY
 
-EXPERIMENT = "fashion-cnn"
+# Apart, since the toy's metrics and charts are others.
+CNNS, TOYS = "fashion-cnn", "fashion-cnn-toy"
 CONNECT = 30  # seconds in which a store must answer
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
 # Columns that hold a path of artifacts, which MLflow keeps absolute.
@@ -35,6 +38,23 @@ ARTIFACT_PATHS = {
 
 class StoreError(StageError):
     """The MLflow store cannot be reached or used."""
+
+
+class Store(NamedTuple):
+    """A client of the store, and the ids of its experiments."""
+
+    client: Any  # MlflowClient, whose import takes seconds
+    cnns: str
+    toys: str
+
+    @property
+    def experiments(self) -> list[str]:
+        """Both ids: runs are looked for in both."""
+        return [self.cnns, self.toys]
+
+    def experiment_of(self, training: str) -> str:
+        """The id of the experiment in which a training has its runs."""
+        return self.toys if training == TOY.stage else self.cnns
 
 
 def prepare_mlflow() -> None:
@@ -86,8 +106,8 @@ def store_name() -> str:
     return name.removeprefix(root) if is_sqlite(store_url()) else name
 
 
-def connect():
-    """Return (MlflowClient, experiment id), creating store and experiment if there are none.
+def connect() -> Store:
+    """The store, created with its experiments if there are none.
 
     Raises StoreError within seconds if the store cannot be reached.
     """
@@ -107,17 +127,22 @@ def connect():
         if is_sqlite(url):
             _prepare_sqlite(url)
         client = mlflow.MlflowClient()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment and experiment.lifecycle_stage == "deleted":
-            raise StoreError(
-                f"MLflow store {shown(url)}: the experiment {EXPERIMENT} is deleted; restore it with "
-                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-            )
-        if experiment:
-            return client, experiment.experiment_id
         # MLflow's default is the current folder; a server has its own.
         location = (root / "mlruns").as_uri() if is_sqlite(url) else None
-        return client, client.create_experiment(EXPERIMENT, location, TRAINING_VIEW)
+        return Store(client, *(_experiment(client, name, location) for name in (CNNS, TOYS)))
+
+
+def _experiment(client, name: str, location: str | None) -> str:
+    """The id of an experiment, which is created if there is none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return client.create_experiment(name, location, TRAINING_VIEW)
+    if experiment.lifecycle_stage == "deleted":
+        raise StoreError(
+            f"MLflow store {shown(store_url())}: the experiment {name} is deleted; restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return experiment.experiment_id
 
 
 def _prepare_sqlite(url: str) -> None:
@@ -142,8 +167,8 @@ def _prepare_sqlite(url: str) -> None:
 def _follow_the_folder(database: sqlite3.Connection) -> None:
     """Name this folder in the paths of artifacts: the project may have been moved or copied."""
     here = (repository_root() / "mlruns").as_uri()
-    query = "SELECT artifact_location FROM experiments WHERE name = ?"
-    for (there,) in database.execute(query, [EXPERIMENT]).fetchall():
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE name IN (?, ?)"
+    for (there,) in database.execute(query, [CNNS, TOYS]).fetchall():
         if there != here and there.endswith("/mlruns"):  # another name would be the user's choice
             for table, column in ARTIFACT_PATHS.items():
                 database.execute(
