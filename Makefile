@@ -46,7 +46,7 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) mypy
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed'
 
-test: .venv/ready check ## the same, then all other tests
+test: .venv/browser check ## the same, then all other tests
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 
 # For maintainers, and in CI: users' trees may hold any params and results.
@@ -91,3 +91,8 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements.lock
 	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements-imgaug.lock
 	touch .venv/ready
+
+# Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
+.venv/browser: requirements-browser.lock .venv/ready
+	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements-browser.lock
+	touch .venv/browser

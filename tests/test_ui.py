@@ -1,7 +1,6 @@
-"""make ui: its address leads a fresh browser to the table of trainings, with the columns that matter."""
+"""make ui: its address leads a fresh browser to the table of trainings, and on from there."""
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -10,6 +9,8 @@ import sys
 
 import pytest
 
+from browser import needs_browser, open_page, see_comparison, see_models, see_run, see_table
+from lib.models.cnns import build_cnn, fresh, save_weights
 from lib.trainings import CNNS, TOY
 from pipeline import environment
 from project import ROOT
@@ -22,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
 ]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 def start(**more: str) -> subprocess.Popen:
     settings = environment(DVC_ROOT=os.environ["DVC_ROOT"], **more)
@@ -35,41 +34,76 @@ def start(**more: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.fixture
-def address(workspace, new_store):
-    """Of the UI of a store with a run of each training."""
-    shutil.copy(new_store, workspace / "mlflow.db")
-    store = connect()
-    for number, training in enumerate([TOY, *CNNS.values()]):
-        run_id = runs.stand_in(store, training.stage, f"{number}" * 64, {}, None)
-        runs.log_params(store.client, run_id, {"train_cnn.learning_rate": 0.001, "train_cnn.epochs": 5})
-        runs.log_rows(
-            store.client,
-            run_id,
-            [{"epoch": 5, "val_accuracy": 0.875 + number / 100, "test_accuracy": 0.5}],
-            runs.now(),
-        )
-    started = start(PORT=str(free_port()))
-    try:
-        line = next(line for line in started.stdout if line.startswith("MLflow: http"))
-        yield line.removeprefix("MLflow: ").strip()
-    finally:
-        os.killpg(started.pid, signal.SIGKILL)
-        started.communicate()
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, new_store):
+    """Of the UI of a store with a run of each training; those of the CNNs have models."""
+    folder = tmp_path_factory.mktemp("ui")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        shutil.copy(new_store, folder / "mlflow.db")
+        store = connect()
+        for number, training in enumerate([TOY, *CNNS.values()]):
+            run_id = runs.stand_in(store, training.stage, f"{number}" * 64, {}, None)
+            params = {
+                "train_cnn.learning_rate": 0.001,
+                "train_cnn.epochs": 5,
+                "train_cnn.batch_size": 32,
+                "split.val_size": 5000,
+            }
+            runs.log_params(store.client, run_id, params)
+            rows = [{"epoch": 5, "val_accuracy": 0.875 + number / 100, "test_accuracy": 0.5}]
+            runs.log_rows(store.client, run_id, rows, runs.now())
+            if training is not TOY:
+                save_weights(fresh(build_cnn, 0), folder / "cnn.safetensors")
+                runs.log_model(store.client, run_id, training.stage, folder / "cnn.safetensors")
+        started = start(PORT=str(free_port()))
+        try:
+            line = next(line for line in started.stdout if line.startswith("MLflow: http"))
+            yield line.removeprefix("MLflow: ").strip()
+        finally:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.communicate()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
-def test_a_fresh_browser_sees_the_cnns_with_val_accuracy_and_what_was_set(address, tmp_path):
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-        "--window-size=2000,1000", "--virtual-time-budget=30000", "--dump-dom", address,
-    ]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    text = re.sub("<[^>]*>", " ", page)
-    for words in ("val_accuracy", "test_accuracy", "learning_rate", "epochs", "train_cnn@original", "0.885"):
+@needs_browser
+def test_a_fresh_browser_sees_the_cnns_with_val_accuracy_and_what_was_set(address):
+    with open_page(2000, 1000) as page:
+        see_table(page, address)
+        text = page.locator("body").inner_text()
+    for words in (
+        *("val_accuracy", "test_accuracy", "learning_rate", "epochs", "batch_size", "train_images", "55000"),
+        *(
+            "train_cnn@original",
+            "0.885",
+            "train_cnn@augmented",
+            "0.895",
+            "One run for each training of the CNN",
+        ),
+    ):
         assert words in text, words
-    assert runs.find_run(connect(), dvc_stage=CNNS["augmented"].stage) in page
-    assert runs.find_run(connect(), dvc_stage=TOY.stage) not in page
+    assert text.index("0.895") < text.index("0.885")  # the best first
+    assert TOY.stage not in text
+
+
+@needs_browser
+def test_from_the_table_it_is_one_step_to_a_run_a_comparison_and_the_models(address):
+    with open_page(2000, 1000) as page:
+        see_table(page, address)
+        see_comparison(page)
+        for words in ("train_cnn@original", "train_cnn@augmented", "0.885", "0.895"):
+            page.get_by_text(words).first.wait_for(timeout=10_000)
+
+        see_table(page, address)
+        see_run(page, CNNS["augmented"].stage)
+        for words in ("Made to hold results of weights", "train_cnn.learning_rate", "cnn_augmented"):
+            page.get_by_text(words).first.wait_for(timeout=10_000)
+
+        see_table(page, address)
+        see_models(page)
+        for words in ("cnn_original", "cnn_augmented", "val_accuracy", "0.885", "0.895"):
+            page.get_by_text(words).first.wait_for(timeout=10_000)
 
 
 def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):

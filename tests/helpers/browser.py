@@ -1,0 +1,61 @@
+"""A fresh Chromium, and the ways that a person takes through MLflow's UI in it."""
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MISSING = (
+    "needs Chromium: apt-get install chromium" if not CHROMIUM
+    else "needs Playwright: make .venv/browser" if not importlib.util.find_spec("playwright")
+    else ""
+)  # fmt: skip
+needs_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@contextmanager
+def open_page(width: int, height: int, **settings) -> Iterator:
+    """A page of a browser with a profile of its own; `settings` are those of Playwright's new_page."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield browser.new_page(viewport={"width": width, "height": height}, **settings)
+        finally:
+            browser.close()
+
+
+def see_table(page, address: str) -> None:
+    """The address that `make ui` prints, without the panel that MLflow opens beside it."""
+    page.goto(address)
+    page.get_by_text("val_accuracy").first.wait_for()
+    close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    if close.is_visible():
+        close.click()
+    page.get_by_role("row").nth(2).wait_for()
+
+
+def see_comparison(page) -> None:
+    """From the table: select the first two runs and press Compare."""
+    rows = page.get_by_role("checkbox", name=re.compile("toggle row selection", re.IGNORECASE))
+    for place in (0, 1):
+        rows.nth(place).click()
+    page.get_by_role("button", name=re.compile("^Compare")).first.click()
+    page.get_by_text("Run details").wait_for()
+
+
+def see_models(page) -> None:
+    """From the table: press Models at the left."""
+    page.get_by_role("link", name="Models", exact=True).click()
+    page.get_by_text("Model name").wait_for()
+
+
+def see_run(page, name: str) -> None:
+    """From the table: press the name of a run."""
+    page.get_by_role("link", name=name, exact=True).first.click()
+    page.get_by_text("About this run").wait_for()
