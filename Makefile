@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline compare promote predict check test committed seeds soak mutate ui sync bench clean
+.PHONY: help setup repro back baseline compare promote predict check test committed seeds soak mutate page ui sync bench clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -70,6 +70,9 @@ mutate: .venv/ready ## put small faults into stages/lib and list those that no f
 
 bench: .venv/ready ## measure beside the lesson's own loops (25 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
+
+page: .venv/ready ## open the page on which the trained CNNs can be looked into
+	@$(ACTIVATE) python tools/page.py
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
 	$(ACTIVATE) python tools/sync.py

@@ -1,4 +1,4 @@
-"""Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors."""
+"""Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors, and how it came about."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lib.reporting.provenance import digest, result_key
 from lib.stage.files import read_tensors, write_csv, write_json
 from lib.stage.process import run_stage
 from lib.toy import is_relu_dead, outputs, train_toy
-from lib.trainings import TOY
+from lib.trainings import TOY, TOY_HISTORY
 
 TENSORS = Path("data/toy.safetensors")
 
@@ -25,7 +25,7 @@ def main() -> None:
     key = result_key(TOY.stage, settings, data_digest)
     with open_run(TOY, settings, key) as run:
         run.log_dataset(TOY.images, data_digest, TENSORS, {"train_images": len(images)})
-        model, losses = train_toy(
+        model, losses, history = train_toy(
             images,
             labels,
             epochs=params.train_toy_cnn.epochs,
@@ -49,6 +49,7 @@ def main() -> None:
 
         weights_sha256 = save_weights(model, TOY.weights)
         run.log_epochs(write_csv(TOY.curve, rows))
+        write_csv(TOY_HISTORY, history)
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
         written = write_json(TOY.metrics, metrics | {"weights_sha256": [weights_sha256]})
         run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # that is a curve

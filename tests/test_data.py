@@ -6,6 +6,7 @@ from torchvision import datasets
 
 from lib.copies import load_copies, save_copies
 from lib.fashion_mnist import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
+from lib.split import split_indices
 from lib.stage.errors import StageError
 from lib.stage.files import (
     pixels_from_text,
@@ -21,7 +22,6 @@ from lib.stage.files import (
     write_tensors,
     write_text,
 )
-from lib.training.data import split_indices
 
 SMALL = IdxFile("small-idx3-ubyte", (3, 2, 2), "unused")
 CONTENT = SMALL.header + bytes(range(12))

@@ -129,7 +129,7 @@ TOY_LABELS = np.array([0, 1], np.float32)
 
 
 def test_the_toy_learns_and_repeats_itself():
-    model, losses = train_toy(TOY_IMAGES, TOY_LABELS, epochs=300, learning_rate=0.01, seed=0)
+    model, losses, _ = train_toy(TOY_IMAGES, TOY_LABELS, epochs=300, learning_rate=0.01, seed=0)
     assert losses[-1] < losses[0] / 2
     low, high = outputs(model, TOY_IMAGES)
     assert low < 0.5 < high
@@ -140,15 +140,27 @@ def test_the_toys_first_loss_and_steps_by_hand():
     initial = fresh(build_toy_cnn, 3)
     [first, second] = outputs(initial, TOY_IMAGES)
     # No step to speak of: the losses of labels 0 and 1 are those of the initial outputs.
-    _, losses = train_toy(TOY_IMAGES, TOY_LABELS, epochs=2, learning_rate=1e-12, seed=3)
+    _, losses, _ = train_toy(TOY_IMAGES, TOY_LABELS, epochs=2, learning_rate=1e-12, seed=3)
     expected = (-np.log(1 - first) - np.log(second)) / 2
     assert losses == pytest.approx([expected, expected], rel=1e-5)
     # Twice the same image and label: Adam's two steps are each the learning rate.
     same, label = np.stack([TOY_IMAGES[0]] * 2), np.zeros(2, np.float32)
-    model, _ = train_toy(same, label, epochs=1, learning_rate=0.001, seed=3)
+    model, _, _ = train_toy(same, label, epochs=1, learning_rate=0.001, seed=3)
     assert not model.training
     moved = (model[4].bias - initial[4].bias).abs().item()
     assert moved == pytest.approx(0.002, rel=0.02)
+
+
+@pytest.mark.parametrize(("epochs", "kept"), [(300, 101), (7, 8), (1, 2)])
+def test_the_toys_parameters_are_kept_at_about_100_epochs_the_first_and_the_last_among_them(epochs, kept):
+    model, _, history = train_toy(TOY_IMAGES, TOY_LABELS, epochs=epochs, learning_rate=0.01, seed=4)
+    assert len(history) == kept
+    assert [history[0]["epoch"], history[-1]["epoch"]] == [0, epochs]
+    for row, network in ((history[0], fresh(build_toy_cnn, 4)), (history[-1], model)):
+        assert row["kernel_21"] == network[0].weight[0, 0, 2, 1].item()
+        assert row["kernel_bias"] == network[0].bias.item()
+        assert (row["weight"], row["bias"]) == (network[4].weight.item(), network[4].bias.item())
+    assert history[1] | {"epoch": 0} != history[0]
 
 
 def test_every_image_of_the_toy_has_a_label():

@@ -64,7 +64,7 @@ def project(tmp_path_factory) -> Path:
     audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(opened_dir(folder))}
     done = dvc(folder, "repro", "--force", check=False, PYTHONDONTWRITEBYTECODE="1", **audit)
     assert done.returncode == 0, done.stdout
-    assert len(ran(done.stdout)) == 10
+    assert len(ran(done.stdout)) == 11
     return folder
 
 

@@ -18,9 +18,9 @@ import promote
 import registry
 from lib.fashion_mnist import CLASSES
 from lib.models.cnns import build_cnn, fresh, load_weights, save_weights
+from lib.split import split_indices
 from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
-from lib.training.data import split_indices
 from project import ROOT
 from servers import free_port, wait_until_up
 from small_stages import make_data, read_data

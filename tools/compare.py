@@ -163,6 +163,11 @@ def signed(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−", 1)
 
 
+def round_off(count: int) -> int:
+    """To two digits: it is reckoned from a difference that is itself uncertain."""
+    return int(float(f"{count:.2g}"))
+
+
 def sentence(one: dict) -> str:
     """Better, worse, or not to be told apart: by how much, and how many images or seeds would tell."""
     difference, low, high = (
@@ -170,7 +175,7 @@ def sentence(one: dict) -> str:
     )
     n, told = f"{one['n']:,} {one['unit']}", one["verdict"] != ALIKE
     start = f"B is {one['verdict']} than A" if told else f"A and B are {ALIKE} by {n}"
-    more = f"; about {one['needed']:,} {one['unit']} would tell" if one["needed"] else ""
+    more = f"; about {round_off(one['needed']):,} {one['unit']} would tell" if one["needed"] else ""
     return (
         f"Test images {one['what']}: {start}{more}. Difference {difference} points, 95 % interval {low} to "
         f"{high} ({n}, {one['how']})."

@@ -23,9 +23,9 @@ from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.models.cnns import build_cnn, load_weights
 from lib.models.device import prepare_torch
 from lib.reporting.provenance import repository_root
+from lib.split import split_indices
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
-from lib.training.data import split_indices
 from lib.trainings import CNNS
 from registry import CHAMPION, NAME, RUN, champion, exported, find_cnn_run, of_network, register
 from tracking.store import as_store_error, connect

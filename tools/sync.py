@@ -25,12 +25,12 @@ from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from lib.stage.errors import StageError
 from lib.stage.files import numbers, read_json
 from lib.stage.process import run_stage
-from lib.trainings import TRAININGS, Training
+from lib.trainings import TOY, TRAININGS, Training
 from tracking import runs
 from tracking.sender import send_left_over
 from tracking.store import Store, as_store_error, connect
 
-PLOTS = "plot_results"
+PLOTS, PAGE = "plot_results", "build_page"
 
 
 def main() -> None:
@@ -83,7 +83,8 @@ def sync_training(store: Store, training: Training, stages: dict) -> tuple[str, 
         paths = [path for out in stages[report]["outs"] for path in _files(_check(out))]
         if report == PLOTS:
             paths = [path for path in paths if path.stem in training.figures]
-        changes += _sync_report(client, run_id, report, metrics, paths)
+        if all(path.exists() for path in paths):  # the page may be in the DVC cache alone
+            changes += _sync_report(client, run_id, report, metrics, paths)
     return run_id, changes + _sync_lock(client, run_id, training, stages)
 
 
@@ -112,7 +113,8 @@ def _files_of(training: Training) -> set[str]:
 
 def _reports(training: Training, stages: dict) -> list[str]:
     """The stages of dvc.lock that report on a training."""
-    return [name for name in (training.evaluation, PLOTS) if name in stages]
+    about_it = [training.evaluation, PLOTS, *([] if training is TOY else [PAGE])]
+    return [name for name in about_it if name in stages]
 
 
 def _params(training: Training, stages: dict) -> dict:

@@ -53,6 +53,7 @@ TOY = Training(
     evaluation_results=METRICS / "verify_manual_conv",
     figures=("toy_loss",),
 )
+TOY_HISTORY = Path("models/toy_cnn_history.csv")  # the parameters at some epochs
 CNNS = {images: _cnn(images) for images in ("original", "augmented")}
 TRAININGS = {training.stage: training for training in (TOY, *CNNS.values())}
 

@@ -50,7 +50,7 @@ def digest(*values) -> str:
 def toy() -> dict[str, str]:
     """The toy's training, outputs, and its errors by hand, as metrics show them."""
     torch.set_num_threads(1)  # as train_toy_cnn does
-    model, losses = train_toy(TOY_IMAGES, TOY_LABELS, epochs=100, learning_rate=0.01, seed=0)
+    model, losses, _ = train_toy(TOY_IMAGES, TOY_LABELS, epochs=100, learning_rate=0.01, seed=0)
     rows = compare_layers(model, TOY_IMAGES)
     torch.set_num_threads(2)
     return {

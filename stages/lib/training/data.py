@@ -1,4 +1,4 @@
-"""What a CNN trains on: train images in all their variants, and which of them train or validate."""
+"""What a CNN trains on: train images in all their variants, and the split."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from lib.copies import load_copies
 from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from lib.split import split_indices
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,3 @@ def load_train_data(images: str, val_size: int, train_size: int | None, seed: in
     copies, labels, made_by = load_copies() if images == "augmented" else ([], read_idx(TRAIN_LABELS), {})
     train, val = split_indices(len(labels), val_size, train_size, seed)
     return TrainData(np.stack([originals, *copies]), labels, train, val, made_by)
-
-
-def split_indices(
-    n_images: int, val_size: int, train_size: int | None, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (train, val), two disjoint ascending arrays of image indices.
-
-    The first `val_size` of a seeded permutation validate, whatever `train_size` is; the next
-    `train_size` (None: all that remain) train.
-    """
-    order = np.random.default_rng(seed).permutation(n_images)
-    val, rest = order[:val_size], order[val_size:]
-    return np.sort(rest[:train_size]), np.sort(val)

@@ -1,0 +1,105 @@
+"""What the page shows, as one value that JSON can hold."""
+
+import base64
+import math
+from collections import Counter
+
+import numpy as np
+from torch import nn
+
+from lib import results
+from lib.fashion_mnist import CLASSES
+from lib.models.cnns import build_cnn, build_toy_cnn, load_weights
+from lib.results import INTEGER, NUMBER, read_rows, read_table
+from lib.toy import PARAMETERS
+from lib.trainings import TOY, TOY_HISTORY, Training
+
+PER_CLASS = 3  # val images
+POINTS = 500  # of a curve; a longer one is thinned
+TOY_MOMENT = {"epoch": INTEGER} | dict.fromkeys(PARAMETERS, NUMBER)
+
+
+def toy(images: np.ndarray, labels: np.ndarray) -> dict:
+    """Part 1: both images (2, 1, 4, 4), the trained model, and how its parameters and its loss went."""
+    model = load_weights(build_toy_cnn(), TOY.weights)
+    moments = read_table(TOY_HISTORY, TOY_MOMENT)
+    return {
+        "images": [plain(image) for image in images],
+        "labels": labels.tolist(),
+        "layers": layers(model, plain),
+        "moments": [[row[name] for name in ("epoch", *PARAMETERS)] for row in moments],
+        "curve": curve(read_table(TOY.curve, results.TOY_CURVE)),
+    }
+
+
+def cnn(training: Training) -> dict:
+    """Parts 2 and 3: a CNN's weights, and what its training and its evaluation say."""
+    evaluation = training.evaluation_results.with_suffix(".json")
+    confusion = read_table(evaluation.with_name(f"{training.images}_confusion.csv"), results.CONFUSION)
+    counts = Counter((row["actual"], row["predicted"]) for row in confusion)
+    surest = evaluation.with_name(f"{training.images}_mistakes.json")
+    return {
+        "layers": layers(load_weights(build_cnn(), training.weights), float16),
+        "curve": curve(read_table(training.curve, results.CURVE)),
+        "shifts": columns(read_rows(evaluation, "shifts", results.SHIFTS)),
+        "rotations": columns(read_rows(evaluation, "rotations", results.ROTATIONS)),
+        "confusion": [[counts[actual, predicted] for predicted in CLASSES] for actual in CLASSES],
+        "mistakes": [
+            row | {"pixels": pixels(row["pixels"])}
+            for row in read_rows(surest, "surest", results.MISTAKES)
+        ],
+    }  # fmt: skip
+
+
+def examples(images: np.ndarray, labels: np.ndarray, val: np.ndarray) -> list[dict]:
+    """The first PER_CLASS images of each class among the val images."""
+    chosen = [index for number in range(len(CLASSES)) for index in val[labels[val] == number][:PER_CLASS]]
+    return [
+        {"index": int(index), "label": CLASSES[labels[index]], "pixels": pixels(images[index])}
+        for index in chosen
+    ]
+
+
+def layers(model: nn.Sequential, pack) -> list[dict]:
+    """Each layer's type as torch names it, with what the browser needs to compute it."""
+    found = []
+    for layer in model:
+        entry: dict[str, object] = {"type": type(layer).__name__}
+        if isinstance(layer, nn.MaxPool2d):
+            entry["size"] = layer.kernel_size
+        found.append(entry | {name: pack(value.numpy()) for name, value in layer.state_dict().items()})
+    return found
+
+
+def plain(values: np.ndarray) -> dict:
+    """An array as numbers."""
+    return {"shape": values.shape, "numbers": values.astype(float).ravel().tolist()}
+
+
+def float16(values: np.ndarray) -> dict:
+    """An array as base64 of half-precision numbers: half the bytes, a relative error of at most 0.05 %."""
+    with np.errstate(over="ignore"):  # of a training that diverged
+        return {"shape": values.shape, "float16": _base64(values.astype("<f2"))}
+
+
+def pixels(image: np.ndarray) -> str:
+    """An image (28, 28) uint8 as base64."""
+    return _base64(image.astype(np.uint8))
+
+
+def curve(rows: list[dict]) -> dict:
+    """The columns of a curve, thinned to at most POINTS rows and the last, and of how many epochs."""
+    step = math.ceil(len(rows) / POINTS)
+    kept = rows[::step] if (len(rows) - 1) % step == 0 else [*rows[::step], rows[-1]]
+    return {"epochs": len(rows), "step": step, **columns(kept)}
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """Rows as columns; null for what is no finite number, which JSON lacks."""
+    return {
+        name: [row[name] if math.isfinite(row[name]) else None for row in rows] for name in rows[0]
+    }  # fmt: skip
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")

@@ -1,0 +1,171 @@
+"use strict";
+
+// What all three parts draw with: elements, numbers, cells with a sign, images, curves and bars.
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== undefined) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function by_id(id) {
+  return document.getElementById(id);
+}
+
+// A number for people, with a true minus.
+function shown(value, digits = 4) {
+  const size = Math.abs(value), tiny = size > 0 && size < 0.5 * 10 ** -digits;
+  const text = Number.isInteger(value) ? String(value) : tiny || size >= 1e5 ? value.toExponential(1) : value.toFixed(digits);
+  return text.replaceAll("-", "−");
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(1)} %`;
+}
+
+// The colour of a value: green if positive, purple if negative, paler towards 0. For elements of HTML.
+function tint(value, largest) {
+  const share = Math.min(Math.abs(value) / (largest || 1), 1) * 42;
+  return `color-mix(in srgb, var(--${value < 0 ? "negative" : "positive"}) ${share.toFixed(1)}%, var(--card))`;
+}
+
+function largest_of(values) {
+  return values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
+}
+
+// The same colours as numbers, for pixels of a canvas; they differ between light and dark.
+function palette() {
+  const style = getComputedStyle(document.documentElement);
+  const rgb = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
+  return {positive: rgb("--positive"), negative: rgb("--negative"), zero: rgb("--card")};
+}
+
+// Draws images of height×width beside each other into one canvas, each value as a square of `zoom` pixels.
+// `color` gives a value's red, green and blue.
+function draw_tiles(canvas, values, [count, height, width], columns, color, zoom, chosen = -1) {
+  const gap = count > 1 ? 3 : 0, rows = Math.ceil(count / columns), wide = width * zoom, high = height * zoom;
+  canvas.width = columns * (wide + gap) + gap;
+  canvas.height = rows * (high + gap) + gap;
+  const context = canvas.getContext("2d");
+  for (let tile = 0; tile < count; tile++) {
+    const picture = context.createImageData(wide, high);
+    for (let place = 0; place < height * width; place++) {
+      const pixel = [...color(values[tile * height * width + place]), 255];
+      const corner = Math.floor(place / width) * zoom * wide + (place % width) * zoom;
+      for (let y = 0; y < zoom; y++) {
+        for (let x = 0; x < zoom; x++) picture.data.set(pixel, 4 * (corner + y * wide + x));
+      }
+    }
+    const x = gap + (tile % columns) * (wide + gap), y = gap + Math.floor(tile / columns) * (high + gap);
+    context.putImageData(picture, x, y);
+    if (tile === chosen) frame(canvas, x - gap, y - gap, wide + 2 * gap, high + 2 * gap, gap);
+  }
+}
+
+function frame(canvas, x, y, width, height, line) {
+  const context = canvas.getContext("2d");
+  context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--lit");
+  context.lineWidth = line;
+  context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
+}
+
+// By the root, so that small values can be seen beside large ones.
+function signed_colors(largest) {
+  const {positive, negative, zero} = palette();
+  return (value) => {
+    const share = Math.sqrt(Math.min(Math.abs(value) / (largest || 1), 1)), end = value < 0 ? negative : positive;
+    return zero.map((part, place) => part + (end[place] - part) * share);
+  };
+}
+
+function grey(value) {
+  return [value, value, value];
+}
+
+function draw_image(canvas, pixels, zoom = 1) {
+  draw_tiles(canvas, pixels, [1, SIDE, SIDE], 1, grey, zoom);
+}
+
+// The ten probabilities as bars, the largest in bold.
+function draw_bars(place, classes, probabilities, name) {
+  const largest = probabilities.indexOf(Math.max(...probabilities));
+  place.className = `bars ${name}`;
+  place.replaceChildren(
+    ...classes.flatMap((label, number) => {
+      const top = number === largest ? " top" : "";
+      const bar = element("i", {});
+      bar.style.width = `${100 * probabilities[number]}%`;
+      return [
+        element("span", {class: top}, label), element("span", {class: "bar"}, bar),
+        element("span", {class: `share${top}`}, percent(probabilities[number])),
+      ];
+    }),
+  );
+  return largest;
+}
+
+// Round steps that divide what lies between two values into at most five.
+function round_steps(low, high) {
+  const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((one) => one >= rough * 0.999);
+  const first = Math.floor(low / step + 1e-6), last = Math.ceil(high / step - 1e-6);
+  return Array.from({length: last - first + 1}, (_, place) => (first + place) * step);
+}
+
+// Curves over one axis. Each of `curves` is {color, x, y, dashed}; a y that is null is left out.
+function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ticks, format}) {
+  const width = 360, height = 200, left = 44, right = 12, top = 14, bottom = 34;
+  const steps = round_steps(lowest, highest), low = steps[0], high = steps.at(-1);
+  const xs = curves.flatMap((curve) => curve.x);
+  const first = Math.min(...xs), last = Math.max(...xs);
+  const to_x = (x) => left + ((x - first) / (last - first || 1)) * (width - left - right);
+  const to_y = (y) => top + (1 - (y - low) / (high - low || 1)) * (height - top - bottom);
+  const svg = (tag, attributes, text) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    if (text) made.textContent = text;
+    return made;
+  };
+  const picture = svg("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label});
+  for (const value of steps) {
+    const y = to_y(value);
+    picture.append(svg("line", {class: "grid", x1: left, x2: width - right, y1: y, y2: y}));
+    picture.append(svg("text", {x: left - 6, y: y + 4, "text-anchor": "end"}, format(value)));
+  }
+  for (const x of ticks) picture.append(svg("text", {x: to_x(x), y: height - bottom + 16, "text-anchor": "middle"}, shown(x)));
+  picture.append(svg("text", {x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle"}, x_label));
+  for (const {color, x, y, dashed} of curves) {
+    const points = x.map((value, place) => [value, y[place]]).filter(([, value]) => value !== null);
+    const path = points.map(([x, y], place) => `${place ? "L" : "M"}${to_x(x).toFixed(1)} ${to_y(Math.min(Math.max(y, low), high)).toFixed(1)}`);
+    picture.append(svg("path", {class: `curve ${color}${dashed ? " train" : ""}`, d: path.join("")}));
+  }
+  if (marker !== undefined) {
+    const x = to_x(Math.min(Math.max(marker, first), last));
+    picture.append(svg("line", {class: "marker", x1: x, x2: x, y1: top, y2: height - bottom}));
+  }
+  place.replaceChildren(picture);
+}
+
+// Radio buttons; `choose` gets the place of the one that was chosen.
+function draw_choice(place, name, labels, choose) {
+  labels.forEach((label, number) => {
+    const input = element("input", {type: "radio", name, checked: number === 0, onchange: () => choose(number)});
+    place.append(element("label", {}, input, label));
+  });
+}
+
+// How a sum came about: rows of [name, input, weight], then the bias and the total.
+function draw_products(place, rows, bias, total, heads = ["", "input", "weight", "product"], left_out = "") {
+  const cells = (texts, tag = "td") => texts.map((text) => element(tag, {}, text));
+  const table = element("table", {}, element("tr", {}, ...cells(heads, "th")));
+  for (const [name, ...values] of rows) table.append(element("tr", {}, ...cells([name, ...values.map((value) => shown(value))])));
+  const ends = heads.map(() => "");
+  if (left_out) table.append(element("tr", {}, ...cells(left_out)));
+  table.append(element("tr", {}, ...cells(["bias", ...ends.slice(2), shown(bias)])));
+  table.append(element("tr", {class: "total"}, ...cells(["sum", ...ends.slice(2), shown(total)])));
+  place.replaceChildren(element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "How the value is made"}, table));
+}

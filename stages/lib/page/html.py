@@ -1,0 +1,28 @@
+"""The page as one file: the template with style, code and data put in."""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCRIPTS = ("network.js", "move.js", "draw.js", "toy.js", "cnn.js", "moved.js", "start.js")  # in this order
+
+
+def html(contents: dict) -> str:
+    """The page that shows `contents`; it needs no other file and no network."""
+    parts = {
+        "<!-- style -->": f"<style>\n{_read('style.css')}</style>",
+        # In JSON, "<" can only stand in a text, where it could end the element.
+        "<!-- contents -->": '<script type="application/json" id="contents">'
+        + json.dumps(contents, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        + "</script>",
+        "<!-- scripts -->": "".join(f"<script>\n{_read(name)}</script>\n" for name in SCRIPTS),
+    }
+    page = _read("page.html")
+    for place, text in parts.items():
+        before, after = page.split(place)
+        page = before + text + after
+    return page
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")

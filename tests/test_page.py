@@ -1,0 +1,388 @@
+"""The page: its numbers are torch's, it moves images as evaluate_cnn does, and everyone can use it."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import build_page
+from browser import needs_browser, open_page
+from lib import evaluation, figures, toy, trainings
+from lib.fashion_mnist import CLASSES
+from lib.models.cnns import build_cnn, build_toy_cnn, fresh, load_weights, save_weights, to_input
+from lib.page import contents
+from lib.page.contents import POINTS
+from lib.stage.errors import StageError
+from lib.stage.files import write_csv, write_json, write_tensors
+from project import ROOT, STAGES
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 6_000_000  # bytes
+TOY_IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 1, 4, 4)).astype(np.float32)
+TOY_LABELS = np.array([0, 1], np.float32)
+
+
+def garments(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, 28, 28) uint8 of ten kinds that a CNN can tell apart, and their labels."""
+    kinds = torch.from_numpy(np.random.default_rng(0).random((10, 1, 7, 7), np.float32))
+    shapes = F.interpolate(kinds, (28, 28), mode="bilinear").numpy()[:, 0]
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count).astype(np.uint8)
+    noise = rng.normal(0, 0.12, (count, 28, 28))
+    return (255 * np.clip(shapes[labels] + noise, 0, 1) ** 2).astype(np.uint8), labels
+
+
+def trained(seed: int, move: bool) -> torch.nn.Sequential:
+    """A CNN that knows the ten kinds; with `move` also when they are shifted."""
+    images, labels = garments(600, seed + 10)
+    if move:
+        images = np.concatenate([images, evaluation.move(images, "shift_x", 3)])
+        labels = np.concatenate([labels, labels])
+    model = fresh(build_cnn, seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    for part in np.array_split(np.random.default_rng(seed).permutation(len(labels)), 20):
+        loss = F.cross_entropy(
+            model(to_input(torch.from_numpy(images[part]))), torch.from_numpy(labels[part]).long()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def write_results(*, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, loss: float = 0.5) -> None:
+    """What the stages before build_page write into the current folder."""
+    write_tensors(build_page.TENSORS, {"images": TOY_IMAGES, "labels": TOY_LABELS})
+    model, losses, history = toy.train_toy(
+        TOY_IMAGES, TOY_LABELS, epochs=toy_epochs, learning_rate=0.01, seed=0
+    )
+    save_weights(model, trainings.TOY.weights)
+    write_csv(trainings.TOY_HISTORY, history)
+    write_csv(trainings.TOY.curve, [{"epoch": n, "train_loss": one} for n, one in enumerate(losses, 1)])
+    images, labels = garments(mistakes, 5)
+    for number, (name, training) in enumerate(trainings.CNNS.items()):
+        training.weights.parent.mkdir(exist_ok=True)
+        digest = save_weights(trained(number, move=name == "augmented"), training.weights)
+        row = {"train_loss": loss, "train_accuracy": 0.7, "val_loss": 0.4, "val_accuracy": 0.8}
+        write_csv(training.curve, [{"epoch": epoch, **row} for epoch in range(1, epochs + 1)])
+        write_json(training.metrics, {"weights_sha256": [digest]})
+        results = training.evaluation_results
+        moved = {
+            "shifts": [{"pixels": by, "shift_x": 0.8, "shift_y": 0.7, "n": 100} for by in evaluation.SHIFTS],
+            "rotations": [{"degrees": by, "rotation": 0.6, "n": 100} for by in evaluation.ANGLES],
+        }
+        write_json(results.with_suffix(".json"), moved)
+        surest = [
+            {
+                "label": CLASSES[label], "prediction": CLASSES[(label + 1) % 10], "confidence": 0.9,
+                "pixels": image.tobytes().hex(),
+            }
+            for image, label in zip(images, labels, strict=True)
+        ]  # fmt: skip
+        write_json(results.with_name(f"{name}_mistakes.json"), {"surest": surest})
+        rows = [{"actual": CLASSES[n % 10], "predicted": CLASSES[n * 7 % 10]} for n in range(50)]
+        rows += [{"actual": row["label"], "predicted": row["prediction"]} for row in surest]
+        write_csv(results.with_name(f"{name}_confusion.csv"), rows)
+
+
+def build(monkeypatch, images: np.ndarray, labels: np.ndarray) -> bytes:
+    """The page that the stage writes into the current folder."""
+    ignored = SimpleNamespace(report=lambda *arguments: None, close=lambda: None)
+    monkeypatch.setattr(build_page, "Outbox", lambda: ignored)
+    monkeypatch.setattr(build_page, "read_idx", lambda file: labels if "labels" in file.name else images)
+    build_page.main()
+    return build_page.PAGE.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a page, with what it was made of."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "params.yaml").write_bytes((ROOT / "tests/helpers/params.yaml").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_results()
+        build(patch, *garments(2000, 1))
+    return folder
+
+
+@pytest.fixture
+def page(built):
+    """The page in a browser; whatever it complains about or asks for is a fault."""
+    with open_page(1400, 900) as page:
+        faults = []
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: faults.append(request.url))
+        page.goto((built / build_page.PAGE).as_uri())
+        opened = faults.pop(0)
+        assert opened.startswith("file:")
+        yield page
+        assert faults == []
+
+
+def models(folder) -> dict[str, torch.nn.Sequential]:
+    return {
+        name: load_weights(build_cnn(), folder / training.weights)
+        for name, training in trainings.CNNS.items()
+    }
+
+
+@needs_browser
+def test_the_browsers_logits_and_probabilities_are_torchs(page, built):
+    images, _ = garments(100, 2)
+    moves = [("shift_x", 3), ("shift_y", -4), ("rotation", 15), ("rotation", -28)]
+    images = np.concatenate([images, *(evaluation.move(images[:25], *move) for move in moves)])
+    for name, model in models(built).items():
+        logits = page.evaluate(
+            "([name, images]) => images.map((pixels) =>"
+            " [...forward(networks[name], to_input(pixels)).at(-1).values])",
+            [name, images.reshape(len(images), -1).tolist()],
+        )
+        shares = page.evaluate(
+            "(logits) => logits.map((values) =>"
+            " [...softmax({shape: [10], values: Float64Array.from(values)}).values])",
+            logits,
+        )
+        with torch.inference_mode():
+            expected = model(to_input(torch.from_numpy(images))).softmax(1).numpy()
+            stored = model.half().float()(to_input(torch.from_numpy(images))).numpy()
+        assert np.abs(np.array(logits) - stored).max() < 1e-4
+        assert np.abs(np.array(shares) - expected).max() < 0.002
+        assert (np.argmax(shares, 1) == expected.argmax(1)).all()
+        assert len(set(np.argmax(shares, 1))) > 5  # and they are no two or three answers to everything
+
+
+@needs_browser
+def test_images_are_moved_as_evaluate_cnn_moves_them(page):
+    images, _ = garments(4, 3)
+    pixels, rotated = images.reshape(4, -1).tolist(), []
+    for transform, code, amounts in (
+        ("shift_x", "shift(pixels, amount, 0)", range(-6, 7)),
+        ("shift_y", "shift(pixels, 0, amount)", range(-6, 7)),
+        ("rotation", "rotate(pixels, amount)", range(-30, 31)),
+    ):
+        moved = page.evaluate(
+            f"([images, amounts]) => amounts.map((amount) => images.map((pixels) => [...{code}]))",
+            [pixels, list(amounts)],
+        )
+        for amount, found in zip(amounts, moved, strict=True):
+            expected = evaluation.move(images, transform, amount).astype(int)
+            off = np.abs(np.array(found).reshape(expected.shape) - expected)
+            if transform == "rotation":
+                rotated.append(off)
+            else:
+                assert off.max() == 0, (transform, amount)
+    # torch's compiler chooses where it rounds: a sum that ends in .5 may go either way.
+    assert np.max(rotated) <= 1
+    assert np.mean(rotated) < 1e-5
+
+
+@needs_browser
+def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parameter(page, built):
+    model = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+
+    def steps(image: np.ndarray) -> list[np.ndarray]:
+        values, found = torch.from_numpy(image)[None], []
+        with torch.inference_mode():
+            for layer in model:
+                values = layer(values)
+                found.append(values.numpy().ravel())
+        return found
+
+    for number, image in enumerate(TOY_IMAGES):
+        found = page.evaluate(
+            "(number) => forward(unpack_layers(contents.toy.layers), unpack(contents.toy.images[number]))"
+            ".map((step) => [...step.values])",
+            number,
+        )
+        for one, expected in zip(found, steps(image), strict=True):
+            assert one == pytest.approx(expected.tolist(), abs=1e-5)
+
+    def cells() -> list[float]:
+        names = ["Convolution, row 1, column 2", "After the linear layer", "Probability of label 1"]
+        texts = [page.get_by_role("button", name=name, exact=True).inner_text() for name in names]
+        return [float(text.replace("−", "-")) for text in texts]
+
+    def expected(image: np.ndarray) -> list[float]:
+        found = steps(image)
+        return [found[0][1], found[4][0], found[5][0]]
+
+    page.get_by_role("radio", name="label 1").check()
+    assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
+    image = TOY_IMAGES[1].copy()
+    image[0, 1, 3] = -1.5
+    page.get_by_label("Pixel, row 2, column 4").fill("-1.5")
+    assert cells() == pytest.approx(expected(image), abs=6e-4)
+    with torch.no_grad():
+        model[0].weight[0, 0, 2, 1] = 2.25
+        model[4].bias[0] = 0.5
+    page.get_by_label("Kernel, row 3, column 2").fill("2.25")
+    page.get_by_label("Bias of the linear layer").fill("0.5")
+    assert cells() == pytest.approx(expected(image), abs=6e-4)
+    page.get_by_role("button", name="Restore the trained values").click()
+    model = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+    assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
+
+
+@needs_browser
+def test_the_products_that_are_written_out_sum_to_the_cell(page):
+    page.get_by_role("button", name="Convolution, row 2, column 1").hover()
+    for place in ("#toy-working", "#conv-1-working", "#conv-2-working"):
+        rows = page.locator(f"{place} tr").all_inner_texts()[1:]
+        *parts, total = [float(row.split("\t")[-1].replace("−", "-")) for row in rows]
+        assert len(parts) >= 10
+        assert sum(parts) == pytest.approx(total, abs=1e-3)
+
+
+@needs_browser
+def test_the_slider_goes_through_the_training(page, built):
+    slider = page.locator("#toy-moment")
+    slider.press("Home")
+    assert page.locator("#toy-epoch").inner_text() == "after epoch 0 of 40"
+    first = fresh(build_toy_cnn, 0)
+    shown = float(page.get_by_label("Kernel, row 1, column 3").input_value())
+    assert shown == pytest.approx(first[0].weight[0, 0, 0, 2].item(), abs=6e-4)
+    slider.press("ArrowRight")
+    assert page.locator("#toy-epoch").inner_text() == "after epoch 1 of 40"
+    slider.press("End")
+    last = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+    shown = float(page.get_by_label("Bias of the kernel").input_value())
+    assert shown == pytest.approx(last[0].bias.item(), abs=6e-4)
+
+
+@needs_browser
+def test_a_dead_relu_is_called_one(page):
+    page.get_by_label("Bias of the kernel").fill("-100")
+    assert "a dead ReLU" in page.locator("#toy-note").inner_text()
+    page.get_by_label("Bias of the kernel").fill("100")
+    assert "a dead ReLU" not in page.locator("#toy-note").inner_text()
+
+
+@needs_browser
+def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
+    images, labels = garments(2000, 1)
+    shown = page.evaluate("contents.images")
+    assert len(shown) == 30
+    for one in shown:
+        assert one["label"] == CLASSES[labels[one["index"]]]
+    page.locator("#picker button").nth(17).press("Enter")
+    image = images[shown[17]["index"]][None]
+    for name, model in models(built).items():
+        page.get_by_label(f"{name} images", exact=True).check()
+        with torch.inference_mode():
+            probabilities = model(to_input(torch.from_numpy(image))).softmax(1)[0]
+        assert page.locator("#cnn-bars .share").all_inner_texts() == [
+            f"{100 * one:.1f} %" for one in probabilities
+        ]
+    for name, keys in (("x", 3), ("y", 2), ("angle", 10)):
+        for _ in range(keys):
+            page.locator(f"#moved-{name}").press("ArrowRight")
+    for transform, amount in (("rotation", 10), ("shift_x", 3), ("shift_y", 2)):
+        image = evaluation.move(image, transform, amount)
+    for name, model in models(built).items():
+        with torch.inference_mode():
+            probabilities = model(to_input(torch.from_numpy(image))).softmax(1)[0]
+        found = page.locator(f"#moved-{name} .share").all_inner_texts()
+        assert [float(text.split()[0]) for text in found] == pytest.approx(
+            (100 * probabilities).tolist(), abs=0.25
+        )
+
+
+@needs_browser
+def test_a_cell_of_the_confusion_matrix_shows_its_images(page, built):
+    counts = json.loads((built / "metrics/evaluate_cnn/original_mistakes.json").read_text())["surest"]
+    row = counts[0]
+    same = [one for one in counts if one["label"] == row["label"]]
+    page.get_by_role("button", name=re.compile(f"of {row['label']} are read as {row['prediction']}")).click()
+    assert page.locator("#cnn-mistakes canvas").count() == len(same)
+
+
+@needs_browser
+def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
+    slider = page.get_by_role("slider", name="Map").first
+    slider.press("ArrowRight")
+    title = page.locator("#conv-1-working h3")
+    assert title.inner_text() == "Map 2, row 14, column 14"
+    cell = page.locator(".conv canvas[tabindex]").first
+    cell.press("ArrowUp")
+    cell.press("ArrowLeft")
+    assert title.inner_text() == "Map 2, row 13, column 13"
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_fits_and_everyone_can_read_it(built, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    with open_page(width, 900, color_scheme=scheme) as page:
+        page.goto((built / build_page.PAGE).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        found = Axe().run(page).response["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert [(one["id"], one["nodes"][0]["html"][:100]) for one in serious] == []
+
+
+def test_the_page_is_small_and_the_same_bytes_each_time(built, monkeypatch):
+    monkeypatch.chdir(built)
+    before = build_page.PAGE.read_bytes()
+    assert len(before) < LIMIT
+    assert build(monkeypatch, *garments(2000, 1)) == before
+
+
+def test_it_asks_for_nothing(built):
+    text = (built / build_page.PAGE).read_text()
+    assert "default-src 'none'" in text
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text)
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
+
+
+@needs_browser
+def test_large_params_give_a_page_below_the_limit_that_says_what_it_left_out(workspace, monkeypatch):
+    write_results(epochs=1000, toy_epochs=2600, mistakes=100, loss=float("nan"))
+    images, labels = garments(2000, 1)
+    assert len(build(monkeypatch, images, labels)) < LIMIT
+    with open_page(1400, 900) as page:
+        page.goto((workspace / build_page.PAGE).as_uri())
+        assert "The curve shows one epoch in 6" in page.locator("#toy-note").inner_text()
+        assert "One epoch in 2" in page.locator("#cnn-curves").inner_text()
+
+
+@pytest.mark.parametrize("rows", [1, 2, POINTS, POINTS + 1, 1001])
+def test_a_curve_is_thinned_evenly_and_keeps_its_end(rows):
+    made = contents.curve([{"epoch": n, "loss": float("nan") if n == 1 else 0.5} for n in range(1, rows + 1)])
+    assert made["epochs"] == rows
+    assert len(made["epoch"]) <= POINTS + 1
+    assert [made["epoch"][0], made["epoch"][-1]] == [1, rows]
+    assert set(np.diff(made["epoch"][:-1])) <= {made["step"]}
+    assert made["loss"][0] is None
+
+
+def test_few_val_images_are_all_shown():
+    images, labels = garments(50, 1)
+    val = np.array([3, 7, 20])
+    shown = contents.examples(images, labels, val)
+    assert sorted(one["index"] for one in shown) == [3, 7, 20]
+
+
+@pytest.mark.parametrize("path", ["models/toy_cnn_history.csv", "models/cnn_original.safetensors"])
+def test_a_missing_or_damaged_file_is_named(built, tmp_path, monkeypatch, path):
+    import shutil
+
+    folder = shutil.copytree(built, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    (folder / path).write_text("epoch,kernel_00\n0,0.5\n")
+    with pytest.raises(StageError, match=re.escape(path)):
+        build(monkeypatch, *garments(2000, 1))
+
+
+def test_the_colours_are_those_of_the_figures():
+    style = (STAGES / "lib/page/style.css").read_text()
+    for name, color in figures.COLORS.items():
+        assert f"--{name}: {color};" in style
