@@ -1,5 +1,6 @@
-"""Take docs/pictures/ anew from this project's runs. Usage: python tests/screenshots.py"""
+"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/screenshots.py"""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT)]
 
+from PIL import Image
+
 from browser import open_page, see_models, see_table
 from servers import free_port
 
@@ -15,7 +18,28 @@ PICTURES = ROOT / "docs/pictures"
 
 
 def main() -> None:
-    """Serve the UI, and look at the table and the models."""
+    """Look at the page and at MLflow's UI."""
+    take_page()
+    take_mlflow()
+
+
+def take_page() -> None:
+    """The toy at an early epoch, and an image that is shifted."""
+    with open_page(1160, 1000) as page:
+        page.goto((ROOT / "page/fashion-cnn.html").as_uri())
+        page.locator("#toy-moment").evaluate("slider => slider.value = 4")
+        page.locator("#toy-moment").dispatch_event("input")
+        page.get_by_role("button", name="Convolution, row 2, column 1").click()
+        save("page-toy.png", page.locator("#toy").screenshot())
+        page.locator("#picker button").nth(21).click()
+        for _ in range(4):
+            page.locator("#moved-x").press("ArrowLeft")
+        page.locator("#moved-image").click()  # the slider loses its frame
+        save("page-moved.png", page.locator("#moved").screenshot())
+
+
+def take_mlflow() -> None:
+    """The table of runs and the table of models."""
     settings = os.environ | {"PORT": str(free_port()), "BROWSER": "true"}
     command = [sys.executable, str(ROOT / "tools/ui.py")]
     with subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE) as server:
@@ -24,11 +48,17 @@ def main() -> None:
             with open_page(1400, 620) as page:
                 see_table(page, address)
                 page.locator("[data-component-id='mlflow.experiment_page.shared_view.dismiss']").click()
-                page.screenshot(path=PICTURES / "mlflow-runs.png")
+                save("mlflow-runs.png", page.screenshot())
                 see_models(page)
-                page.screenshot(path=PICTURES / "mlflow-models.png")
+                save("mlflow-models.png", page.screenshot())
         finally:
             server.terminate()
+
+
+def save(name: str, png: bytes) -> None:
+    """Write a picture with 128 colours, a third of the bytes."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    picture.save(PICTURES / name, optimize=True)
 
 
 if __name__ == "__main__":

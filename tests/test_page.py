@@ -1,5 +1,6 @@
 """The page: its numbers are torch's, it moves images as evaluate_cnn does, and everyone can use it."""
 
+import base64
 import json
 import re
 from types import SimpleNamespace
@@ -55,8 +56,11 @@ def trained(seed: int, move: bool) -> torch.nn.Sequential:
     return model.eval()
 
 
-def write_results(*, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, loss: float = 0.5) -> None:
+def write_results(
+    *, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, diverged: bool = False
+) -> None:
     """What the stages before build_page write into the current folder."""
+    loss, confidence = (float("nan"),) * 2 if diverged else (0.5, 0.9)
     write_tensors(build_page.TENSORS, {"images": TOY_IMAGES, "labels": TOY_LABELS})
     model, losses, history = toy.train_toy(
         TOY_IMAGES, TOY_LABELS, epochs=toy_epochs, learning_rate=0.01, seed=0
@@ -67,7 +71,10 @@ def write_results(*, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, l
     images, labels = garments(mistakes, 5)
     for number, (name, training) in enumerate(trainings.CNNS.items()):
         training.weights.parent.mkdir(exist_ok=True)
-        digest = save_weights(trained(number, move=name == "augmented"), training.weights)
+        model = trained(number, move=name == "augmented")
+        if diverged:
+            model[3].weight.data.fill_(float("nan"))
+        digest = save_weights(model, training.weights)
         row = {"train_loss": loss, "train_accuracy": 0.7, "val_loss": 0.4, "val_accuracy": 0.8}
         write_csv(training.curve, [{"epoch": epoch, **row} for epoch in range(1, epochs + 1)])
         write_json(training.metrics, {"weights_sha256": [digest]})
@@ -79,7 +86,7 @@ def write_results(*, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, l
         write_json(results.with_suffix(".json"), moved)
         surest = [
             {
-                "label": CLASSES[label], "prediction": CLASSES[(label + 1) % 10], "confidence": 0.9,
+                "label": CLASSES[label], "prediction": CLASSES[(label + 1) % 10], "confidence": confidence,
                 "pixels": image.tobytes().hex(),
             }
             for image, label in zip(images, labels, strict=True)
@@ -133,6 +140,22 @@ def models(folder) -> dict[str, torch.nn.Sequential]:
     }
 
 
+def unpacked(values: np.ndarray) -> np.ndarray:
+    """The weights that the page stores for these."""
+    packed = contents.int16(values)
+    steps = np.frombuffer(base64.b64decode(packed["int16"]), np.int16)
+    return (steps * packed["step"]).reshape(packed["shape"]).astype(np.float32)
+
+
+def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
+    values = np.array([[0.5, -0.25, 0.1], [0, np.nan, -np.inf]], np.float32)
+    packed = contents.int16(values)
+    steps = np.frombuffer(base64.b64decode(packed["int16"]), np.int16)
+    assert steps.tolist() == [32767, -16384, 6553, 0, -32768, -32768]  # -16383.5 to the even one
+    assert packed["step"] == pytest.approx(0.5 / 32767)
+    assert contents.int16(np.zeros((2,), np.float32))["int16"] == "AAAAAA=="
+
+
 @needs_browser
 def test_the_browsers_logits_and_probabilities_are_torchs(page, built):
     images, _ = garments(100, 2)
@@ -151,9 +174,15 @@ def test_the_browsers_logits_and_probabilities_are_torchs(page, built):
         )
         with torch.inference_mode():
             expected = model(to_input(torch.from_numpy(images))).softmax(1).numpy()
-            stored = model.half().float()(to_input(torch.from_numpy(images))).numpy()
+            model.load_state_dict(
+                {
+                    name: torch.from_numpy(unpacked(value.numpy()))
+                    for name, value in model.state_dict().items()
+                }
+            )
+            stored = model(to_input(torch.from_numpy(images))).numpy()
         assert np.abs(np.array(logits) - stored).max() < 1e-4
-        assert np.abs(np.array(shares) - expected).max() < 0.002
+        assert 0 < np.abs(np.array(shares) - expected).max() < 0.002
         assert (np.argmax(shares, 1) == expected.argmax(1)).all()
         assert len(set(np.argmax(shares, 1))) > 5  # and they are no two or three answers to everything
 
@@ -223,6 +252,9 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
         model[0].weight[0, 0, 2, 1] = 2.25
         model[4].bias[0] = 0.5
     page.get_by_label("Kernel, row 3, column 2").fill("2.25")
+    assert page.locator("#toy-epoch").inner_text() == "after epoch 40 of 40, edited"
+    page.get_by_role("button", name="Convolution, row 2, column 2").hover()  # leaves what is typed alone
+    assert page.get_by_label("Kernel, row 3, column 2").input_value() == "2.25"
     page.get_by_label("Bias of the linear layer").fill("0.5")
     assert cells() == pytest.approx(expected(image), abs=6e-4)
     page.get_by_role("button", name="Restore the trained values").click()
@@ -345,13 +377,28 @@ def test_it_asks_for_nothing(built):
 
 @needs_browser
 def test_large_params_give_a_page_below_the_limit_that_says_what_it_left_out(workspace, monkeypatch):
-    write_results(epochs=1000, toy_epochs=2600, mistakes=100, loss=float("nan"))
+    write_results(epochs=1000, toy_epochs=2600, mistakes=100)
     images, labels = garments(2000, 1)
     assert len(build(monkeypatch, images, labels)) < LIMIT
     with open_page(1400, 900) as page:
         page.goto((workspace / build_page.PAGE).as_uri())
         assert "The curve shows one epoch in 6" in page.locator("#toy-note").inner_text()
         assert "One epoch in 2" in page.locator("#cnn-curves").inner_text()
+
+
+@needs_browser
+def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch):
+    write_results(epochs=1, toy_epochs=1, diverged=True)
+    build(monkeypatch, *garments(2000, 1))
+    with open_page(1400, 900) as page:
+        faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto((workspace / build_page.PAGE).as_uri())
+        for place in ("#cnn-label", "#moved-label"):
+            assert "gives no number: its training diverged" in page.locator(place).inner_text()
+        assert page.locator("#cnn-bars .share").all_inner_texts() == ["–"] * 10
+        assert page.locator("#toy-loss circle").count() == 1  # a curve of one epoch
+        assert faults == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, POINTS, POINTS + 1, 1001])

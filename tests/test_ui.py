@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from pipeline import environment
 from project import ROOT
 from servers import free_port
 from tracking import runs
-from tracking.store import Store, connect
+from tracking.store import connect
 
 pytestmark = [
     pytest.mark.slow,
@@ -123,7 +124,7 @@ def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
             pass
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
-    monkeypatch.setattr(ui, "connect", lambda: Store(Client(), "7", "8"))
+    monkeypatch.setattr(ui, "connect", lambda: SimpleNamespace(client=Client(), experiment=lambda name: "7"))
     ui.main()
     told = capsys.readouterr().out
     assert told.startswith("MLflow: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&")

@@ -111,7 +111,7 @@ def exported(client, run) -> torch.nn.Module:
     import mlflow
 
     models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
-    models = [model for model in models if not model.name.endswith(SERVED)]
+    models = [model for model in models if not model.name.endswith((SERVED, "classifier"))]  # an earlier name
     if not (ready := [model for model in models if model.status == "READY"]):
         raise StageError(
             f"{run.info.run_id}: the run has no model; `make sync` adds it if its weights are here"

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
-from tracking.store import as_store_error, connect, shown, store_url
+from tracking.store import CNNS, TOYS, as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
 VIEW = "trainings"
@@ -30,7 +30,7 @@ COLUMNS = [
     "params.`train_images`",
 ]  # fmt: skip
 SAVED_VIEW = {
-    "searchFilter": "",
+    "searchFilter": "tags.dvc_stage LIKE 'train_cnn%'",  # in an old store, the toy's runs are here, too
     "orderByKey": "metrics.`val_accuracy`",
     "orderByAsc": False,
     "selectedColumns": COLUMNS,
@@ -42,10 +42,10 @@ DESCRIPTION = """{}
 - **Restore a run:** `python tools/trace.py RUN_ID` prints the commands.
 - **Figures:** a run's artifacts have them, under `plot_results`.
 """
-CNNS = (
-    "One run for each training of the CNN on Fashion-MNIST: `train_cnn@original` and `train_cnn@augmented`."
-)
-TOYS = "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`."
+ABOUT = {
+    CNNS: "One run for each training of the CNN: `train_cnn@original` and `train_cnn@augmented`.",
+    TOYS: "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`.",
+}
 
 
 def main() -> None:
@@ -53,11 +53,12 @@ def main() -> None:
     port = free_port()
     with as_store_error():
         store = connect()
-        for experiment_id, what in ((store.cnns, CNNS), (store.toys, TOYS)):
-            store.client.set_experiment_tag(experiment_id, "mlflow.note.content", DESCRIPTION.format(what))
-        view = json.dumps(SAVED_VIEW)
-        store.client.set_experiment_tag(store.cnns, f"mlflow.sharedViewState.{VIEW}", view)
-    path = f"/#/experiments/{store.cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+        for name, what in ABOUT.items():
+            note = DESCRIPTION.format(what)
+            store.client.set_experiment_tag(store.experiment(name), "mlflow.note.content", note)
+        cnns, view = store.experiment(CNNS), json.dumps(SAVED_VIEW)
+        store.client.set_experiment_tag(cnns, f"mlflow.sharedViewState.{VIEW}", view)
+    path = f"/#/experiments/{cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     url = store_url()
     if url.startswith("http"):  # a server has a UI of its own
         print(f"MLflow: {shown(url).rstrip('/')}{path}")

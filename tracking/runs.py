@@ -1,6 +1,7 @@
 """What is written into a run of MLflow, each a call that may be repeated: values, data, models, reports."""
 
 import json
+import math
 import sys
 import tempfile
 import textwrap
@@ -197,15 +198,15 @@ def log_model_metrics(client, run_id: str) -> None:
         if not _is_ready(client, model_id):
             continue
         has = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics or []}
-        # With time and epoch of the run's own value, or the run would get the same value a second time.
-        new = [
-            client.get_metric_history(run_id, name)[-1]
-            for name, value in run.data.metrics.items()
-            if has.get(name) != value
-        ]
-        client.log_batch(
-            run_id, [Metric(one.key, one.value, one.timestamp, one.step, model_id=model_id) for one in new]
-        )
+        new = []
+        for name, value in run.data.metrics.items():
+            if has.get(name) == value or not math.isfinite(value):  # MLflow would show 0 for NaN
+                continue
+            # With time and epoch of the run's own value, or the run would get the same value a second time.
+            history = client.get_metric_history(run_id, name)
+            last = max(history, key=lambda one: (one.step, one.timestamp, one.value))
+            new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model_id))
+        client.log_batch(run_id, new)
 
 
 def log_dataset(client, run_id: str, name: str, digest: str, source: str, sizes: dict) -> None:

@@ -145,6 +145,8 @@ class Delivery:
                 self.write({"event": "end", "status": "KILLED", "time": events[-1]["time"]})
         # The store, a damaged outbox, or one of another version: no fault of one may stop the others.
         except Exception as error:
+            if isinstance(error, StoreError):
+                return str(error)
             if isinstance(error, store_faults()):
                 return f"MLflow store {shown(store_url())}: {reason(error)}"
             return f"MLflow: {self.folder}: {type(error).__name__}: {reason(error)}"

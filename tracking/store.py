@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from filelock import FileLock
 from sqlalchemy.engine import URL, make_url
@@ -40,21 +39,51 @@ class StoreError(StageError):
     """The MLflow store cannot be reached or used."""
 
 
-class Store(NamedTuple):
-    """A client of the store, and the ids of its experiments."""
+class Store:
+    """A client of the store, and its experiments, each created when a run of it is."""
 
-    client: Any  # MlflowClient, whose import takes seconds
-    cnns: str
-    toys: str
+    def __init__(self, client):
+        self.client = client
+        self._ids: dict[str, str] = {}
 
     @property
     def experiments(self) -> list[str]:
-        """Both ids: runs are looked for in both."""
-        return [self.cnns, self.toys]
+        """The ids of those that exist: runs are looked for in all."""
+        return [found for name in (CNNS, TOYS) if (found := self._find(name))]
 
     def experiment_of(self, training: str) -> str:
-        """The id of the experiment in which a training has its runs."""
-        return self.toys if training == TOY.stage else self.cnns
+        """The id of the experiment in which a training has its runs. Raises StoreError if it is deleted."""
+        return self.experiment(TOYS if training == TOY.stage else CNNS)
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is created if there is none. Raises StoreError if it is deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if found := self._find(name):
+            return found
+        url = store_url()
+        # MLflow's default is the current folder; a server has its own.
+        location = (repository_root() / "mlruns").as_uri() if is_sqlite(url) else None
+        try:
+            self._ids[name] = self.client.create_experiment(name, location, TRAINING_VIEW)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            if not self._find(name):  # else another process was faster
+                deleted = self.client.get_experiment_by_name(name).experiment_id
+                raise StoreError(
+                    f"MLflow store {shown(url)}: the experiment {name} is deleted; restore it with "
+                    f"`mlflow experiments restore --experiment-id {deleted}`"
+                ) from None
+        return self._ids[name]
+
+    def _find(self, name: str) -> str | None:
+        if name not in self._ids:
+            found = self.client.get_experiment_by_name(name)
+            if found is None or found.lifecycle_stage == "deleted":
+                return None
+            self._ids[name] = found.experiment_id
+        return self._ids[name]
 
 
 def prepare_mlflow() -> None:
@@ -107,7 +136,7 @@ def store_name() -> str:
 
 
 def connect() -> Store:
-    """The store, created with its experiments if there are none.
+    """The store, created with the experiment of the CNNs if there is none.
 
     Raises StoreError within seconds if the store cannot be reached.
     """
@@ -126,23 +155,9 @@ def connect() -> Store:
     ):
         if is_sqlite(url):
             _prepare_sqlite(url)
-        client = mlflow.MlflowClient()
-        # MLflow's default is the current folder; a server has its own.
-        location = (root / "mlruns").as_uri() if is_sqlite(url) else None
-        return Store(client, *(_experiment(client, name, location) for name in (CNNS, TOYS)))
-
-
-def _experiment(client, name: str, location: str | None) -> str:
-    """The id of an experiment, which is created if there is none."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        return client.create_experiment(name, location, TRAINING_VIEW)
-    if experiment.lifecycle_stage == "deleted":
-        raise StoreError(
-            f"MLflow store {shown(store_url())}: the experiment {name} is deleted; restore it with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-        )
-    return experiment.experiment_id
+        store = Store(mlflow.MlflowClient())
+        store.experiment(CNNS)
+        return store
 
 
 def _prepare_sqlite(url: str) -> None:

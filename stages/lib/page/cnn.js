@@ -14,7 +14,7 @@ function start_cnn(contents, networks, see) {
     by_id("picker").append(button);
     return button;
   });
-  draw_choice(by_id("cnn-model"), "cnn-model", names.map((one) => `${one} images`), (number) => { name = names[number]; update(); });
+  draw_choice(by_id("cnn-model"), "cnn-model", names.map((one) => `${one} images`), (number) => { name = names[number]; update(); draw_results(); });
 
   // One block for each convolution: all its maps before and after pooling and ReLU, and one map enlarged.
   const convs = networks[name].map((layer, place) => [layer, place]).filter(([layer]) => layer.type === "Conv2d")
@@ -31,20 +31,19 @@ function start_cnn(contents, networks, see) {
     const layers = networks[name], {pixels, label, index} = contents.images[chosen];
     const input = to_input(unpack_bytes(pixels));
     steps = forward(layers, input);
-    const top = draw_bars(by_id("cnn-bars"), contents.classes, softmax(steps.at(-1)).values, name);
-    const read = contents.classes[top];
-    by_id("cnn-label").textContent = `Label ${label}, read as ${read}${read === label ? "" : ", which is wrong"}. Number ${index} of the train file.`;
+    const read = draw_bars(by_id("cnn-bars"), contents.classes, softmax(steps.at(-1)).values, name);
+    by_id("cnn-label").textContent = `${label}. The CNN ${said(read, label)}. Number ${index} of the train file.`;
     convs.forEach((conv) => conv.update(input));
-    draw_results();
   }
 
   function build_conv(place, number) {
     const {shape} = networks[name][place].weight, [maps, channels] = shape;
     const before = element("canvas", {class: "atlas", role: "img"}), after = element("canvas", {class: "atlas", role: "img"});
     const kernels = element("canvas", {class: "atlas", role: "img"});
-    const one = element("canvas", {tabindex: 0, role: "img", "aria-describedby": `conv-${number}-working`});
+    // An application, so that screen readers leave it the arrow keys.
+    const one = element("canvas", {tabindex: 0, role: "application"});
     const slider = element("input", {type: "range", min: 0, max: maps - 1, value: 0, oninput: () => { map = Number(slider.value); draw(); }});
-    const told = element("span", {class: "value"}), title = element("h3", {}), working = element("div", {});
+    const told = element("span", {class: "value"}), title = element("h3", {"aria-live": "polite"}), working = element("div", {});
     const figure = (caption, canvas) => element("figure", {}, element("figcaption", {}, caption), canvas);
     const of_kernels = element("span", {});
     by_id("cnn-convs").append(
@@ -54,7 +53,7 @@ function start_cnn(contents, networks, see) {
         element("div", {class: "chosen"},
           element("figure", {}, element("label", {class: "slider"}, element("span", {}, "Map ", told), slider), one,
             element("p", {class: "note"}, "Point at a cell, or move with the arrow keys.")),
-          element("div", {class: "working", "aria-live": "polite", id: `conv-${number}-working`}, title, working)),
+          element("div", {class: "working", id: `conv-${number}-working`}, title, working)),
       ),
     );
     const columns = maps > 64 ? 16 : 8;
@@ -185,10 +184,11 @@ function start_cnn(contents, networks, see) {
     by_id("cnn-confusion-title").textContent = `Test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
     const buttons = [];
     const show = (button, actual, predicted) => {
+      if (button.getAttribute("aria-pressed") === "true") return draw_confusion(); // a second press releases it
       const found = mistakes.filter((row) => row.label === classes[actual] && row.prediction === classes[predicted]);
       buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
       by_id("cnn-confusion-note").textContent =
-        `${confusion[actual][predicted]} of ${classes[actual]} are read as ${classes[predicted]}; ${found.length} of them are among the surest mistakes:`;
+        `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, of which the surest mistakes are shown: ${found.length}.`;
       by_id("cnn-mistakes").replaceChildren(...found.map((row) => {
         const canvas = element("canvas", {role: "img", "aria-label": `${row.label}, read as ${row.prediction}`});
         draw_image(canvas, unpack_bytes(row.pixels));
@@ -216,5 +216,6 @@ function start_cnn(contents, networks, see) {
   }
 
   choose(0);
+  draw_results();
   return update;
 }

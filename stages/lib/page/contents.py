@@ -39,13 +39,13 @@ def cnn(training: Training) -> dict:
     counts = Counter((row["actual"], row["predicted"]) for row in confusion)
     surest = evaluation.with_name(f"{training.images}_mistakes.json")
     return {
-        "layers": layers(load_weights(build_cnn(), training.weights), float16),
+        "layers": layers(load_weights(build_cnn(), training.weights), int16),
         "curve": curve(read_table(training.curve, results.CURVE)),
         "shifts": columns(read_rows(evaluation, "shifts", results.SHIFTS)),
         "rotations": columns(read_rows(evaluation, "rotations", results.ROTATIONS)),
         "confusion": [[counts[actual, predicted] for predicted in CLASSES] for actual in CLASSES],
         "mistakes": [
-            row | {"pixels": pixels(row["pixels"])}
+            row | {"pixels": pixels(row["pixels"]), "confidence": number(row["confidence"])}
             for row in read_rows(surest, "surest", results.MISTAKES)
         ],
     }  # fmt: skip
@@ -76,10 +76,16 @@ def plain(values: np.ndarray) -> dict:
     return {"shape": values.shape, "numbers": values.astype(float).ravel().tolist()}
 
 
-def float16(values: np.ndarray) -> dict:
-    """An array as base64 of half-precision numbers: half the bytes, a relative error of at most 0.05 %."""
-    with np.errstate(over="ignore"):  # of a training that diverged
-        return {"shape": values.shape, "float16": _base64(values.astype("<f2"))}
+def int16(values: np.ndarray) -> dict:
+    """An array as base64 of whole numbers of steps, one step for all: half the bytes of float32.
+
+    -32768 stands for what is no finite number, as in a training that diverged.
+    """
+    finite = np.isfinite(values)
+    step = float(np.abs(values[finite]).max(initial=0)) / 32767 or 1.0
+    codes = np.full(values.shape, -32768)
+    codes[finite] = np.round(values[finite] / step)
+    return {"shape": values.shape, "step": step, "int16": _base64(codes.astype("<i2"))}
 
 
 def pixels(image: np.ndarray) -> str:
@@ -95,10 +101,13 @@ def curve(rows: list[dict]) -> dict:
 
 
 def columns(rows: list[dict]) -> dict[str, list]:
-    """Rows as columns; null for what is no finite number, which JSON lacks."""
-    return {
-        name: [row[name] if math.isfinite(row[name]) else None for row in rows] for name in rows[0]
-    }  # fmt: skip
+    """Rows as columns."""
+    return {name: [number(row[name]) for row in rows] for name in rows[0]}
+
+
+def number(value: float) -> float | None:
+    """None, JSON's null, for what is no finite number: JSON has no other word for it."""
+    return value if math.isfinite(value) else None
 
 
 def _base64(values: np.ndarray) -> str:

@@ -24,7 +24,7 @@ function shown(value, digits = 4) {
 }
 
 function percent(share) {
-  return `${(100 * share).toFixed(1)} %`;
+  return Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–";
 }
 
 // The colour of a value: green if positive, purple if negative, paler towards 0. For elements of HTML.
@@ -90,28 +90,28 @@ function draw_image(canvas, pixels, zoom = 1) {
   draw_tiles(canvas, pixels, [1, SIDE, SIDE], 1, grey, zoom);
 }
 
-// The ten probabilities as bars, the largest in bold.
+// The ten probabilities as bars, the largest in bold. Gives its class; null if a training diverged.
 function draw_bars(place, classes, probabilities, name) {
-  const largest = probabilities.indexOf(Math.max(...probabilities));
+  const largest = probabilities.indexOf(Math.max(...probabilities)); // -1 beside NaN
   place.className = `bars ${name}`;
   place.replaceChildren(
     ...classes.flatMap((label, number) => {
       const top = number === largest ? " top" : "";
       const bar = element("i", {});
-      bar.style.width = `${100 * probabilities[number]}%`;
+      bar.style.width = `${100 * (probabilities[number] || 0)}%`;
       return [
         element("span", {class: top}, label), element("span", {class: "bar"}, bar),
         element("span", {class: `share${top}`}, percent(probabilities[number])),
       ];
     }),
   );
-  return largest;
+  return classes[largest] ?? null;
 }
 
 // Round steps that divide what lies between two values into at most five.
 function round_steps(low, high) {
   const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((one) => one >= rough * 0.999);
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough * 0.999);
   const first = Math.floor(low / step + 1e-6), last = Math.ceil(high / step - 1e-6);
   return Array.from({length: last - first + 1}, (_, place) => (first + place) * step);
 }
@@ -120,6 +120,7 @@ function round_steps(low, high) {
 function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ticks, format}) {
   const width = 360, height = 200, left = 44, right = 12, top = 14, bottom = 34;
   const steps = round_steps(lowest, highest), low = steps[0], high = steps.at(-1);
+  const digits = Math.max(0, -Math.floor(Math.log10(steps[1] - steps[0]) + 1e-6));
   const xs = curves.flatMap((curve) => curve.x);
   const first = Math.min(...xs), last = Math.max(...xs);
   const to_x = (x) => left + ((x - first) / (last - first || 1)) * (width - left - right);
@@ -134,20 +135,27 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
   for (const value of steps) {
     const y = to_y(value);
     picture.append(svg("line", {class: "grid", x1: left, x2: width - right, y1: y, y2: y}));
-    picture.append(svg("text", {x: left - 6, y: y + 4, "text-anchor": "end"}, format(value)));
+    picture.append(svg("text", {x: left - 6, y: y + 4, "text-anchor": "end"}, format(value, digits)));
   }
-  for (const x of ticks) picture.append(svg("text", {x: to_x(x), y: height - bottom + 16, "text-anchor": "middle"}, shown(x)));
+  for (const x of new Set(ticks)) picture.append(svg("text", {x: to_x(x), y: height - bottom + 16, "text-anchor": "middle"}, shown(x)));
   picture.append(svg("text", {x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle"}, x_label));
   for (const {color, x, y, dashed} of curves) {
     const points = x.map((value, place) => [value, y[place]]).filter(([, value]) => value !== null);
     const path = points.map(([x, y], place) => `${place ? "L" : "M"}${to_x(x).toFixed(1)} ${to_y(Math.min(Math.max(y, low), high)).toFixed(1)}`);
     picture.append(svg("path", {class: `curve ${color}${dashed ? " train" : ""}`, d: path.join("")}));
+    if (points.length === 1) picture.append(svg("circle", {class: `dot ${color}`, cx: to_x(points[0][0]), cy: to_y(points[0][1]), r: 4}));
   }
   if (marker !== undefined) {
     const x = to_x(Math.min(Math.max(marker, first), last));
     picture.append(svg("line", {class: "marker", x1: x, x2: x, y1: top, y2: height - bottom}));
   }
   place.replaceChildren(picture);
+}
+
+// What a CNN says about an image of a class, in words.
+function said(read, label) {
+  if (read === null) return "gives no number: its training diverged";
+  return read === label ? "reads it right" : `takes it for ${read}`;
 }
 
 // Radio buttons; `choose` gets the place of the one that was chosen.

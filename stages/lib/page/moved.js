@@ -34,9 +34,9 @@ function start_moved(contents, networks) {
     const moved = shift(rotate(pixels, amount("angle")), amount("x"), amount("y"));
     draw_image(by_id("moved-image"), moved);
     const read = names.map((name) =>
-      contents.classes[draw_bars(by_id(`moved-${name}`), contents.classes, softmax(forward(networks[name], to_input(moved)).at(-1)).values, name)]);
+      draw_bars(by_id(`moved-${name}`), contents.classes, softmax(forward(networks[name], to_input(moved)).at(-1)).values, name));
     by_id("moved-label").textContent = `${label}. ` + names.map((name, number) =>
-      `The CNN trained on ${name} images ${read[number] === label ? "reads it right" : `takes it for ${read[number]}`}.`).join(" ");
+      `The CNN trained on ${name} images ${said(read[number], label)}.`).join(" ");
     for (const [key, {column, table, amounts, axis, unit}] of Object.entries(sliders)) {
       keep[key].told.textContent = `${shown(amount(key), 0)} ${unit}`;
       draw_curves(keep[key].place, names.map((name) => ({color: name, x: amounts, y: contents.cnns[name][table][column]})), {
@@ -44,7 +44,7 @@ function start_moved(contents, networks) {
         ticks: [amounts[0], 0, last(amounts)], format: (value) => `${Math.round(100 * value)} %`,
       });
     }
-    by_id("moved-note").textContent = `Curves: evaluate_cnn, ${shifts.n[0].toLocaleString("en")} test images at each point, one kind of movement at a time.`;
+    by_id("moved-note").textContent = `Curves: evaluate_cnn, n = ${shifts.n[0].toLocaleString("en")} test images at each point, one kind of movement at a time.`;
   }
 
   return {

@@ -98,12 +98,13 @@ function through(layer, inputs) {
   throw new Error(`no loops for ${layer.type}`);
 }
 
-// The arrays of the page, as contents.py packs them: numbers, or base64 of half-precision numbers.
+// The arrays of the page, as contents.py packs them: numbers, or base64 of whole numbers of steps.
 function unpack(packed) {
   if (packed.numbers) return {shape: packed.shape, values: Float64Array.from(packed.numbers)};
-  const halves = new Uint16Array(unpack_bytes(packed.float16).buffer);
-  const values = new Float64Array(halves.length);
-  for (let place = 0; place < values.length; place++) values[place] = HALVES[halves[place]];
+  const steps = new Int16Array(unpack_bytes(packed.int16).buffer), values = new Float64Array(steps.length);
+  for (let place = 0; place < values.length; place++) {
+    values[place] = steps[place] === -32768 ? NaN : steps[place] * packed.step;
+  }
   return {shape: packed.shape, values};
 }
 
@@ -117,13 +118,6 @@ function unpack_layers(layers) {
   return layers.map((layer) =>
     layer.weight ? {...layer, weight: unpack(layer.weight), bias: unpack(layer.bias)} : layer);
 }
-
-// The value of each half-precision number: a sign bit, 5 bits of exponent, 10 of fraction.
-const HALVES = Float64Array.from({length: 65536}, (_, bits) => {
-  const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
-});
 
 // An image of 28×28 pixels from 0 to 255, as the CNN takes it: (1, 28, 28) from 0 to 1.
 function to_input(pixels) {

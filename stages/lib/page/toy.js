@@ -7,7 +7,7 @@ function start_toy(toy) {
   const conv = trained.indexOf("Conv2d"), pool = trained.indexOf("MaxPool2d"), zero = trained.indexOf("ReLU");
   const dense = trained.indexOf("Linear"), end = trained.indexOf("Sigmoid");
   const moments = toy.moments.length - 1;
-  let image = 0, looked_at = [conv, 0], images, layers;
+  let image = 0, looked_at = [conv, 0], images, layers, moment_of = layers_of(moments);
 
   // Every cell that can be edited: where its number is kept, and what it was after the training.
   const edited = [];
@@ -15,20 +15,25 @@ function start_toy(toy) {
 
   function restore() {
     images = toy.images.map(unpack);
-    layers = unpack_layers(toy.layers);
     by_id("toy-moment").value = moments;
+    go_to(moments);
+  }
+
+  function go_to(moment) {
+    layers = layers_of(moment);
+    moment_of = layers_of(moment);
     update();
   }
 
   // The parameters after a moment of the training; after the last they are those of the weights themselves.
-  function go_to(moment) {
-    layers = unpack_layers(toy.layers);
+  function layers_of(moment) {
+    const found = unpack_layers(toy.layers);
     if (moment < moments) {
       const [, ...parameters] = toy.moments[moment];
-      const kept = [layers[conv].weight, layers[conv].bias, layers[dense].weight, layers[dense].bias];
+      const kept = [found[conv].weight, found[conv].bias, found[dense].weight, found[dense].bias];
       for (const {values} of kept) values.set(parameters.splice(0, values.length));
     }
-    update();
+    return found;
   }
 
   function editable(label, find, place) {
@@ -46,7 +51,7 @@ function start_toy(toy) {
   }
 
   function result(label, layer, place) {
-    const look = () => { looked_at = [layer, place]; update(); };
+    const look = () => { looked_at = [layer, place]; update(document.activeElement); };
     const cell = element("button", {class: "cell", type: "button", "aria-label": label, onmouseenter: look, onfocus: look, onclick: look});
     cells.set(`${layer},${place}`, cell);
     return cell;
@@ -94,13 +99,18 @@ function start_toy(toy) {
     const through = images.map((one) => forward(layers, one)), steps = through[image];
     const all = [...images.flatMap((one) => [...one.values]), ...layers[conv].weight.values, ...steps[conv].values];
     const largest = largest_of(all);
-    const untouched = new Map([[images[0], toy.images[0]], [images[1], toy.images[1]]]);
+    const untouched = new Map([
+      ...images.map((one, number) => [one, toy.images[number].numbers]),
+      ...[conv, dense].flatMap((layer) => ["weight", "bias"].map((name) => [layers[layer][name], moment_of[layer][name].values])),
+    ]);
+    let changes = 0;
     for (const {input, find, place} of edited) {
       const kept = find(), value = kept.values[place];
       if (input !== typing) input.value = Number(value.toFixed(3));
       input.style.background = tint(value, largest);
-      const first = untouched.get(kept);
-      input.classList.toggle("changed", first !== undefined && first.numbers[place] !== value);
+      const changed = untouched.get(kept)[place] !== value;
+      input.classList.toggle("changed", changed);
+      changes += changed;
     }
     for (const [key, cell] of cells) {
       const [layer, place] = key.split(",").map(Number), value = steps[layer].values[place];
@@ -111,7 +121,7 @@ function start_toy(toy) {
     const [layer, place] = looked_at;
     by_id("toy-working-title").textContent = cells.get(`${layer},${place}`).getAttribute("aria-label");
     explain(layer, place, steps);
-    tell(through);
+    tell(through, changes);
   }
 
   // The cells from which the one that is looked at is made.
@@ -156,11 +166,12 @@ function start_toy(toy) {
     }
   }
 
-  function tell(through) {
+  function tell(through, changes) {
     const moment = Number(by_id("toy-moment").value), epoch = toy.moments[moment][0], total = toy.curve.epochs;
-    by_id("toy-epoch").textContent = `after epoch ${epoch} of ${total}`;
+    by_id("toy-epoch").textContent = `after epoch ${epoch} of ${total}${changes ? ", edited" : ""}`;
+    by_id("toy-moment").setAttribute("aria-valuetext", `after epoch ${epoch}`);
     const outputs = through.map((steps) => steps[end].values[0]);
-    const losses = outputs.map((output, number) => -Math.log(toy.labels[number] ? output : 1 - output));
+    const losses = outputs.map((output, number) => Math.min(100, -Math.log(toy.labels[number] ? output : 1 - output))); // as torch
     const loss = losses.reduce((sum, one) => sum + one, 0) / losses.length;
     const dead = through.every((steps) => steps[zero].values.every((value) => value === 0));
     const thinned = toy.curve.step > 1 ? ` The curve shows one epoch in ${toy.curve.step}.` : "";
@@ -170,7 +181,7 @@ function start_toy(toy) {
     const highest = Math.max(...toy.curve.train_loss.filter((value) => value !== null), 0.01);
     draw_curves(by_id("toy-loss"), [{color: "original", x: toy.curve.epoch, y: toy.curve.train_loss}], {
       label: "Loss of the toy CNN by epoch", x_label: "epoch", lowest: 0, highest, marker: epoch,
-      ticks: [toy.curve.epoch[0], Math.round(total / 2), total], format: (value) => shown(value, 1),
+      ticks: [toy.curve.epoch[0], Math.round(total / 2), total], format: shown,
     });
   }
 
