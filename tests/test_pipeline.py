@@ -356,7 +356,7 @@ def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(projec
 def test_one_changed_param_reruns_what_depends_on_it_and_nothing_else(project):
     set_params(project, {"train_toy_cnn": {"seed": 10}})
     changed = dvc(project, "repro")
-    assert ran(changed.stdout) == ["train_toy_cnn", "verify_manual_conv", "plot_results"]
+    assert ran(changed.stdout) == ["train_toy_cnn", "verify_manual_conv", "plot_results", "build_page"]
     assert "dead ReLU" in changed.stdout
     assert json.loads((project / "metrics/train_toy_cnn.json").read_text())["dead_relu"] == 1
 

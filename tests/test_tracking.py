@@ -439,7 +439,6 @@ def test_the_toy_and_the_cnns_have_an_experiment_each_and_runs_in_turn_another_c
     assert last.data.tags["mlflow.runColor"] == "#0072b2"
 
 
-@pytest.mark.parametrize(("size", "images"), [(None, "55000"), (6000, "6000")])
 def test_without_the_toys_experiment_only_the_toys_runs_wait(unsent):
     store = connect()
     toys = store.experiment("fashion-cnn-toy")
@@ -468,6 +467,7 @@ def test_a_metric_that_is_no_number_is_not_given_to_the_model_as_0(unsent):
     assert "test_loss" not in {metric.key for metric in model.metrics}
 
 
+@pytest.mark.parametrize(("size", "images"), [(None, "55000"), (6000, "6000")])
 def test_a_run_says_how_many_images_it_trains_on(unsent, size, images):
     store = connect()
     run_id = runs.stand_in(store, "train_cnn@original", SHA, {}, None)

@@ -296,7 +296,8 @@ TRAINED = {
     "metrics/train_cnn/original.json",
     "models/cnn_original.safetensors",
 }
-TOY = {"metrics/train_toy_cnn.csv", "metrics/train_toy_cnn.json", "models/toy_cnn.safetensors"}
+TOY = {f"metrics/train_toy_cnn.{kind}" for kind in ("csv", "json")}
+TOY |= {"models/toy_cnn.safetensors", "models/toy_cnn_history.csv"}
 COPIES = {
     "data/augmented/copy_01.npy", "data/augmented/copy_02.npy", "data/augmented/params.json",
 }  # fmt: skip

@@ -56,7 +56,7 @@ PIPELINE = {
     ("evaluate_cnn", "original"): [("train_cnn", "original")],
     ("evaluate_cnn", "augmented"): [("train_cnn", "augmented")],
 }
-PIPELINE |= {("plot_results",): [*PIPELINE]}
+PIPELINE |= {("plot_results",): [*PIPELINE], ("build_page",): [*PIPELINE]}
 
 
 class Results:
