@@ -4,20 +4,41 @@
 
 function start_cnn(contents, networks, see) {
   const names = Object.keys(networks);
-  let name = names[0], chosen = 0, steps;
+  let name = names[0],
+    chosen = 0,
+    steps;
 
   const pickers = contents.images.map(({pixels, label}, number) => {
     const canvas = element("canvas", {});
     draw_image(canvas, unpack_bytes(pixels));
-    const button = element("button", {type: "button", "aria-label": `${label}, image ${number + 1}`, title: label,
-      onclick: () => choose(number)}, canvas);
+    const button = element(
+      "button",
+      {
+        type: "button",
+        "aria-label": `${label}, image ${number + 1}`,
+        title: label,
+        onclick: () => choose(number),
+      },
+      canvas,
+    );
     by_id("picker").append(button);
     return button;
   });
-  draw_choice(by_id("cnn-model"), "cnn-model", names.map((one) => `${one} images`), (number) => { name = names[number]; update(); draw_results(); });
+  draw_choice(
+    by_id("cnn-model"),
+    "cnn-model",
+    names.map((one) => `${one} images`),
+    (number) => {
+      name = names[number];
+      update();
+      draw_results(contents, name);
+    },
+  );
 
   // One block for each convolution: all its maps before and after pooling and ReLU, and one map enlarged.
-  const convs = networks[name].map((layer, place) => [layer, place]).filter(([layer]) => layer.type === "Conv2d")
+  const convs = networks[name]
+    .map((layer, place) => [layer, place])
+    .filter(([layer]) => layer.type === "Conv2d")
     .map(([, place], number) => build_conv(place, number + 1));
 
   function choose(number) {
@@ -28,36 +49,68 @@ function start_cnn(contents, networks, see) {
   }
 
   function update() {
-    const layers = networks[name], {pixels, label, index} = contents.images[chosen];
+    const layers = networks[name],
+      {pixels, label, index} = contents.images[chosen];
     const input = to_input(unpack_bytes(pixels));
     steps = forward(layers, input);
     const read = draw_bars(by_id("cnn-bars"), contents.classes, softmax(steps.at(-1)).values, name);
-    by_id("cnn-label").textContent = `${label}. The CNN ${said(read, label)}. Number ${index} of the train file.`;
+    by_id("cnn-label").textContent =
+      `${label}. The CNN ${said(read, label)}. Number ${index} of the train file.`;
     convs.forEach((conv) => conv.update(input));
   }
 
   function build_conv(place, number) {
-    const {shape} = networks[name][place].weight, [maps, channels] = shape;
-    const before = element("canvas", {class: "atlas", role: "img"}), after = element("canvas", {class: "atlas", role: "img"});
+    const {shape} = networks[name][place].weight,
+      [maps, channels] = shape;
+    const before = element("canvas", {class: "atlas", role: "img"}),
+      after = element("canvas", {class: "atlas", role: "img"});
     const kernels = element("canvas", {class: "atlas", role: "img"});
     // An application, so that screen readers leave it the arrow keys.
     const one = element("canvas", {tabindex: 0, role: "application"});
-    const slider = element("input", {type: "range", min: 0, max: maps - 1, value: 0, oninput: () => { map = Number(slider.value); draw(); }});
-    const told = element("span", {class: "value"}), title = element("h3", {"aria-live": "polite"}), working = element("div", {});
+    const slider = element("input", {
+      type: "range",
+      min: 0,
+      max: maps - 1,
+      value: 0,
+      oninput: () => {
+        map = Number(slider.value);
+        draw();
+      },
+    });
+    const told = element("span", {class: "value"}),
+      title = element("h3", {"aria-live": "polite"}),
+      working = element("div", {});
     const figure = (caption, canvas) => element("figure", {}, element("figcaption", {}, caption), canvas);
     const of_kernels = element("span", {});
     by_id("cnn-convs").append(
-      element("div", {class: "conv"},
-        element("div", {class: "thirds"}, figure(`Convolution ${number}: ${maps} maps`, before),
-          figure("Largest of each 2×2, then ReLU", after), figure(of_kernels, kernels)),
-        element("div", {class: "chosen"},
-          element("figure", {}, element("label", {class: "slider"}, element("span", {}, "Map ", told), slider), one,
-            element("p", {class: "note"}, "Point at a cell, or move with the arrow keys.")),
-          element("div", {class: "working", id: `conv-${number}-working`}, title, working)),
+      element(
+        "div",
+        {class: "conv"},
+        element(
+          "div",
+          {class: "thirds"},
+          figure(`Convolution ${number}: ${maps} maps`, before),
+          figure("Largest of each 2×2, then ReLU", after),
+          figure(of_kernels, kernels),
+        ),
+        element(
+          "div",
+          {class: "chosen"},
+          element(
+            "figure",
+            {},
+            element("label", {class: "slider"}, element("span", {}, "Map ", told), slider),
+            one,
+            element("p", {class: "note"}, "Point at a cell, or move with the arrow keys."),
+          ),
+          element("div", {class: "working", id: `conv-${number}-working`}, title, working),
+        ),
       ),
     );
     const columns = maps > 64 ? 16 : 8;
-    let map = 0, cell = null, input;
+    let map = 0,
+      cell = null,
+      input;
 
     // Pointing at a tile chooses its map.
     for (const canvas of channels === 1 ? [before, after, kernels] : [before, after]) {
@@ -71,7 +124,8 @@ function start_cnn(contents, networks, see) {
       });
     }
     const point = (event) => {
-      const box = one.getBoundingClientRect(), [, height, width] = steps[place].shape;
+      const box = one.getBoundingClientRect(),
+        [, height, width] = steps[place].shape;
       const x = Math.floor(((event.clientX - box.left) / box.width) * width);
       const y = Math.floor(((event.clientY - box.top) / box.height) * height);
       look(y, x);
@@ -92,7 +146,8 @@ function start_cnn(contents, networks, see) {
     }
 
     function draw() {
-      const sums = steps[place], kept = steps[place + 2];
+      const sums = steps[place],
+        kept = steps[place + 2];
       const color = signed_colors(largest_of(sums.values));
       draw_tiles(before, sums.values, sums.shape, columns, color, 2, map);
       draw_tiles(after, kept.values, kept.shape, columns, signed_colors(largest_of(kept.values)), 4, map);
@@ -102,15 +157,26 @@ function start_cnn(contents, networks, see) {
       const {values} = networks[name][place].weight;
       const drawn = channels === 1 ? values : values.subarray(map * channels * 9, (map + 1) * channels * 9);
       const count = drawn.length / 9;
-      draw_tiles(kernels, drawn, [count, 3, 3], 8, signed_colors(largest_of(drawn)), 17, channels === 1 ? map : -1);
-      of_kernels.textContent = channels === 1 ? `The ${count} kernels, 3×3` : `The ${count} kernels of map ${map + 1}, 3×3`;
+      draw_tiles(
+        kernels,
+        drawn,
+        [count, 3, 3],
+        8,
+        signed_colors(largest_of(drawn)),
+        17,
+        channels === 1 ? map : -1,
+      );
+      of_kernels.textContent =
+        channels === 1 ? `The ${count} kernels, 3×3` : `The ${count} kernels of map ${map + 1}, 3×3`;
       kernels.setAttribute("aria-label", of_kernels.textContent);
       told.textContent = `${map + 1} of ${maps}`;
       draw_one();
     }
 
     function draw_one() {
-      const sums = steps[place], [, height, width] = sums.shape, size = height * width;
+      const sums = steps[place],
+        [, height, width] = sums.shape,
+        size = height * width;
       const values = sums.values.subarray(map * size, (map + 1) * size);
       const zoom = Math.round(312 / width);
       draw_tiles(one, values, [1, height, width], 1, signed_colors(largest_of(values)), zoom);
@@ -123,21 +189,40 @@ function start_cnn(contents, networks, see) {
 
     // The cell's patch and kernel. With more than one channel: what each adds, the largest first.
     function explain() {
-      const {weight, bias} = networks[name][place], [y, x] = cell, [, height, width] = input_of().shape;
+      const {weight, bias} = networks[name][place],
+        [y, x] = cell,
+        [, height, width] = input_of().shape;
       const products = Array.from({length: channels * 9}, (_, at) => {
-        const channel = Math.floor(at / 9), row = Math.floor((at % 9) / 3), column = at % 3;
+        const channel = Math.floor(at / 9),
+          row = Math.floor((at % 9) / 3),
+          column = at % 3;
         const value = input_of().values[(channel * height + y + row) * width + x + column];
         const factor = weight.values[map * channels * 9 + at];
         return [`${row + 1}, ${column + 1}`, value, factor, value * factor];
       });
       const total = steps[place].values[(map * steps[place].shape[1] + y) * steps[place].shape[2] + x];
-      if (channels === 1) return draw_products(working, products, bias.values[map], total, ["cell", "pixel", "kernel", "product"]);
-      const shares = Array.from({length: channels}, (_, channel) =>
-        [`map ${channel + 1}`, products.slice(channel * 9, channel * 9 + 9).reduce((sum, [, , , product]) => sum + product, 0)]);
+      if (channels === 1)
+        return draw_products(working, products, bias.values[map], total, [
+          "cell",
+          "pixel",
+          "kernel",
+          "product",
+        ]);
+      const shares = Array.from({length: channels}, (_, channel) => [
+        `map ${channel + 1}`,
+        products.slice(channel * 9, channel * 9 + 9).reduce((sum, [, , , product]) => sum + product, 0),
+      ]);
       shares.sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
       const rest = shares.slice(9).reduce((sum, [, share]) => sum + share, 0);
       const left_out = [`the other ${channels - 9}`, shown(rest)];
-      draw_products(working, shares.slice(0, 9), bias.values[map], total, ["from", "sum of 9 products"], left_out);
+      draw_products(
+        working,
+        shares.slice(0, 9),
+        bias.values[map],
+        total,
+        ["from", "sum of 9 products"],
+        left_out,
+      );
     }
 
     function input_of() {
@@ -155,67 +240,13 @@ function start_cnn(contents, networks, see) {
 
   // The patch of the first convolution, on the image itself.
   function mark_patch([y, x]) {
-    const canvas = by_id("cnn-image"), zoom = 8;
+    const canvas = by_id("cnn-image"),
+      zoom = 8;
     draw_image(canvas, unpack_bytes(contents.images[chosen].pixels), zoom);
     frame(canvas, x * zoom, y * zoom, 3 * zoom, 3 * zoom, 2);
   }
 
-  function draw_results() {
-    const curves = names.flatMap((one) => {
-      const {epoch, val_accuracy, train_accuracy} = contents.cnns[one].curve;
-      return [{color: one, x: epoch, y: val_accuracy}, {color: one, x: epoch, y: train_accuracy, dashed: true}];
-    });
-    const seen = curves.flatMap((curve) => curve.y).filter((value) => value !== null);
-    const {epochs, step} = contents.cnns[name].curve;
-    draw_curves(by_id("cnn-curves"), curves, {
-      label: "Accuracy of both CNNs by epoch, on train and val images", x_label: "epoch",
-      lowest: Math.min(0.95, ...seen), highest: 1, format: (value) => `${Math.round(100 * value)} %`,
-      ticks: epochs > 10 ? [1, epochs] : Array.from({length: epochs}, (_, place) => place + 1),
-    });
-    by_id("cnn-curves").append(element("p", {class: "note"},
-      element("i", {class: "key original"}), "original ", element("i", {class: "key augmented"}),
-      `augmented; lines: val, dots: train.${step > 1 ? ` One epoch in ${step} is drawn.` : ""}`));
-    draw_confusion();
-  }
-
-  function draw_confusion() {
-    const {confusion, mistakes} = contents.cnns[name], {classes} = contents;
-    const images = confusion.flat().reduce((sum, count) => sum + count, 0);
-    by_id("cnn-confusion-title").textContent = `Test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
-    const buttons = [];
-    const show = (button, actual, predicted) => {
-      if (button.getAttribute("aria-pressed") === "true") return draw_confusion(); // a second press releases it
-      const found = mistakes.filter((row) => row.label === classes[actual] && row.prediction === classes[predicted]);
-      buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
-      by_id("cnn-confusion-note").textContent =
-        `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, of which the surest mistakes are shown: ${found.length}.`;
-      by_id("cnn-mistakes").replaceChildren(...found.map((row) => {
-        const canvas = element("canvas", {role: "img", "aria-label": `${row.label}, read as ${row.prediction}`});
-        draw_image(canvas, unpack_bytes(row.pixels));
-        return element("div", {}, canvas, percent(row.confidence));
-      }));
-    };
-    const body = classes.map((label, actual) => {
-      const total = confusion[actual].reduce((sum, count) => sum + count, 0);
-      return element("tr", {}, element("th", {scope: "row"}, label), ...classes.map((other, predicted) => {
-        const count = confusion[actual][predicted];
-        const has = mistakes.some((row) => row.label === label && row.prediction === other);
-        const cell = has
-          ? element("button", {type: "button", "aria-label": `${count} of ${label} are read as ${other}`, onclick: () => show(cell, actual, predicted)}, String(count))
-          : element("span", {}, count ? String(count) : "");
-        if (has) buttons.push(cell);
-        cell.style.background = `color-mix(in srgb, var(--${name}) ${Math.round((45 * count) / (total || 1))}%, var(--card))`;
-        return element("td", {}, cell);
-      }));
-    });
-    const head = element("thead", {}, element("tr", {}, element("td", {}), ...classes.map((label) => element("th", {scope: "col"}, label))));
-    by_id("cnn-confusion").replaceChildren(element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "Confusion matrix"},
-      element("table", {}, head, element("tbody", {}, ...body))));
-    by_id("cnn-mistakes").replaceChildren();
-    by_id("cnn-confusion-note").textContent = "Framed cells have images: press one.";
-  }
-
   choose(0);
-  draw_results();
+  draw_results(contents, name);
   return update;
 }

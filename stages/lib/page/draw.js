@@ -18,8 +18,13 @@ function by_id(id) {
 
 // A number for people, with a true minus.
 function shown(value, digits = 4) {
-  const size = Math.abs(value), tiny = size > 0 && size < 0.5 * 10 ** -digits;
-  const text = Number.isInteger(value) ? String(value) : tiny || size >= 1e5 ? value.toExponential(1) : value.toFixed(digits);
+  const size = Math.abs(value),
+    tiny = size > 0 && size < 0.5 * 10 ** -digits;
+  const text = Number.isInteger(value)
+    ? String(value)
+    : tiny || size >= 1e5
+      ? value.toExponential(1)
+      : value.toFixed(digits);
   return text.replaceAll("-", "−");
 }
 
@@ -40,14 +45,22 @@ function largest_of(values) {
 // The same colours as numbers, for pixels of a canvas; they differ between light and dark.
 function palette() {
   const style = getComputedStyle(document.documentElement);
-  const rgb = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
+  const rgb = (name) =>
+    style
+      .getPropertyValue(name)
+      .trim()
+      .match(/[0-9a-f]{2}/gi)
+      .map((pair) => parseInt(pair, 16));
   return {positive: rgb("--positive"), negative: rgb("--negative"), zero: rgb("--card")};
 }
 
 // Draws images of height×width beside each other into one canvas, each value as a square of `zoom` pixels.
 // `color` gives a value's red, green and blue.
 function draw_tiles(canvas, values, [count, height, width], columns, color, zoom, chosen = -1) {
-  const gap = count > 1 ? 3 : 0, rows = Math.ceil(count / columns), wide = width * zoom, high = height * zoom;
+  const gap = count > 1 ? 3 : 0,
+    rows = Math.ceil(count / columns),
+    wide = width * zoom,
+    high = height * zoom;
   canvas.width = columns * (wide + gap) + gap;
   canvas.height = rows * (high + gap) + gap;
   const context = canvas.getContext("2d");
@@ -60,7 +73,8 @@ function draw_tiles(canvas, values, [count, height, width], columns, color, zoom
         for (let x = 0; x < zoom; x++) picture.data.set(pixel, 4 * (corner + y * wide + x));
       }
     }
-    const x = gap + (tile % columns) * (wide + gap), y = gap + Math.floor(tile / columns) * (high + gap);
+    const x = gap + (tile % columns) * (wide + gap),
+      y = gap + Math.floor(tile / columns) * (high + gap);
     context.putImageData(picture, x, y);
     if (tile === chosen) frame(canvas, x - gap, y - gap, wide + 2 * gap, high + 2 * gap, gap);
   }
@@ -77,7 +91,8 @@ function frame(canvas, x, y, width, height, line) {
 function signed_colors(largest) {
   const {positive, negative, zero} = palette();
   return (value) => {
-    const share = Math.sqrt(Math.min(Math.abs(value) / (largest || 1), 1)), end = value < 0 ? negative : positive;
+    const share = Math.sqrt(Math.min(Math.abs(value) / (largest || 1), 1)),
+      end = value < 0 ? negative : positive;
     return zero.map((part, place) => part + (end[place] - part) * share);
   };
 }
@@ -100,7 +115,8 @@ function draw_bars(place, classes, probabilities, name) {
       const bar = element("i", {});
       bar.style.width = `${100 * (probabilities[number] || 0)}%`;
       return [
-        element("span", {class: top}, label), element("span", {class: "bar"}, bar),
+        element("span", {class: top}, label),
+        element("span", {class: "bar"}, bar),
         element("span", {class: `share${top}`}, percent(probabilities[number])),
       ];
     }),
@@ -110,19 +126,29 @@ function draw_bars(place, classes, probabilities, name) {
 
 // Round steps that divide what lies between two values into at most five.
 function round_steps(low, high) {
-  const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low || 1) / 5,
+    power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough * 0.999);
-  const first = Math.floor(low / step + 1e-6), last = Math.ceil(high / step - 1e-6);
+  const first = Math.floor(low / step + 1e-6),
+    last = Math.ceil(high / step - 1e-6);
   return Array.from({length: last - first + 1}, (_, place) => (first + place) * step);
 }
 
 // Curves over one axis. Each of `curves` is {color, x, y, dashed}; a y that is null is left out.
 function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ticks, format}) {
-  const width = 360, height = 200, left = 44, right = 12, top = 14, bottom = 34;
-  const steps = round_steps(lowest, highest), low = steps[0], high = steps.at(-1);
+  const width = 360,
+    height = 200,
+    left = 44,
+    right = 12,
+    top = 14,
+    bottom = 34;
+  const steps = round_steps(lowest, highest),
+    low = steps[0],
+    high = steps.at(-1);
   const digits = Math.max(0, -Math.floor(Math.log10(steps[1] - steps[0]) + 1e-6));
   const xs = curves.flatMap((curve) => curve.x);
-  const first = Math.min(...xs), last = Math.max(...xs);
+  const first = Math.min(...xs),
+    last = Math.max(...xs);
   const to_x = (x) => left + ((x - first) / (last - first || 1)) * (width - left - right);
   const to_y = (y) => top + (1 - (y - low) / (high - low || 1)) * (height - top - bottom);
   const svg = (tag, attributes, text) => {
@@ -137,13 +163,22 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
     picture.append(svg("line", {class: "grid", x1: left, x2: width - right, y1: y, y2: y}));
     picture.append(svg("text", {x: left - 6, y: y + 4, "text-anchor": "end"}, format(value, digits)));
   }
-  for (const x of new Set(ticks)) picture.append(svg("text", {x: to_x(x), y: height - bottom + 16, "text-anchor": "middle"}, shown(x)));
-  picture.append(svg("text", {x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle"}, x_label));
+  for (const x of new Set(ticks))
+    picture.append(svg("text", {x: to_x(x), y: height - bottom + 16, "text-anchor": "middle"}, shown(x)));
+  picture.append(
+    svg("text", {x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle"}, x_label),
+  );
   for (const {color, x, y, dashed} of curves) {
     const points = x.map((value, place) => [value, y[place]]).filter(([, value]) => value !== null);
-    const path = points.map(([x, y], place) => `${place ? "L" : "M"}${to_x(x).toFixed(1)} ${to_y(Math.min(Math.max(y, low), high)).toFixed(1)}`);
+    const path = points.map(
+      ([x, y], place) =>
+        `${place ? "L" : "M"}${to_x(x).toFixed(1)} ${to_y(Math.min(Math.max(y, low), high)).toFixed(1)}`,
+    );
     picture.append(svg("path", {class: `curve ${color}${dashed ? " train" : ""}`, d: path.join("")}));
-    if (points.length === 1) picture.append(svg("circle", {class: `dot ${color}`, cx: to_x(points[0][0]), cy: to_y(points[0][1]), r: 4}));
+    if (points.length === 1)
+      picture.append(
+        svg("circle", {class: `dot ${color}`, cx: to_x(points[0][0]), cy: to_y(points[0][1]), r: 4}),
+      );
   }
   if (marker !== undefined) {
     const x = to_x(Math.min(Math.max(marker, first), last));
@@ -161,7 +196,12 @@ function said(read, label) {
 // Radio buttons; `choose` gets the place of the one that was chosen.
 function draw_choice(place, name, labels, choose) {
   labels.forEach((label, number) => {
-    const input = element("input", {type: "radio", name, checked: number === 0, onchange: () => choose(number)});
+    const input = element("input", {
+      type: "radio",
+      name,
+      checked: number === 0,
+      onchange: () => choose(number),
+    });
     place.append(element("label", {}, input, label));
   });
 }
@@ -170,10 +210,17 @@ function draw_choice(place, name, labels, choose) {
 function draw_products(place, rows, bias, total, heads = ["", "input", "weight", "product"], left_out = "") {
   const cells = (texts, tag = "td") => texts.map((text) => element(tag, {}, text));
   const table = element("table", {}, element("tr", {}, ...cells(heads, "th")));
-  for (const [name, ...values] of rows) table.append(element("tr", {}, ...cells([name, ...values.map((value) => shown(value))])));
+  for (const [name, ...values] of rows)
+    table.append(element("tr", {}, ...cells([name, ...values.map((value) => shown(value))])));
   const ends = heads.map(() => "");
   if (left_out) table.append(element("tr", {}, ...cells(left_out)));
   table.append(element("tr", {}, ...cells(["bias", ...ends.slice(2), shown(bias)])));
   table.append(element("tr", {class: "total"}, ...cells(["sum", ...ends.slice(2), shown(total)])));
-  place.replaceChildren(element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": "How the value is made"}, table));
+  place.replaceChildren(
+    element(
+      "div",
+      {class: "scroll", tabindex: 0, role: "region", "aria-label": "How the value is made"},
+      table,
+    ),
+  );
 }

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("network.js", "move.js", "draw.js", "toy.js", "cnn.js", "moved.js", "start.js")  # in this order
+# Each uses those before it.
+SCRIPTS = ("network", "move", "draw", "toy", "cnn", "results", "moved", "start")
 
 
 def html(contents: dict) -> str:
@@ -15,7 +16,7 @@ def html(contents: dict) -> str:
         "<!-- contents -->": '<script type="application/json" id="contents">'
         + json.dumps(contents, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         + "</script>",
-        "<!-- scripts -->": "".join(f"<script>\n{_read(name)}</script>\n" for name in SCRIPTS),
+        "<!-- scripts -->": "".join(f"<script>\n{_read(f'{name}.js')}</script>\n" for name in SCRIPTS),
     }
     page = _read("page.html")
     for place, text in parts.items():

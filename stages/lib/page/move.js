@@ -16,12 +16,15 @@ function shift(pixels, right, down) {
 // About the middle, counterclockwise: each pixel is looked up where it came from, between four pixels.
 // torch rounds every step to single precision. Without that, one pixel in 40,000 would differ by 1.
 function rotate(pixels, degrees) {
-  const angle = (degrees * Math.PI) / 180, half = SIDE / 2;
-  const cos = single(single(Math.cos(angle)) / half), sin = single(single(Math.sin(angle)) / half);
+  const angle = (degrees * Math.PI) / 180,
+    half = SIDE / 2;
+  const cos = single(single(Math.cos(angle)) / half),
+    sin = single(single(Math.sin(angle)) / half);
   const rotated = new Uint8Array(SIDE * SIDE);
   for (let y = 0; y < SIDE; y++) {
     for (let x = 0; x < SIDE; x++) {
-      const right = x - half + 0.5, down = y - half + 0.5; // from the middle
+      const right = x - half + 0.5,
+        down = y - half + 0.5; // from the middle
       const from_x = single(single(right * cos) - single(down * sin)); // from -1 to 1
       const from_y = single(single(right * sin) + single(down * cos));
       rotated[y * SIDE + x] = round_half_even(between(pixels, to_pixels(from_x), to_pixels(from_y)));
@@ -38,9 +41,17 @@ function to_pixels(place) {
 
 // Bilinear: the four pixels around a place, each weighed by how near it is.
 function between(pixels, x, y) {
-  const left = Math.floor(x), top = Math.floor(y), right = single(x - left), down = single(y - top);
+  const left = Math.floor(x),
+    top = Math.floor(y),
+    right = single(x - left),
+    down = single(y - top);
   let sum = 0;
-  for (const [beside, below] of [[0, 0], [1, 0], [0, 1], [1, 1]]) {
+  for (const [beside, below] of [
+    [0, 0],
+    [1, 0],
+    [0, 1],
+    [1, 1],
+  ]) {
     const weight = single((beside ? right : single(1 - right)) * (below ? down : single(1 - down)));
     sum = single(sum + pixel_at(pixels, left + beside, top + below) * weight);
   }
@@ -52,6 +63,7 @@ function pixel_at(pixels, x, y) {
 }
 
 function round_half_even(value) {
-  const down = Math.floor(value), rest = value - down;
+  const down = Math.floor(value),
+    rest = value - down;
   return rest > 0.5 || (rest === 0.5 && down % 2) ? down + 1 : down;
 }

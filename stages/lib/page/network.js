@@ -7,7 +7,8 @@
 function conv2d(image, kernels, bias) {
   const [n_in, height, width] = image.shape;
   const [n_out, , kernel_height, kernel_width] = kernels.shape;
-  const out_height = height - kernel_height + 1, out_width = width - kernel_width + 1;
+  const out_height = height - kernel_height + 1,
+    out_width = width - kernel_width + 1;
   const sums = new Float64Array(n_out * out_height * out_width);
   let place = 0;
   for (let out = 0; out < n_out; out++) {
@@ -31,7 +32,8 @@ function conv2d(image, kernels, bias) {
 // Largest value of each size×size window; a border too small for a window is dropped.
 function max_pool2d(image, size) {
   const [channels, height, width] = image.shape;
-  const out_height = Math.floor(height / size), out_width = Math.floor(width / size);
+  const out_height = Math.floor(height / size),
+    out_width = Math.floor(width / size);
   const pooled = new Float64Array(channels * out_height * out_width);
   let place = 0;
   for (let channel = 0; channel < channels; channel++) {
@@ -40,7 +42,10 @@ function max_pool2d(image, size) {
         let largest = -Infinity;
         for (let y = 0; y < size; y++) {
           for (let x = 0; x < size; x++) {
-            largest = Math.max(largest, image.values[(channel * height + i * size + y) * width + j * size + x]);
+            largest = Math.max(
+              largest,
+              image.values[(channel * height + i * size + y) * width + j * size + x],
+            );
           }
         }
         pooled[place++] = largest;
@@ -56,7 +61,8 @@ function linear(inputs, weights, bias) {
   const outputs = new Float64Array(n_out);
   for (let out = 0; out < n_out; out++) {
     let sum = bias.values[out];
-    for (let place = 0; place < n_in; place++) sum += inputs.values[place] * weights.values[out * n_in + place];
+    for (let place = 0; place < n_in; place++)
+      sum += inputs.values[place] * weights.values[out * n_in + place];
     outputs[out] = sum;
   }
   return {shape: [n_out], values: outputs};
@@ -88,12 +94,18 @@ function forward(layers, image) {
 
 function through(layer, inputs) {
   switch (layer.type) {
-    case "Conv2d": return conv2d(inputs, layer.weight, layer.bias);
-    case "MaxPool2d": return max_pool2d(inputs, layer.size);
-    case "ReLU": return relu(inputs);
-    case "Flatten": return {shape: [inputs.values.length], values: inputs.values};
-    case "Linear": return linear(inputs, layer.weight, layer.bias);
-    case "Sigmoid": return sigmoid(inputs);
+    case "Conv2d":
+      return conv2d(inputs, layer.weight, layer.bias);
+    case "MaxPool2d":
+      return max_pool2d(inputs, layer.size);
+    case "ReLU":
+      return relu(inputs);
+    case "Flatten":
+      return {shape: [inputs.values.length], values: inputs.values};
+    case "Linear":
+      return linear(inputs, layer.weight, layer.bias);
+    case "Sigmoid":
+      return sigmoid(inputs);
   }
   throw new Error(`no loops for ${layer.type}`);
 }
@@ -101,7 +113,8 @@ function through(layer, inputs) {
 // The arrays of the page, as contents.py packs them: numbers, or base64 of whole numbers of steps.
 function unpack(packed) {
   if (packed.numbers) return {shape: packed.shape, values: Float64Array.from(packed.numbers)};
-  const steps = new Int16Array(unpack_bytes(packed.int16).buffer), values = new Float64Array(steps.length);
+  const steps = new Int16Array(unpack_bytes(packed.int16).buffer),
+    values = new Float64Array(steps.length);
   for (let place = 0; place < values.length; place++) {
     values[place] = steps[place] === -32768 ? NaN : steps[place] * packed.step;
   }
@@ -109,14 +122,16 @@ function unpack(packed) {
 }
 
 function unpack_bytes(base64) {
-  const text = atob(base64), bytes = new Uint8Array(text.length);
+  const text = atob(base64),
+    bytes = new Uint8Array(text.length);
   for (let place = 0; place < bytes.length; place++) bytes[place] = text.charCodeAt(place);
   return bytes;
 }
 
 function unpack_layers(layers) {
   return layers.map((layer) =>
-    layer.weight ? {...layer, weight: unpack(layer.weight), bias: unpack(layer.bias)} : layer);
+    layer.weight ? {...layer, weight: unpack(layer.weight), bias: unpack(layer.bias)} : layer,
+  );
 }
 
 // An image of 28×28 pixels from 0 to 255, as the CNN takes it: (1, 28, 28) from 0 to 1.

@@ -4,10 +4,17 @@
 
 function start_toy(toy) {
   const trained = toy.layers.map((layer) => layer.type);
-  const conv = trained.indexOf("Conv2d"), pool = trained.indexOf("MaxPool2d"), zero = trained.indexOf("ReLU");
-  const dense = trained.indexOf("Linear"), end = trained.indexOf("Sigmoid");
+  const conv = trained.indexOf("Conv2d"),
+    pool = trained.indexOf("MaxPool2d"),
+    zero = trained.indexOf("ReLU");
+  const dense = trained.indexOf("Linear"),
+    end = trained.indexOf("Sigmoid");
   const moments = toy.moments.length - 1;
-  let image = 0, looked_at = [conv, 0], images, layers, moment_of = layers_of(moments);
+  let image = 0,
+    looked_at = [conv, 0],
+    images,
+    layers,
+    moment_of = layers_of(moments);
 
   // Every cell that can be edited: where its number is kept, and what it was after the training.
   const edited = [];
@@ -38,7 +45,10 @@ function start_toy(toy) {
 
   function editable(label, find, place) {
     const input = element("input", {
-      class: "cell", type: "number", step: "any", "aria-label": label,
+      class: "cell",
+      type: "number",
+      step: "any",
+      "aria-label": label,
       oninput: () => {
         if (input.value === "" || !Number.isFinite(input.valueAsNumber)) return;
         find().values[place] = input.valueAsNumber;
@@ -51,8 +61,18 @@ function start_toy(toy) {
   }
 
   function result(label, layer, place) {
-    const look = () => { looked_at = [layer, place]; update(document.activeElement); };
-    const cell = element("button", {class: "cell", type: "button", "aria-label": label, onmouseenter: look, onfocus: look, onclick: look});
+    const look = () => {
+      looked_at = [layer, place];
+      update(document.activeElement);
+    };
+    const cell = element("button", {
+      class: "cell",
+      type: "button",
+      "aria-label": label,
+      onmouseenter: look,
+      onfocus: look,
+      onclick: look,
+    });
     cells.set(`${layer},${place}`, cell);
     return cell;
   }
@@ -72,8 +92,12 @@ function start_toy(toy) {
   }
 
   function build() {
-    const pixels = Array.from({length: 16}, (_, place) => editable(`Pixel, ${two(place, 4)}`, () => images[image], place));
-    const kernel = Array.from({length: 9}, (_, place) => editable(`Kernel, ${two(place, 3)}`, () => layers[conv].weight, place));
+    const pixels = Array.from({length: 16}, (_, place) =>
+      editable(`Pixel, ${two(place, 4)}`, () => images[image], place),
+    );
+    const kernel = Array.from({length: 9}, (_, place) =>
+      editable(`Kernel, ${two(place, 3)}`, () => layers[conv].weight, place),
+    );
     const bias = editable("Bias of the kernel", () => layers[conv].bias, 0);
     const weight = editable("Weight of the linear layer", () => layers[dense].weight, 0);
     const last = editable("Bias of the linear layer", () => layers[dense].bias, 0);
@@ -84,11 +108,23 @@ function start_toy(toy) {
       figure("Convolution", grid(2, sums)),
       figure("Largest", result("Largest of the four", pool, 0)),
       figure("ReLU", result("After ReLU", zero, 0)),
-      figure("Linear", grid(1, [result("After the linear layer", dense, 0)]), element("div", {class: "extra"}, "weight", weight),
-        element("div", {class: "extra"}, "bias", last)),
+      figure(
+        "Linear",
+        grid(1, [result("After the linear layer", dense, 0)]),
+        element("div", {class: "extra"}, "weight", weight),
+        element("div", {class: "extra"}, "bias", last),
+      ),
       figure("Sigmoid", result("Probability of label 1", end, 0)),
     );
-    draw_choice(by_id("toy-image"), "toy-image", toy.labels.map((label) => `label ${label}`), (number) => { image = number; update(); });
+    draw_choice(
+      by_id("toy-image"),
+      "toy-image",
+      toy.labels.map((label) => `label ${label}`),
+      (number) => {
+        image = number;
+        update();
+      },
+    );
     by_id("toy-moment").max = moments;
     by_id("toy-moment").addEventListener("input", (event) => go_to(Number(event.target.value)));
     by_id("toy-restore").addEventListener("click", restore);
@@ -96,16 +132,24 @@ function start_toy(toy) {
 
   // `typing` is the cell in which somebody types: its text is left alone.
   function update(typing) {
-    const through = images.map((one) => forward(layers, one)), steps = through[image];
-    const all = [...images.flatMap((one) => [...one.values]), ...layers[conv].weight.values, ...steps[conv].values];
+    const through = images.map((one) => forward(layers, one)),
+      steps = through[image];
+    const all = [
+      ...images.flatMap((one) => [...one.values]),
+      ...layers[conv].weight.values,
+      ...steps[conv].values,
+    ];
     const largest = largest_of(all);
     const untouched = new Map([
       ...images.map((one, number) => [one, toy.images[number].numbers]),
-      ...[conv, dense].flatMap((layer) => ["weight", "bias"].map((name) => [layers[layer][name], moment_of[layer][name].values])),
+      ...[conv, dense].flatMap((layer) =>
+        ["weight", "bias"].map((name) => [layers[layer][name], moment_of[layer][name].values]),
+      ),
     ]);
     let changes = 0;
     for (const {input, find, place} of edited) {
-      const kept = find(), value = kept.values[place];
+      const kept = find(),
+        value = kept.values[place];
       if (input !== typing) input.value = Number(value.toFixed(3));
       input.style.background = tint(value, largest);
       const changed = untouched.get(kept)[place] !== value;
@@ -113,7 +157,8 @@ function start_toy(toy) {
       changes += changed;
     }
     for (const [key, cell] of cells) {
-      const [layer, place] = key.split(",").map(Number), value = steps[layer].values[place];
+      const [layer, place] = key.split(",").map(Number),
+        value = steps[layer].values[place];
       cell.textContent = shown(value, 3);
       cell.style.background = layer === end ? tint(value, 1) : tint(value, largest);
     }
@@ -126,9 +171,11 @@ function start_toy(toy) {
 
   // The cells from which the one that is looked at is made.
   function light(steps) {
-    const [layer, place] = looked_at, lit = new Set([cells.get(`${layer},${place}`)]);
+    const [layer, place] = looked_at,
+      lit = new Set([cells.get(`${layer},${place}`)]);
     if (layer === conv) {
-      const top = Math.floor(place / 2), left = place % 2;
+      const top = Math.floor(place / 2),
+        left = place % 2;
       for (let cell = 0; cell < 9; cell++) {
         lit.add(edited[(top + Math.floor(cell / 3)) * 4 + left + (cell % 3)].input);
         lit.add(edited[16 + cell].input);
@@ -136,16 +183,23 @@ function start_toy(toy) {
     }
     if (layer === pool) for (let cell = 0; cell < 4; cell++) lit.add(cells.get(`${conv},${cell}`));
     if (layer === zero) lit.add(cells.get(`${pool},0`));
-    if (layer === dense) lit.add(cells.get(`${zero},0`)).add(edited[26].input).add(edited[27].input);
+    if (layer === dense)
+      lit
+        .add(cells.get(`${zero},0`))
+        .add(edited[26].input)
+        .add(edited[27].input);
     if (layer === end) lit.add(cells.get(`${dense},0`));
-    for (const cell of [...cells.values(), ...edited.map((one) => one.input)]) cell.classList.toggle("lit", lit.has(cell));
+    for (const cell of [...cells.values(), ...edited.map((one) => one.input)])
+      cell.classList.toggle("lit", lit.has(cell));
   }
 
   function explain(layer, place, steps) {
-    const target = by_id("toy-working"), out = steps[layer].values[place];
+    const target = by_id("toy-working"),
+      out = steps[layer].values[place];
     const say = (text) => target.replaceChildren(element("p", {}, text));
     if (layer === conv) {
-      const top = Math.floor(place / 2), left = place % 2;
+      const top = Math.floor(place / 2),
+        left = place % 2;
       const rows = Array.from({length: 9}, (_, cell) => {
         const pixel = images[image].values[(top + Math.floor(cell / 3)) * 4 + left + (cell % 3)];
         const weight = layers[conv].weight.values[cell];
@@ -153,35 +207,54 @@ function start_toy(toy) {
       });
       draw_products(target, rows, layers[conv].bias.values[0], out, ["cell", "pixel", "kernel", "product"]);
     } else if (layer === pool) {
-      say(`The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}.`);
+      say(
+        `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}.`,
+      );
     } else if (layer === zero) {
       const value = steps[pool].values[0];
-      say(value > 0 ? `${shown(value)} is positive and stays.` : `${shown(value)} is not positive and becomes 0.`);
+      say(
+        value > 0
+          ? `${shown(value)} is positive and stays.`
+          : `${shown(value)} is not positive and becomes 0.`,
+      );
     } else if (layer === dense) {
-      const value = steps[zero].values[0], weight = layers[dense].weight.values[0];
+      const value = steps[zero].values[0],
+        weight = layers[dense].weight.values[0];
       draw_products(target, [["", value, weight, value * weight]], layers[dense].bias.values[0], out);
     } else {
       const value = steps[dense].values[0];
-      say(`1 / (1 + e^(−x)) of x = ${shown(value)} is ${shown(out, 6)}: the probability that the label is 1.`);
+      say(
+        `1 / (1 + e^(−x)) of x = ${shown(value)} is ${shown(out, 6)}: the probability that the label is 1.`,
+      );
     }
   }
 
   function tell(through, changes) {
-    const moment = Number(by_id("toy-moment").value), epoch = toy.moments[moment][0], total = toy.curve.epochs;
+    const moment = Number(by_id("toy-moment").value),
+      epoch = toy.moments[moment][0],
+      total = toy.curve.epochs;
     by_id("toy-epoch").textContent = `after epoch ${epoch} of ${total}${changes ? ", edited" : ""}`;
     by_id("toy-moment").setAttribute("aria-valuetext", `after epoch ${epoch}`);
     const outputs = through.map((steps) => steps[end].values[0]);
-    const losses = outputs.map((output, number) => Math.min(100, -Math.log(toy.labels[number] ? output : 1 - output))); // as torch
+    const losses = outputs.map((output, number) =>
+      Math.min(100, -Math.log(toy.labels[number] ? output : 1 - output)),
+    ); // as torch
     const loss = losses.reduce((sum, one) => sum + one, 0) / losses.length;
     const dead = through.every((steps) => steps[zero].values.every((value) => value === 0));
     const thinned = toy.curve.step > 1 ? ` The curve shows one epoch in ${toy.curve.step}.` : "";
     by_id("toy-note").textContent =
       `Now: loss ${shown(loss)}; P(label 1) is ${outputs.map((output, number) => `${shown(output)} for the image with label ${toy.labels[number]}`).join(" and ")}.` +
-      (dead ? " The ReLU gives 0 for both images, so no gradient reaches the kernel: a dead ReLU." : "") + thinned;
+      (dead ? " The ReLU gives 0 for both images, so no gradient reaches the kernel: a dead ReLU." : "") +
+      thinned;
     const highest = Math.max(...toy.curve.train_loss.filter((value) => value !== null), 0.01);
     draw_curves(by_id("toy-loss"), [{color: "original", x: toy.curve.epoch, y: toy.curve.train_loss}], {
-      label: "Loss of the toy CNN by epoch", x_label: "epoch", lowest: 0, highest, marker: epoch,
-      ticks: [toy.curve.epoch[0], Math.round(total / 2), total], format: shown,
+      label: "Loss of the toy CNN by epoch",
+      x_label: "epoch",
+      lowest: 0,
+      highest,
+      marker: epoch,
+      ticks: [toy.curve.epoch[0], Math.round(total / 2), total],
+      format: shown,
     });
   }
 

@@ -1,0 +1,103 @@
+"use strict";
+
+// Part 2, below the layers: how a CNN learned, and what it takes for what.
+
+function draw_results(contents, name) {
+  const curves = Object.keys(contents.cnns).flatMap((one) => {
+    const {epoch, val_accuracy, train_accuracy} = contents.cnns[one].curve;
+    return [
+      {color: one, x: epoch, y: val_accuracy},
+      {color: one, x: epoch, y: train_accuracy, dashed: true},
+    ];
+  });
+  const seen = curves.flatMap((curve) => curve.y).filter((value) => value !== null);
+  const {epochs, step} = contents.cnns[name].curve;
+  draw_curves(by_id("cnn-curves"), curves, {
+    label: "Accuracy of both CNNs by epoch, on train and val images",
+    x_label: "epoch",
+    lowest: Math.min(0.95, ...seen),
+    highest: 1,
+    format: (value) => `${Math.round(100 * value)} %`,
+    ticks: epochs > 10 ? [1, epochs] : Array.from({length: epochs}, (_, place) => place + 1),
+  });
+  by_id("cnn-curves").append(
+    element(
+      "p",
+      {class: "note"},
+      element("i", {class: "key original"}),
+      "original ",
+      element("i", {class: "key augmented"}),
+      `augmented; lines: val, dots: train.${step > 1 ? ` One epoch in ${step} is drawn.` : ""}`,
+    ),
+  );
+  draw_confusion(contents, name);
+}
+
+// Pressing a cell shows its images among the surest mistakes; a second press releases it.
+function draw_confusion(contents, name) {
+  const {confusion, mistakes} = contents.cnns[name],
+    {classes} = contents;
+  const images = confusion.flat().reduce((sum, count) => sum + count, 0);
+  by_id("cnn-confusion-title").textContent =
+    `Test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
+  const buttons = [];
+  const show = (button, actual, predicted) => {
+    if (button.getAttribute("aria-pressed") === "true") return draw_confusion(contents, name);
+    const found = mistakes.filter(
+      (row) => row.label === classes[actual] && row.prediction === classes[predicted],
+    );
+    buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
+    by_id("cnn-confusion-note").textContent =
+      `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, of which the surest mistakes are shown: ${found.length}.`;
+    by_id("cnn-mistakes").replaceChildren(
+      ...found.map((row) => {
+        const canvas = element("canvas", {
+          role: "img",
+          "aria-label": `${row.label}, read as ${row.prediction}`,
+        });
+        draw_image(canvas, unpack_bytes(row.pixels));
+        return element("div", {}, canvas, percent(row.confidence));
+      }),
+    );
+  };
+  const body = classes.map((label, actual) => {
+    const total = confusion[actual].reduce((sum, count) => sum + count, 0);
+    return element(
+      "tr",
+      {},
+      element("th", {scope: "row"}, label),
+      ...classes.map((other, predicted) => {
+        const count = confusion[actual][predicted];
+        const has = mistakes.some((row) => row.label === label && row.prediction === other);
+        const cell = has
+          ? element(
+              "button",
+              {
+                type: "button",
+                "aria-label": `${count} of ${label} are read as ${other}`,
+                onclick: () => show(cell, actual, predicted),
+              },
+              String(count),
+            )
+          : element("span", {}, count ? String(count) : "");
+        if (has) buttons.push(cell);
+        cell.style.background = `color-mix(in srgb, var(--${name}) ${Math.round((45 * count) / (total || 1))}%, var(--card))`;
+        return element("td", {}, cell);
+      }),
+    );
+  });
+  const head = element(
+    "thead",
+    {},
+    element("tr", {}, element("td", {}), ...classes.map((label) => element("th", {scope: "col"}, label))),
+  );
+  by_id("cnn-confusion").replaceChildren(
+    element(
+      "div",
+      {class: "scroll", tabindex: 0, role: "region", "aria-label": "Confusion matrix"},
+      element("table", {}, head, element("tbody", {}, ...body)),
+    ),
+  );
+  by_id("cnn-mistakes").replaceChildren();
+  by_id("cnn-confusion-note").textContent = "Framed cells have images: press one.";
+}
