@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -420,13 +424,23 @@ def test_few_val_images_are_all_shown():
 
 @pytest.mark.parametrize("path", ["models/toy_cnn_history.csv", "models/cnn_original.safetensors"])
 def test_a_missing_or_damaged_file_is_named(built, tmp_path, monkeypatch, path):
-    import shutil
-
     folder = shutil.copytree(built, tmp_path / "copy")
     monkeypatch.chdir(folder)
     (folder / path).write_text("epoch,kernel_00\n0,0.5\n")
     with pytest.raises(StageError, match=re.escape(path)):
         build(monkeypatch, *garments(2000, 1))
+
+
+def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
+    def make_page(folder):
+        command = [sys.executable, ROOT / "tools/page.py"]
+        settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
+        return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
+
+    assert make_page(built).stdout == "page/fashion-cnn.html: open it in a browser\n"
+    missing = make_page(workspace)
+    fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes\n"
+    assert (missing.returncode, missing.stderr) == (1, fault)
 
 
 def test_the_colours_are_those_of_the_figures():
