@@ -60,7 +60,7 @@ def test_committed_results_are_current(project):
         for change in changes:
             for kind in ("changed outs", "changed deps"):
                 for path, state in change.get(kind, {}).items():
-                    assert path.split("/")[0] in ("data", "models"), path
+                    assert path.split("/")[0] in ("data", "models", "page"), path
                     assert state in ("deleted", "not in cache"), path
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     with Repo(str(project)) as repo:

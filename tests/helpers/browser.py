@@ -52,7 +52,7 @@ def see_comparison(page) -> None:
 def see_models(page) -> None:
     """From the table: press Models at the left."""
     page.get_by_role("link", name="Models", exact=True).click()
-    page.get_by_text("Model name").wait_for()
+    page.get_by_text("Ready", exact=True).first.wait_for()
 
 
 def see_run(page, name: str) -> None:
