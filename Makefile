@@ -75,10 +75,10 @@ page: .venv/ready ## open the page on which the trained CNNs can be looked into
 	@$(ACTIVATE) python tools/page.py
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
-	$(ACTIVATE) python tools/sync.py
+	@$(ACTIVATE) python tools/sync.py
 
 ui: .venv/ready ## bring the runs in line, then open MLflow's table of trainings on 127.0.0.1:5000
-	-$(ACTIVATE) python tools/sync.py
+	-@$(ACTIVATE) python tools/sync.py
 	@$(ACTIVATE) python tools/ui.py
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay

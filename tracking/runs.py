@@ -199,7 +199,8 @@ def log_model_metrics(client, run_id: str) -> None:
             continue
         has = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics or []}
         new = []
-        for name, value in run.data.metrics.items():
+        # First the one to choose by: the table has its columns in the order in which it was given them.
+        for name, value in sorted(run.data.metrics.items(), key=lambda one: one[0] != "val_accuracy"):
             if has.get(name) == value or not math.isfinite(value):  # MLflow would show 0 for NaN
                 continue
             # With time and epoch of the run's own value, or the run would get the same value a second time.
