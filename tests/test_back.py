@@ -26,13 +26,14 @@ import numpy as np
 from lib.params import load_params
 from lib.stage.files import write_csv, write_json, write_tensors
 from lib.stage.process import run_stage
-from lib.trainings import TOY
+from lib.trainings import TOY, TOY_HISTORY
 
 def main():
     params = load_params("train_toy_cnn").train_toy_cnn
     if params.epochs == 99999:
         time.sleep(600)
     write_tensors(TOY.weights, {"weights": np.array([params.seed, params.epochs])})
+    write_csv(TOY_HISTORY, [{"epoch": 1}])
     write_csv(TOY.curve, [{"epoch": 1, "train_loss": params.seed}])
     write_json(TOY.metrics, {"train_loss": params.seed})
 
@@ -203,7 +204,7 @@ def test_the_summary_tells_the_same_other_params_and_other_bytes_apart(project):
     lock = (project / "dvc.lock").read_text()
     (project / "dvc.lock").write_text(lock.replace("ab" * 16, "cd" * 16))
     told = tool(project, "summary")
-    assert "1 of 4 outputs differ from the committed ones, the first of them models/toy_cnn.safe" in told
+    assert "1 of 5 outputs differ from the committed ones, the first of them models/toy_cnn.safe" in told
     assert re.search("that is (not )?expected.*\n`make baseline` commits these results", told)
     for command in ("make ui", "make back", "make repro"):
         assert command in told
@@ -212,7 +213,7 @@ def test_the_summary_tells_the_same_other_params_and_other_bytes_apart(project):
 def test_a_baseline_is_what_later_results_are_compared_with(project):
     of_another_machine(project)
     tool(project, "back")
-    assert "1 of 4 outputs differ" in tool(project, "summary")
+    assert "1 of 5 outputs differ" in tool(project, "summary")
     shutil.copy(Path(__file__).resolve().parents[1] / "Makefile", project)
     identity = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     subprocess.run(["make", "baseline"], cwd=project, check=True, env=environment(**identity))

@@ -14,7 +14,7 @@ from lib.reporting.provenance import GitError, git
 from lib.stage.process import run_stage
 
 NEXT = """
-  look         metrics/figures/ has the pictures, metrics/verify_manual_conv.md the toy by hand
+  look         make page opens the CNNs of this run; metrics/figures/ has the pictures
   compare      make compare A=HEAD B=workspace, or make ui
   experiment   edit params.yaml and run `make repro`: only what the change reaches runs again
   return       make back restores the committed params and results
