@@ -142,7 +142,7 @@ def test_a_lock_file_in_conflict_is_left_to_a_person(project):
     path.write_text(whole)
 
 
-@pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-6), slice(2, None)])
+@pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-12), slice(2, None)])
 def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_stays(project, cut):
     path = project / "dvc.lock"
     whole = path.read_text()
