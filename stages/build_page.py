@@ -5,7 +5,7 @@ from pathlib import Path
 from lib.fashion_mnist import CLASSES, TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.models.device import prepare_torch
 from lib.page import contents
-from lib.page.html import html
+from lib.page.html import PAGE, html
 from lib.params import load_params
 from lib.reporting.outbox import Outbox
 from lib.results import read_weights_sha256
@@ -14,7 +14,6 @@ from lib.stage.files import read_tensors, write_text
 from lib.stage.process import run_stage
 from lib.trainings import CNNS
 
-PAGE = Path("page/fashion-cnn.html")
 TENSORS = Path("data/toy.safetensors")
 
 

@@ -35,7 +35,7 @@ from pipeline import (
 from project import ROOT, copy_of_project, git, stage_definitions
 from recovery import kill_stage
 from servers import lose_server
-from tracking.runs import has_model
+from tracking.runs import ready_models
 
 pytestmark = [
     pytest.mark.slow,
@@ -169,7 +169,7 @@ def test_each_training_is_one_run_with_all_its_results(project):
         assert run.data.tags["git_commit"] == commit
         assert run.data.tags["git_dirty"] == "false"
         assert run.data.tags["dvc_stage"] == name
-        assert has_model(client, run)
+        assert ready_models(client, run)
     original = found["train_cnn@original"]
     assert original.data.params["train_cnn.epochs"] == "2"
     assert original.data.params["split.train_size"] == "1000"

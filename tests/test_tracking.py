@@ -95,7 +95,7 @@ def assert_whole(run, workspace: Path) -> None:
     assert json.loads(dataset.dataset.profile) == {"train_images": 2, "digest": "cd" * 16}
     client = connect().client
     assert "layers.txt" in {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert runs.has_model(client, run)
+    assert runs.ready_models(client, run)
 
 
 def test_a_training_is_one_whole_run(workspace):
@@ -748,9 +748,9 @@ def test_a_model_that_was_deleted_is_logged_again(unsent):
     send_left_over(connect())
     [run] = all_runs()
     client.delete_logged_model(run.outputs.model_outputs[0].model_id)
-    assert not runs.has_model(client, run)
+    assert not runs.ready_models(client, run)
     assert runs.log_model(client, run.info.run_id, TOY.stage, unsent / "toy.safetensors") is None
-    assert runs.has_model(client, client.get_run(run.info.run_id))
+    assert runs.ready_models(client, client.get_run(run.info.run_id))
 
 
 def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):

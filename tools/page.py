@@ -6,11 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
+from lib.page.html import PAGE
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
 from ui import can_show
-
-PAGE = Path("page/fashion-cnn.html")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from lib.models.cnns import build_cnn, load_weights, save_weights, to_input
 from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
 from lib.trainings import CNNS, TRAININGS
-from tracking.runs import find_run, has_run, log_model_metrics
+from tracking.runs import find_run, has_run, log_model_metrics, ready_models
 from tracking.store import Store, as_store_error, connect
 
 SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
@@ -110,9 +110,9 @@ def exported(client, run) -> torch.nn.Module:
     """The model that the run has in MLflow. Raises StageError if it has none."""
     import mlflow
 
-    models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
-    models = [model for model in models if not model.name.endswith((SERVED, "classifier"))]  # an earlier name
-    if not (ready := [model for model in models if model.status == "READY"]):
+    served = (SERVED, "classifier")  # the second: as earlier versions named it
+    ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
+    if not ready:
         raise StageError(
             f"{run.info.run_id}: the run has no model; `make sync` adds it if its weights are here"
         )

@@ -133,7 +133,7 @@ def _sync_curve(client, run_id: str, path: Path) -> list[str]:
 
 def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
     """Log the model to a run that has none; needs the weights, which only the DVC cache may have."""
-    if not weights.exists() or runs.has_model(client, client.get_run(run_id)):
+    if not weights.exists() or runs.ready_models(client, client.get_run(run_id)):
         return []
     runs.log_model(client, run_id, training, weights)
     return ["model"]

@@ -79,20 +79,18 @@ def create_run(store: Store, training: str, name: str, tags: dict[str, str], whe
     return store.client.create_run(experiment_id, when, tags, run_name=name).info.run_id
 
 
-def has_model(client, run) -> bool:
-    """Whether the run has a model with its files: MLflow attaches one before it sends them."""
-    return any(_is_ready(client, output.model_id) for output in run.outputs.model_outputs)
-
-
-def _is_ready(client, model_id: str) -> bool:
+def ready_models(client, run) -> list:
+    """The run's models that have their files: MLflow attaches one before it sends them."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        return client.get_logged_model(model_id).status == "READY"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False  # deleted, though the run still names it
+    found = []
+    for output in run.outputs.model_outputs:
+        try:
+            found.append(client.get_logged_model(output.model_id))
+        except MlflowException as error:  # deleted, though the run still names it
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return [model for model in found if model.status == "READY"]
 
 
 def is_finished(client, run_id: str) -> bool:
@@ -194,10 +192,8 @@ def log_model_metrics(client, run_id: str) -> None:
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
-    for model_id in (output.model_id for output in run.outputs.model_outputs):
-        if not _is_ready(client, model_id):
-            continue
-        has = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics or []}
+    for model in ready_models(client, run):
+        has = {metric.key: metric.value for metric in model.metrics or []}
         new = []
         # First the one to choose by: the table has its columns in the order in which it was given them.
         for name, value in sorted(run.data.metrics.items(), key=lambda one: one[0] != "val_accuracy"):
@@ -206,7 +202,7 @@ def log_model_metrics(client, run_id: str) -> None:
             # With time and epoch of the run's own value, or the run would get the same value a second time.
             history = client.get_metric_history(run_id, name)
             last = max(history, key=lambda one: (one.step, one.timestamp, one.value))
-            new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model_id))
+            new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id))
         client.log_batch(run_id, new)
 
 
@@ -232,7 +228,7 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
     from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
 
     run = client.get_run(run_id)
-    if has_model(client, run):
+    if ready_models(client, run):
         return
     mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model goes to "Default"
     build, shape = (build_toy_cnn, TOY_SHAPE) if training == TOY.stage else (build_cnn, CNN_SHAPE)

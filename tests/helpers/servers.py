@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from crash import Started, wait_for_text
 from pipeline import environment, outputs, tool, tracked_runs
-from tracking.runs import has_model
+from tracking.runs import ready_models
 
 
 def free_port() -> int:
@@ -79,6 +79,6 @@ def lose_server(project: Path, epoch: int) -> str:
         curve = (project / "metrics/train_cnn/original.csv").read_text().splitlines()[1:]
         if run.info.status != "FINISHED" or steps != list(range(1, len(curve) + 1)):
             return f"the run is {run.info.status} with epochs {steps}"
-        if "test_accuracy" not in run.data.metrics or not has_model(MlflowClient(uri), run):
+        if "test_accuracy" not in run.data.metrics or not ready_models(MlflowClient(uri), run):
             return "the run lacks test metrics or model"
     return ""

@@ -10,7 +10,7 @@ from mlflow.entities import LoggedModelStatus
 from crash import Started
 from pipeline import tool, tracked_runs
 from recovery import Trial, next_log
-from tracking.runs import has_model
+from tracking.runs import ready_models
 
 
 class Store:
@@ -48,7 +48,7 @@ class Store:
                     "metrics": run.data.metrics,
                     "curve": sorted(curve),
                     "tags": tags,
-                    "model": has_model(client, run),
+                    "model": bool(ready_models(client, run)),
                     "artifacts": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
                 }
             )

@@ -8,9 +8,10 @@ function start_cnn(contents, networks, see) {
     chosen = 0,
     steps;
 
-  const pickers = contents.images.map(({pixels, label}, number) => {
+  const images = contents.images.map(({pixels}) => unpack_bytes(pixels));
+  const pickers = contents.images.map(({label}, number) => {
     const canvas = element("canvas", {});
-    draw_image(canvas, unpack_bytes(pixels));
+    draw_image(canvas, images[number]);
     const button = element(
       "button",
       {
@@ -44,14 +45,14 @@ function start_cnn(contents, networks, see) {
   function choose(number) {
     chosen = number;
     pickers.forEach((button, place) => button.setAttribute("aria-pressed", place === number));
-    see(unpack_bytes(contents.images[number].pixels), contents.images[number].label);
+    see(images[number], contents.images[number].label);
     update();
   }
 
   function update() {
     const layers = networks[name],
-      {pixels, label, index} = contents.images[chosen];
-    const input = to_input(unpack_bytes(pixels));
+      {label, index} = contents.images[chosen];
+    const input = to_input(images[chosen]);
     steps = forward(layers, input);
     const read = draw_bars(by_id("cnn-bars"), contents.classes, softmax(steps.at(-1)).values, name);
     by_id("cnn-label").textContent =
@@ -242,7 +243,7 @@ function start_cnn(contents, networks, see) {
   function mark_patch([y, x]) {
     const canvas = by_id("cnn-image"),
       zoom = 8;
-    draw_image(canvas, unpack_bytes(contents.images[chosen].pixels), zoom);
+    draw_image(canvas, images[chosen], zoom);
     frame(canvas, x * zoom, y * zoom, 3 * zoom, 3 * zoom, 2);
   }
 

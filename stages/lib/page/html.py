@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+PAGE = Path("page/fashion-cnn.html")
 HERE = Path(__file__).parent
 # Each uses those before it.
 SCRIPTS = ("network", "move", "draw", "toy", "cnn", "results", "moved", "start")

@@ -32,8 +32,7 @@ function start_moved(contents, networks) {
       axis: "degrees counterclockwise",
     },
   };
-  let pixels = null,
-    label = "";
+  let pixels, label; // of the chosen image
   const keep = {};
 
   for (const [key, {title, unit, amounts}] of Object.entries(sliders)) {
@@ -115,7 +114,7 @@ function start_moved(contents, networks) {
   }
 
   return {
-    update: () => pixels && update(),
+    update,
     see(chosen, name) {
       pixels = chosen;
       label = name;

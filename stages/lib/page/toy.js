@@ -16,9 +16,8 @@ function start_toy(toy) {
     layers,
     moment_of = layers_of(moments);
 
-  // Every cell that can be edited: where its number is kept, and what it was after the training.
-  const edited = [];
-  const cells = new Map();
+  const edited = []; // every cell that can be edited, and where its number is kept
+  const cells = new Map(); // those of results
 
   function restore() {
     images = toy.images.map(unpack);
