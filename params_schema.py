@@ -102,6 +102,13 @@ class TrainCnn(Section):
     epochs: Annotated[int, Field(ge=1, le=1000)]
     batch_size: Annotated[int, Field(ge=1, le=N_TRAIN)]
     learning_rate: LearningRate
+    model: Literal["lesson", "residual"]
+    schedule: Literal["constant", "one-cycle"]
+    weight_decay: Annotated[float, Field(ge=0, le=1), AsWritten]
+    label_smoothing: Annotated[float, Field(ge=0, le=0.9), AsWritten]
+    flips: bool
+    shift: Annotated[int, Field(ge=0, le=14)]
+    mirror: bool
     device: Device
     threads: Threads
     numerics: Numerics
@@ -175,7 +182,10 @@ def _describe(schema: dict) -> str:
     if schema["type"] == "array":
         kinds = "folders, http(s) addresses or apt:<package>, in lower-case letters, digits, +, - and ."
         return f"a list of one or more {kinds}"
-    words = {"integer": "an integer", "number": "a number", "null": "null", "string": "text"}[schema["type"]]
+    words = {
+        "integer": "an integer", "number": "a number", "null": "null", "string": "text",
+        "boolean": "true or false",
+    }[schema["type"]]  # fmt: skip
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high = schema.get("maximum")
     if low is not None:

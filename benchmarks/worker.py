@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
@@ -133,13 +134,19 @@ class Project:
 
         from lib.inference import to_device
         from lib.models.cnns import build_cnn, fresh
+        from lib.training.batches import draw_epoch
         from lib.training.loop import TrainStep, train_epoch
+        from lib.training.optimizer import build_optimizer
 
+        params = SimpleNamespace(
+            seed=0, learning_rate=0.001, weight_decay=0.0, label_smoothing=0.0, flips=False, shift=0
+        )
         model = to_device(fresh(build_cnn, 0), self.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
-        step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long())
-        order = np.random.default_rng(0).permutation(pool.shape[1])[:count]
-        return train_epoch(step, step, order, np.zeros_like(order), 32, tqdm(disable=True))
+        optimizer = build_optimizer(model, params, self.device)
+        step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long(), params)
+        takes = draw_epoch(np.arange(pool.shape[1]), 1, params, 1)[:count]
+        batches = torch.from_numpy(takes).split(32)
+        return train_epoch(step, step, batches, [0.001] * len(batches), tqdm(disable=True))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ The only stage that reads the test split. Usage: python stages/evaluate_cnn.py o
 from lib import evaluation
 from lib.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
 from lib.inference import loss_and_accuracy, predict, to_device
-from lib.models.cnns import build_cnn, load_weights
+from lib.models.cnns import load_cnn
 from lib.models.device import prepare_torch
 from lib.params import load_params
 from lib.reporting.outbox import Outbox
@@ -21,7 +21,7 @@ def main() -> None:
     outbox = Outbox()
     device = prepare_torch(params.device, params.threads, params.numerics)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
-    model = to_device(load_weights(build_cnn(), training.weights), device)
+    model = to_device(load_cnn(training.weights), device)
 
     logits = predict(model, images, device)
     predictions = logits.argmax(1).numpy()

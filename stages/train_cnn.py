@@ -30,8 +30,9 @@ def main() -> None:
         run.log_epochs(checkpoint.rows)
         sizes = {"train_images": len(data.train), "val_images": len(data.val), "variants": len(data.pool)}
         run.log_dataset(training.images, data_digest, "data", sizes)
-        model = fresh(build_cnn, params.train_cnn.seed)
-        rows = train_cnn(model, data, params.train_cnn, device, checkpoint, run.log_epoch)
+        how = params.train_cnn
+        model = fresh(lambda: build_cnn(how.model, how.mirror), how.seed)
+        rows = train_cnn(model, data, how, device, checkpoint, run.log_epoch)
         weights_sha256 = save_weights(model, training.weights)
         write_csv(training.curve, rows)
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}

@@ -1,12 +1,11 @@
 """Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers
+from lib.by_hand.comparison import compare_counts, compare_layers, fill_batch_norms
+from lib.by_hand.errors import cnn_errors, largest
 from lib.by_hand.walkthrough import parameters_table, weights_table, write_out
 from lib.fashion_mnist import TRAIN_IMAGES, read_idx
 from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, input_array, load_weights
@@ -23,22 +22,21 @@ WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 
 
 def main() -> None:
-    params = load_params("verify_manual_conv").verify_manual_conv
+    sections = load_params("verify_manual_conv", "train_cnn.model")
+    params, name = sections.verify_manual_conv, sections.train_cnn.model
     outbox = Outbox()
     prepare_torch("cpu", threads=1)  # one order of summation on every machine
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), TOY.weights)
-    cnn = fresh(build_cnn, params.seed)
+    cnn = fresh(lambda: build_cnn(name), params.seed).eval()
+    fill_batch_norms(cnn, np.random.default_rng(params.seed))
     images = input_array(read_idx(TRAIN_IMAGES)[: params.images])  # (n, 1, 28, 28)
 
     toy_rows = [compare_layers(toy_model, image[None]) for image in toy["images"]]
     cnn_rows = compare_layers(cnn, images)
     errors = {
-        "max_abs_error_toy_forward": _largest("toy, both images", toy_rows[0] + toy_rows[1]),
-        "max_abs_error_cnn_conv": _largest("CNN", cnn_rows, "Conv2d"),
-        "max_abs_error_cnn_pool": _largest("CNN", cnn_rows, "MaxPool2d"),
-        "max_abs_error_cnn_linear": _largest("CNN", cnn_rows, "Linear"),
-        "max_abs_error_conv_gradients": _gradient_error(cnn, images, cnn_rows, params.seed),
+        "max_abs_error_toy_forward": largest("toy, both images", toy_rows[0] + toy_rows[1]),
+        **cnn_errors(cnn, images, cnn_rows, params.seed),
     }
     counts = {"toy_cnn": compare_counts(toy_model, TOY_SHAPE), "cnn": compare_counts(cnn, CNN_SHAPE)}
     _check(errors, counts, params.tolerance)
@@ -49,28 +47,6 @@ def main() -> None:
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
     outbox.report("verify_manual_conv", TOY, sha256_of(TOY.weights), metrics, [METRICS, WALKTHROUGH])
     outbox.close()
-
-
-def _largest(model: str, rows: list[dict], layer: str = "") -> tuple[float, str]:
-    """The largest error among the layers whose names begin with `layer`, and where it is."""
-    chosen = [row for row in rows if row["layer"].startswith(layer)]
-    return _worst((row["error"], f"{model}, {row['layer']}") for row in chosen)
-
-
-def _gradient_error(cnn, images: np.ndarray, rows: list[dict], seed: int) -> tuple[float, str]:
-    """Each convolution, on the first image: it reads what torch's layers before it give."""
-    rng = np.random.default_rng(seed)
-    inputs = [images, *(row["by_torch"] for row in rows)]  # of each layer
-    return _worst(
-        (compare_gradients(cnn[n], inputs[n][:1], rng), f"CNN, {row['layer']}")
-        for n, row in enumerate(rows)
-        if row["layer"].startswith("Conv2d")
-    )
-
-
-def _worst(errors: Iterable[tuple[float, str]]) -> tuple[float, str]:
-    """The largest of `errors`; NaN, which max() alone would pass over, is larger than any number."""
-    return max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])
 
 
 def _check(errors: dict, counts: dict, tolerance: float) -> None:

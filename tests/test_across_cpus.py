@@ -21,7 +21,7 @@ QEMU = shutil.which("qemu-x86_64")
 CPU = Path("/proc/cpuinfo").read_text()
 # Of the other vendor, since libraries choose their code by that, too.
 OTHER = "Haswell-noTSX" if "AuthenticAMD" in CPU else "EPYC"
-PARTS = ("toy", "augmentation", "cnn")
+PARTS = ("toy", "augmentation", "cnn", "options")
 # The AVX2 gather instructions of qemu 7.2, with which torch moves images, end in a segmentation fault.
 MOVES = "moves"
 

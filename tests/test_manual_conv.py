@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from lib.by_hand import comparison, layers
-from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers
+from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers, fill_batch_norms
 from lib.models.cnns import build_cnn, build_toy_cnn, fresh
+from lib.models.residual import Residual
 
 ONES = np.ones((1, 1, 3, 3))
 
@@ -57,6 +58,71 @@ def test_random_layers_and_gradients_agree_with_torch():
     assert [row["layer"] for row in rows] == ["Conv2d-1", "MaxPool2d-2", "ReLU-3", "Flatten-4"]
     assert max(row["error"] for row in rows) < 1e-5
     assert compare_gradients(layer, images, rng) < 1e-4
+
+
+def test_batch_norm_in_the_head():
+    values = np.array([1.0, 3, 5, 7]).reshape(2, 1, 1, 2)
+    mean, variance = layers.batch_statistics(values)
+    assert (mean.item(), variance.item()) == (4, 5)
+    outputs = layers.batch_norm(values, np.array([2.0]), np.array([1.0]), mean, variance, 4.0)  # by 3
+    assert outputs.ravel().tolist() == pytest.approx([-1, 1 / 3, 5 / 3, 3])
+    assert layers.pad(np.ones((1, 1, 1, 2)), 1)[0, 0].tolist() == [[0] * 4, [0, 1, 1, 0], [0] * 4]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 3, 3, padding=1, bias=False), nn.Conv2d(4, 3, 3, padding=2),
+        nn.BatchNorm2d(4),
+        Residual(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)),
+        Residual(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_layers_of_the_residual_cnn_agree_with_torch_in_training_and_after(layer):
+    rng = np.random.default_rng(1)
+    images = rng.standard_normal((3, 4, 6, 7))
+    model = nn.Sequential(layer)
+    fill_batch_norms(model, rng)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert compare_gradients(layer, images, rng) < 1e-12
+    for name, tensor in model.state_dict().items():  # the layer that is compared is a copy
+        assert torch.equal(tensor, before[name])
+    for training in (True, False):
+        [row] = compare_layers(model.train(training), images.astype(np.float32))
+        assert row["error"] < 1e-5
+    rows = compare_counts(nn.Sequential(layer), (4, 6, 7))
+    assert sum(row["by_formula"] for row in rows) == sum(p.numel() for p in layer.parameters())
+    assert all(row["by_formula"] == row["by_summary"] for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["batch_statistics", "batch_norm", "batch_norm_gradients", "pad", "relu"])
+def test_an_error_in_a_residual_block_shows(monkeypatch, wrong):
+    block = Residual(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)).train()
+    images = np.random.default_rng(2).standard_normal((2, 2, 5, 5))
+    right = getattr(layers, wrong)
+
+    def slightly(*args):
+        found = right(*args)
+        first = found[0] if isinstance(found, tuple) else found
+        first += 0.01 * np.arange(first.size).reshape(first.shape)
+        return found
+
+    monkeypatch.setattr(layers, wrong, slightly)
+    by_hand = [row["error"] for row in compare_layers(nn.Sequential(block), images.astype(np.float32))]
+    gradients = compare_gradients(block, images, np.random.default_rng(0))
+    assert max(*by_hand, gradients) > 0.001
+
+
+def test_numbers_of_batch_norm_are_drawn_so_that_each_matters():
+    model = fresh(lambda: build_cnn("residual"), 0)
+    fill_batch_norms(model, np.random.default_rng(0))
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(norms) == 6
+    for layer in norms:
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            assert len(tensor.unique()) == len(tensor)
+        assert min(layer.weight.min(), layer.running_var.min()) >= 0.5
 
 
 @pytest.mark.parametrize("number", [0, 1])

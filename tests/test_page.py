@@ -18,7 +18,17 @@ import build_page
 from browser import needs_browser, open_page
 from lib import evaluation, figures, toy, trainings
 from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, build_toy_cnn, fresh, load_weights, save_weights, to_input
+from lib.models.cnns import (
+    MODELS,
+    build_cnn,
+    build_toy_cnn,
+    fresh,
+    load_cnn,
+    load_weights,
+    save_weights,
+    to_input,
+)
+from lib.models.residual import Residual
 from lib.page import contents
 from lib.page.contents import POINTS
 from lib.stage.errors import StageError
@@ -42,15 +52,17 @@ def garments(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (255 * np.clip(shapes[labels] + noise, 0, 1) ** 2).astype(np.uint8), labels
 
 
-def trained(seed: int, move: bool) -> torch.nn.Sequential:
-    """A CNN that knows the ten kinds; with `move` also when they are shifted."""
+def trained(seed: int, move: bool, name: str) -> torch.nn.Sequential:
+    """A CNN that knows the ten kinds; with `move` also when they are shifted. A residual one mirrors."""
     images, labels = garments(600, seed + 10)
     if move:
         images = np.concatenate([images, evaluation.move(images, "shift_x", 3)])
         labels = np.concatenate([labels, labels])
-    model = fresh(build_cnn, seed)
+    model = fresh(lambda: build_cnn(name, mirror=name == "residual"), seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    for part in np.array_split(np.random.default_rng(seed).permutation(len(labels)), 20):
+    rng = np.random.default_rng(seed)
+    epochs = 4 if name == "residual" else 1  # batch norm's statistics need more steps
+    for part in [one for _ in range(epochs) for one in np.array_split(rng.permutation(len(labels)), 20)]:
         loss = F.cross_entropy(
             model(to_input(torch.from_numpy(images[part]))), torch.from_numpy(labels[part]).long()
         )
@@ -61,7 +73,7 @@ def trained(seed: int, move: bool) -> torch.nn.Sequential:
 
 
 def write_results(
-    *, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, diverged: bool = False
+    *, epochs: int = 3, toy_epochs: int = 40, mistakes: int = 4, diverged: bool = False, of: str = "lesson"
 ) -> None:
     """What the stages before build_page write into the current folder."""
     loss, confidence = (float("nan"),) * 2 if diverged else (0.5, 0.9)
@@ -75,9 +87,11 @@ def write_results(
     images, labels = garments(mistakes, 5)
     for number, (name, training) in enumerate(trainings.CNNS.items()):
         training.weights.parent.mkdir(exist_ok=True)
-        model = trained(number, move=name == "augmented")
+        model = trained(number, name == "augmented", of)
         if diverged:
-            model[3].weight.data.fill_(float("nan"))
+            for parameter in model[3 if of == "lesson" else 2].state_dict().values():
+                if parameter.is_floating_point():
+                    parameter.fill_(float("nan"))
         digest = save_weights(model, training.weights)
         row = {"train_loss": loss, "train_accuracy": 0.7, "val_loss": 0.4, "val_accuracy": 0.8}
         write_csv(training.curve, [{"epoch": epoch, **row} for epoch in range(1, epochs + 1)])
@@ -110,20 +124,40 @@ def build(monkeypatch, images: np.ndarray, labels: np.ndarray) -> bytes:
     return build_page.PAGE.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The folder of a page, with what it was made of."""
-    folder = tmp_path_factory.mktemp("page")
+def build_in(folder, model: str):
     (folder / "params.yaml").write_bytes((ROOT / "tests/helpers/params.yaml").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_results()
+        write_results(of=model)
         build(patch, *garments(2000, 1))
     return folder
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a page, with what it was made of."""
+    return build_in(tmp_path_factory.mktemp("page"), "lesson")
+
+
+@pytest.fixture(scope="module")
+def built_residual(tmp_path_factory):
+    """The same with residual CNNs."""
+    return build_in(tmp_path_factory.mktemp("residual"), "residual")
+
+
 @pytest.fixture
 def page(built):
+    """The page in a browser."""
+    yield from watched(built)
+
+
+@pytest.fixture
+def residual_page(built_residual):
+    """The page of residual CNNs in a browser."""
+    yield from watched(built_residual)
+
+
+def watched(built):
     """The page in a browser; whatever it complains about or asks for is a fault."""
     with open_page(1400, 900) as page:
         faults = []
@@ -138,10 +172,7 @@ def page(built):
 
 
 def models(folder) -> dict[str, torch.nn.Sequential]:
-    return {
-        name: load_weights(build_cnn(), folder / training.weights)
-        for name, training in trainings.CNNS.items()
-    }
+    return {name: load_cnn(folder / training.weights) for name, training in trainings.CNNS.items()}
 
 
 def unpacked(values: np.ndarray) -> np.ndarray:
@@ -161,14 +192,17 @@ def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
 
 
 @needs_browser
-def test_the_browsers_logits_and_probabilities_are_torchs(page, built):
+@pytest.mark.parametrize("which", ["", "_residual"])
+def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
+    page = request.getfixturevalue(f"{which}_page".lstrip("_"))
+    built = request.getfixturevalue(f"built{which}")
     images, _ = garments(100, 2)
     moves = [("shift_x", 3), ("shift_y", -4), ("rotation", 15), ("rotation", -28)]
     images = np.concatenate([images, *(evaluation.move(images[:25], *move) for move in moves)])
     for name, model in models(built).items():
         logits = page.evaluate(
             "([name, images]) => images.map((pixels) =>"
-            " [...forward(networks[name], to_input(pixels)).at(-1).values])",
+            " [...logits(networks[name], to_input(pixels), contents.cnns[name].mirror).values])",
             [name, images.reshape(len(images), -1).tolist()],
         )
         shares = page.evaluate(
@@ -178,12 +212,10 @@ def test_the_browsers_logits_and_probabilities_are_torchs(page, built):
         )
         with torch.inference_mode():
             expected = model(to_input(torch.from_numpy(images))).softmax(1).numpy()
-            model.load_state_dict(
-                {
-                    name: torch.from_numpy(unpacked(value.numpy()))
-                    for name, value in model.state_dict().items()
-                }
-            )
+            for layer in model.modules():
+                if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                    for parameter in layer.parameters():
+                        parameter.data = torch.from_numpy(unpacked(parameter.numpy()))
             stored = model(to_input(torch.from_numpy(images))).numpy()
         assert np.abs(np.array(logits) - stored).max() < 1e-4
         assert 0 < np.abs(np.array(shares) - expected).max() < 0.002
@@ -352,13 +384,48 @@ def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
 
 
 @needs_browser
+def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_residual):
+    """The maps that part 2 shows of image 3, and the words above them."""
+    page = residual_page
+    page.locator("#picker button").nth(3).click()
+    shown = page.evaluate("contents.images[3]")
+    image = np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8).reshape(1, 28, 28).copy()
+    values = to_input(torch.from_numpy(image))
+    model = models(built_residual)["original"]
+    steps = page.evaluate(
+        "forward(networks.original, to_input(unpack_bytes(contents.images[3].pixels)))"
+        ".map(({values}) => [...values])"
+    )
+    kinds = page.evaluate("networks.original.map(({type}) => type)")
+    place = -1
+    with torch.inference_mode():
+        for layer in model:
+            values = layer(values)
+            place += 4 if isinstance(layer, Residual) else 1  # convolution, batch norm, Add, ReLU
+            assert np.abs(np.array(steps[place]) - values.flatten().numpy()).max() < 0.005, kinds[place]
+    assert place == len(kinds) - 1
+    words = page.locator("#cnn-convs figcaption").all_inner_texts()
+    assert words[1] == "Largest of each 2×2, batch norm, then ReLU"
+    assert "Batch norm, plus the block's inputs, then ReLU" in words
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"
+    # A cell in the corner: five of its nine pixels are outside of the image, where there are zeros.
+    cell = page.locator(".conv canvas[tabindex]").first
+    for key in ["ArrowUp", "ArrowLeft"] * 14:
+        cell.press(key)
+    rows = page.locator("#conv-1-working tr:has(td)").all_inner_texts()
+    assert [row.split("\t")[1] for row in rows[:3]] == ["0", "0", "0"]
+
+
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_it_fits_and_everyone_can_read_it(built, width, scheme):
+@pytest.mark.parametrize("which", ["built", "built_residual"])
+def test_it_fits_and_everyone_can_read_it(request, which, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     with open_page(width, 900, color_scheme=scheme) as page:
-        page.goto((built / build_page.PAGE).as_uri())
+        page.goto((request.getfixturevalue(which) / build_page.PAGE).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == width
         found = Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
@@ -391,8 +458,9 @@ def test_large_params_give_a_page_below_the_limit_that_says_what_it_left_out(wor
 
 
 @needs_browser
-def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch):
-    write_results(epochs=1, toy_epochs=1, diverged=True)
+@pytest.mark.parametrize("of", MODELS)
+def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch, of):
+    write_results(epochs=1, toy_epochs=1, diverged=True, of=of)
     build(monkeypatch, *garments(2000, 1))
     with open_page(1400, 900) as page:
         faults = []

@@ -58,6 +58,9 @@ def test_committed_params_are_valid_and_only_the_named_sections_come():
         ("train_cnn.epochs", 2.5, ["train_cnn.epochs", "2.5", "an integer"]),
         ("train_cnn.epochs", None, ["train_cnn.epochs", "None", "an integer"]),
         ("train_cnn.epochs", 0, ["train_cnn.epochs", "0", "from 1"]),
+        ("train_cnn.model", "resnet", ["train_cnn.model", "'resnet'", "one of lesson, residual"]),
+        ("train_cnn.flips", 1, ["train_cnn.flips", "1", "true or false"]),
+        ("train_cnn.mirror", "yes", ["train_cnn.mirror", "'yes'", "true or false"]),
         ("train_cnn.learning_rate", float("nan"), ["train_cnn.learning_rate", "nan", "a number above 0"]),
         ("train_cnn.learning_rate", float("inf"), ["train_cnn.learning_rate", "inf", "at most 1"]),
         ("train_cnn.learning_rate", -0.1, ["train_cnn.learning_rate", "-0.1", "above 0"]),
@@ -164,6 +167,9 @@ RANGES = {
     "train_cnn.seed": (0, 4294967295),
     "train_cnn.epochs": (1, 1000),
     "train_cnn.batch_size": (1, 60000),
+    "train_cnn.weight_decay": (0, 1),
+    "train_cnn.label_smoothing": (0, 0.9),
+    "train_cnn.shift": (0, 14),
     "train_cnn.threads": (1, 256),
     "evaluate_cnn.threads": (1, 256),
     "evaluate_cnn.robustness_images": (1, 10000),
@@ -203,7 +209,7 @@ def test_every_number_has_a_test_of_its_range():
         f"{section}.{leaf}"
         for section, values in PARAMS.items()
         for leaf, value in values.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
     assert numbers == {*RANGES, *ABOVE_0_AT_MOST_1}
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -16,14 +17,20 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lib.models.cnns import fresh
+from lib.models.cnns import build_cnn, fresh
 from lib.training import loop
+from lib.training.batches import draw_epoch
 from lib.training.checkpoints import Checkpoint, exclusive_checkpoint
 from lib.training.cuda_graph import GraphedStep
 from lib.training.data import TrainData
 from lib.training.loop import TrainStep, train_cnn
+from lib.training.optimizer import build_optimizer, set_rate
 
 CPU = torch.device("cpu")
+LESSON = {
+    "epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "schedule": "constant",
+    "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
+}  # fmt: skip
 LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
 
@@ -45,7 +52,7 @@ def train(tmp_path):
     """Train on the first twelve of sixteen images; every training has a checkpoint of its own."""
 
     def run(pool, model=None, checkpoint=None, on_epoch=lambda row, speed: None, **changes):
-        settings = {"epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0} | changes
+        settings = LESSON | changes
         model = model or fresh(build_small, 0)
         checkpoint = checkpoint or Checkpoint(f"{len(list(tmp_path.iterdir()))}", tmp_path)
         data = TrainData(pool, LABELS, TRAIN, VAL, {})
@@ -181,20 +188,31 @@ class Killed(Exception):
     """Stands for a kill between two epochs."""
 
 
-def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, tmp_path):
-    whole, whole_rows = train(images[None], epochs=4)
+OPTIONS = {
+    "schedule": "one-cycle", "weight_decay": 0.1, "label_smoothing": 0.1, "flips": True, "shift": 2,
+    "batch_size": 11,  # leaves a batch of one image
+}  # fmt: skip
+
+
+def build_residual() -> nn.Sequential:
+    return build_cnn("residual", mirror=True)
+
+
+@pytest.mark.parametrize(("build", "options"), [(build_small, {}), (build_residual, OPTIONS)])
+def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, tmp_path, build, options):
+    pool = np.stack([images, 255 - images])
+    train = partial(train, pool, epochs=4, **options)
+    whole, whole_rows = train(model=fresh(build, 0))
 
     def kill(row, speed):
         if row["epoch"] == 2:
             raise Killed
 
     with pytest.raises(Killed):
-        train(images[None], epochs=4, checkpoint=Checkpoint("k", tmp_path), on_epoch=kill)
+        train(model=fresh(build, 0), checkpoint=Checkpoint("k", tmp_path), on_epoch=kill)
     heard = []
     resumed, rows = train(
-        images[None],
-        model=fresh(build_small, 1),  # other initial weights: all must come from the checkpoint
-        epochs=4,
+        model=fresh(build, 1),  # other initial weights: all must come from the checkpoint
         checkpoint=Checkpoint("k", tmp_path),
         on_epoch=lambda row, speed: heard.append(row["epoch"]),
     )
@@ -317,13 +335,15 @@ class StandInGraph:
 def test_the_graphed_step_trains_as_the_plain_one(images):
     def run(wrap):
         model = fresh(build_small, 0)
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
         pool = torch.from_numpy(np.stack([images, 255 - images, images // 2]))
-        step = TrainStep(model, optimizer, pool, torch.from_numpy(LABELS).long())
+        params = SimpleNamespace(**LESSON | OPTIONS)
+        optimizer = build_optimizer(model, params, CPU)
+        step = TrainStep(model, optimizer, pool, torch.from_numpy(LABELS).long(), params)
         run_step = wrap(step)
-        for _ in range(3):
-            for index in torch.arange(12).split(5):  # 5, 5 and 2 images
-                run_step(index % 3, index)
+        for epoch in range(3):
+            for takes in torch.from_numpy(draw_epoch(TRAIN, 3, params, epoch)).split(5):  # 5, 5 and 2 images
+                set_rate(optimizer, 0.001 * epoch)
+                run_step(takes)
         return model[5].weight, step.loss_sum.item(), step.correct.item()
 
     graph = StandInGraph()

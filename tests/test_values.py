@@ -327,6 +327,13 @@ EFFECTS = {
     "train_cnn.epochs": (2, ("train_cnn", "original"), TRAINED),
     "train_cnn.batch_size": (17, ("train_cnn", "original"), TRAINED),
     "train_cnn.learning_rate": (0.0011, ("train_cnn", "original"), TRAINED),
+    "train_cnn.model": ("residual", ("train_cnn", "original"), TRAINED),
+    "train_cnn.schedule": ("one-cycle", ("train_cnn", "original"), TRAINED),
+    "train_cnn.weight_decay": (0.1, ("train_cnn", "original"), TRAINED),
+    "train_cnn.label_smoothing": (0.1, ("train_cnn", "original"), TRAINED),
+    "train_cnn.flips": (True, ("train_cnn", "original"), TRAINED),
+    "train_cnn.shift": (1, ("train_cnn", "original"), TRAINED),
+    "train_cnn.mirror": (True, ("train_cnn", "original"), TRAINED),
     "evaluate_cnn.robustness_images": (
         41, ("evaluate_cnn", "original"), {f"{TESTED}.json"},
     ),

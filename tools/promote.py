@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from judgement import LEVEL, same_images
 from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from lib.models.cnns import build_cnn, load_weights
+from lib.models.cnns import load_cnn
 from lib.models.device import prepare_torch
 from lib.reporting.provenance import repository_root
 from lib.split import split_indices
@@ -46,7 +46,7 @@ def main() -> None:
         raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
     prepare_torch("cpu", threads=2)
     if not re.fullmatch(RUN, arguments.model):
-        load_weights(build_cnn(), Path(arguments.model))  # a fault of the file, not of the store
+        load_cnn(Path(arguments.model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
         store = connect()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, load_weights, save_weights, to_input
+from lib.models.cnns import LESSON, build_cnn, load_cnn, save_weights, to_input
 from lib.stage.errors import StageError
 from lib.stage.files import sha256_of
 from lib.trainings import CNNS, TRAININGS
@@ -37,7 +37,7 @@ def load_classifier(model: str) -> Classifier:
     Raises StageError if there is none.
     """
     if model != CHAMPION and not re.fullmatch(rf"\d+|{RUN}", model):
-        return of_network(load_weights(build_cnn(), Path(model)))
+        return of_network(load_cnn(Path(model)))
     with as_store_error():
         store = connect()
         if re.fullmatch(RUN, model):
@@ -145,11 +145,16 @@ def log_served_model(client, run):
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     here = Path(__file__).resolve().parent
-    network = build_cnn()
+    params = run.data.params
+    # Runs of earlier versions name no model: it was the lesson's.
+    name, mirror = params.get("train_cnn.model", LESSON), params.get("train_cnn.mirror") == "true"
+    network = build_cnn(name, mirror)
     try:
         network.load_state_dict(exported(client, run).state_dict())
     except RuntimeError:
-        raise StageError(f"{run.info.run_id}: the run's model is not the present build_cnn()") from None
+        raise StageError(
+            f"{run.info.run_id}: the run's model in MLflow is another than that of its params, {name}"
+        ) from None
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "cnn.safetensors"
         if save_weights(network, weights) != run.data.tags["weights_sha256"]:

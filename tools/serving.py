@@ -29,9 +29,9 @@ class Classifier(Prediction, mlflow.pyfunc.PythonModel):  # type: ignore[name-de
 
     def load_context(self, context) -> None:
         """Read the weights; `lib` is at hand, since MLflow keeps it with the model."""
-        from lib.models.cnns import build_cnn, load_weights
+        from lib.models.cnns import load_cnn
 
-        self.model = load_weights(build_cnn(), Path(context.artifacts["weights"]))
+        self.model = load_cnn(Path(context.artifacts["weights"]))
 
 
 mlflow.models.set_model(Classifier())

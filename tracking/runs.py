@@ -43,7 +43,9 @@ def run_name(stage: str, tags: dict, params: dict) -> str:
         return stage
     own = f"{stage.partition('@')[0]}."
     changed = [
-        f"{name.removeprefix(own)}={value}" for name, value in params.items() if committed.get(name) != value
+        f"{name.removeprefix(own)}={as_yaml(value)}"
+        for name, value in params.items()
+        if committed.get(name) != value
     ]
     return textwrap.shorten(" ".join([stage, *changed]), 100, placeholder=" …")
 
@@ -118,6 +120,11 @@ def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff:
     return run_id
 
 
+def as_yaml(value: object) -> str:
+    """A value as params.yaml has it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
 def log_params(client, run_id: str, params: dict[str, Any]) -> bool:
     """Log those params that the run lacks, under their path in params.yaml; returns whether it lacked any.
 
@@ -129,11 +136,7 @@ def log_params(client, run_id: str, params: dict[str, Any]) -> bool:
         rest = N_TRAIN - params["split.val_size"]
         params = {**params, TRAIN_IMAGES: params.get("split.train_size") or rest}
     has = client.get_run(run_id).data.params
-    missing = [
-        Param(name, "null" if value is None else str(value))
-        for name, value in params.items()
-        if name not in has
-    ]
+    missing = [Param(name, as_yaml(value)) for name, value in params.items() if name not in has]
     client.log_batch(run_id, params=missing)
     return bool(missing)
 
@@ -225,14 +228,15 @@ def log_model(client, run_id: str, training: str, weights: Path, example: np.nda
     import torch
     from mlflow.models import Model, infer_signature
 
-    from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, load_weights
+    from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_toy_cnn, load_cnn, load_weights
 
     run = client.get_run(run_id)
     if ready_models(client, run):
         return
     mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model goes to "Default"
-    build, shape = (build_toy_cnn, TOY_SHAPE) if training == TOY.stage else (build_cnn, CNN_SHAPE)
-    model = load_weights(build(), weights).eval()
+    is_toy = training == TOY.stage
+    model = load_weights(build_toy_cnn(), weights) if is_toy else load_cnn(weights)
+    shape = TOY_SHAPE if is_toy else CNN_SHAPE
     example = np.zeros((2, *shape), np.float32) if example is None else example
     with torch.inference_mode():
         outputs = model(torch.from_numpy(example)).numpy()

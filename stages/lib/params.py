@@ -16,12 +16,16 @@ PARAMS_PATH = Path("params.yaml")
 
 
 def load_params(*sections: str, path: Path = PARAMS_PATH) -> SimpleNamespace:
-    """Validate all of `path` and return the named sections as attributes.
+    """Validate all of `path` and return the named sections as attributes; of "section.key" that key alone.
 
     Raises StageError, one line with the path, the value and what is allowed.
     """
-    params = parse_params(path)
-    return SimpleNamespace(**{name: getattr(params, name) for name in sections})
+    params, found = parse_params(path), SimpleNamespace()
+    for name in sections:
+        section, _, key = name.partition(".")
+        values = getattr(params, section)
+        setattr(found, section, SimpleNamespace(**{key: getattr(values, key)}) if key else values)
+    return found
 
 
 def leaves(params: SimpleNamespace) -> dict[str, object]:
@@ -36,8 +40,16 @@ def leaves(params: SimpleNamespace) -> dict[str, object]:
 def parse_params(path: Path = PARAMS_PATH) -> Params:
     """Read and validate `path`; see load_params for the errors."""
     try:
+        return Params.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise StageError(f"{path}: {explain(error)}") from None
+
+
+def read_yaml(path: Path) -> object:
+    """What a file of YAML holds. Raises StageError, one line, if it cannot be read."""
+    try:
         # DVC's own reader, set up as DVC does: another might read 010, 1:30 or 1e-3 as another value.
-        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
     except UnicodeDecodeError as error:
@@ -45,7 +57,3 @@ def parse_params(path: Path = PARAMS_PATH) -> Params:
     # Beside its own errors, it lets through those of int(), of dates and of deep nesting.
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    try:
-        return Params.model_validate(content)
-    except ValidationError as error:
-        raise StageError(f"{path}: {explain(error)}") from None

@@ -1,14 +1,16 @@
 """Print what each part of the pipeline computes, as one digest a part: equal on every CPU with AVX2.
 
-Usage: python tests/helpers/fingerprint.py portable|native PART …; the parts are toy, augmentation, moves
-and cnn.
+Usage: python tests/helpers/fingerprint.py portable|native PART …; the parts are toy, augmentation, moves,
+cnn and options.
 Small inputs, made by NumPy's generator.
 """
 
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "stages"))
 
@@ -28,6 +30,7 @@ from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models.cnns import build_cnn, fresh, to_input
 from lib.toy import outputs, train_toy
 from lib.training.loop import TrainStep
+from lib.training.optimizer import build_optimizer
 
 RNG = np.random.default_rng(0)
 # Smooth images, as noise would hide an interpolation that differs.
@@ -72,19 +75,26 @@ def moves() -> dict[str, str]:
     return {transform: digest(move(IMAGES, transform, 3)) for transform in ("rotation", "shift_x")}
 
 
-def cnn() -> dict[str, str]:
+def cnn(model: str = "lesson", **options) -> dict[str, str]:
     """Every layer's output, every gradient of one step, the weights after two, and the logits."""
     found = {}
-    model = to_device(fresh(build_cnn, 0), DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
-    step = TrainStep(model, optimizer, torch.from_numpy(IMAGES[None]), torch.from_numpy(LABELS).long())
+    params = SimpleNamespace(
+        **{"learning_rate": 0.001, "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0}
+        | options
+    )
+    model = to_device(fresh(partial(build_cnn, model, mirror=params.flips), 0), DEVICE)
+    optimizer = build_optimizer(model, params, DEVICE)
+    step = TrainStep(
+        model, optimizer, torch.from_numpy(IMAGES[None]), torch.from_numpy(LABELS).long(), params
+    )
     values = to_input(torch.from_numpy(IMAGES[:32]))
     with torch.inference_mode():
         for number, layer in enumerate(model):
             values = layer(values)
             found[f"layer {number} {type(layer).__name__}"] = digest(values)
     for index in (torch.arange(32), torch.arange(16, 40)):  # the last batch of an epoch has 24 images
-        step(torch.zeros_like(index), index)
+        moves = [torch.zeros_like(index), index % 2, index % 3 - 1, index % 5 - 2]
+        step(torch.stack([index, *moves], dim=1))
         for name, parameter in model.named_parameters():
             found[f"gradient of {name}, {len(index)} images"] = digest(parameter.grad)
         found[f"weights after {len(index)} images"] = digest(*model.parameters())
@@ -95,8 +105,15 @@ def cnn() -> dict[str, str]:
     return found
 
 
+def options() -> dict[str, str]:
+    """The same with the other model, and all options of the training at once."""
+    found = cnn("residual", weight_decay=0.05, label_smoothing=0.1, flips=True, shift=2)
+    return {f"options, {name}": value for name, value in found.items()}
+
+
 if __name__ == "__main__":
     digests = {"instructions": torch.backends.cpu.get_cpu_capability()}
+    parts = {"toy": toy, "augmentation": augmentation, "moves": moves, "cnn": cnn, "options": options}
     for part in PARTS:
-        digests |= {"toy": toy, "augmentation": augmentation, "moves": moves, "cnn": cnn}[part]()
+        digests |= parts[part]()
     print(json.dumps(digests))

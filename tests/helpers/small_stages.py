@@ -28,8 +28,9 @@ PARAMS = {
     "train_toy_cnn": {"seed": 0, "epochs": 40, "learning_rate": 0.02},
     "verify_manual_conv": {"seed": 6, "images": 1, "tolerance": 0.001},
     "train_cnn": {
-        "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "device": "cpu", "threads": 1,
-        "numerics": "portable",
+        "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "model": "lesson",
+        "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
+        "mirror": False, "device": "cpu", "threads": 1, "numerics": "portable",
     },
     "evaluate_cnn": {
         "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,

@@ -88,7 +88,11 @@ def _parameters(layer: nn.Conv2d | nn.Linear) -> tuple[np.ndarray, np.ndarray]:
 
 def parameters_table(rows: list[dict]) -> str:
     """Markdown for the rows of compare_counts."""
-    lines = ["| layer | (in·kh·kw + 1)·out | torchsummary |", "|---|---|---|"]
+    has_norm = any(row["layer"].startswith("BatchNorm2d") for row in rows)
+    lines = (
+        ["Convolutions have no bias: in·kh·kw·out. Batch norm has 2 for each map.", ""] if has_norm else []
+    )
+    lines += ["| layer | (in·kh·kw + 1)·out | torchsummary |", "|---|---|---|"]
     lines += [f"| {row['layer']} | {row['by_formula']:,} | {row['by_summary']:,} |" for row in rows]
     lines.append(
         f"| total | {sum(r['by_formula'] for r in rows):,} | {sum(r['by_summary'] for r in rows):,} |"

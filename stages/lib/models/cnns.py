@@ -1,4 +1,4 @@
-"""The lesson's two CNNs, their inputs and their weights on disk."""
+"""The CNNs, their inputs and their weights on disk."""
 
 import contextlib
 import copy
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torchsummary import summary
 
+from lib.models.residual import residual_layers
 from lib.stage.errors import StageError
-from lib.stage.files import read_tensors, sha256_of, write_tensors
+from lib.stage.files import read_metadata, read_tensors, sha256_of, write_tensors
 
 TOY_SHAPE = (1, 4, 4)  # C, H, W
 CNN_SHAPE = (1, 28, 28)
@@ -40,9 +41,9 @@ def build_toy_cnn() -> nn.Sequential:
     )
 
 
-def build_cnn() -> nn.Sequential:
+def lesson_layers() -> list[nn.Module]:
     """The lesson's CNN for Fashion-MNIST, 896,522 parameters: (N, 1, 28, 28) to logits (N, 10)."""
-    return nn.Sequential(
+    return [
         nn.Conv2d(1, 64, kernel_size=3),  # (N, 64, 26, 26)
         nn.MaxPool2d(2),  # (N, 64, 13, 13)
         nn.ReLU(),
@@ -53,7 +54,35 @@ def build_cnn() -> nn.Sequential:
         nn.Linear(3200, 256),  # (N, 256)
         nn.ReLU(),
         nn.Linear(256, 10),  # (N, 10)
-    )
+    ]
+
+
+LESSON = "lesson"
+MIRROR = " mirror"  # after the name of a model, in its file of weights
+MODELS = {LESSON: lesson_layers, "residual": residual_layers}
+
+
+class Cnn(nn.Sequential):
+    """A CNN for Fashion-MNIST by the name of its layers: (N, 1, 28, 28) to logits (N, 10).
+
+    With `mirror`, it evaluates each image and its mirror image, and gives the mean of their logits.
+    """
+
+    def __init__(self, model: str = LESSON, mirror: bool = False):
+        super().__init__(*MODELS[model]())
+        self.model, self.mirror = model, mirror
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, 10) of `images` (N, 1, 28, 28)."""
+        logits = super().forward(images)
+        if self.mirror and not self.training:
+            logits = (logits + super().forward(images.flip(-1))) / 2
+        return logits
+
+
+def build_cnn(model: str = LESSON, mirror: bool = False) -> Cnn:
+    """The CNN of the params train_cnn.model and train_cnn.mirror."""
+    return Cnn(model, mirror)
 
 
 def fresh(build: Callable[[], nn.Sequential], seed: int) -> nn.Sequential:
@@ -65,10 +94,22 @@ def fresh(build: Callable[[], nn.Sequential], seed: int) -> nn.Sequential:
 def save_weights(model: nn.Module, path: Path) -> str:
     """Write the weights as safetensors and return the SHA-256 of the file.
 
-    The bytes depend on the values alone, not on their layout.
+    The bytes depend on the values alone, not on their layout. Where the model is not the lesson's, the file
+    says which it is.
     """
-    write_tensors(path, {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()})
+    tensors = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+    write_tensors(path, tensors, _about(model) if isinstance(model, Cnn) else {})
     return sha256_of(path)
+
+
+def load_cnn(path: Path) -> Cnn:
+    """The CNN whose weights save_weights wrote, in eval mode. Raises StageError if the file is no such."""
+    about = read_metadata(path).get("model", LESSON)
+    name = about.removesuffix(MIRROR)
+    if name not in MODELS:
+        raise StageError(f"{path}: weights of a model {about}, expected one of {', '.join(MODELS)}")
+    load_weights(model := build_cnn(name, mirror=about.endswith(MIRROR)), path)
+    return model
 
 
 def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
@@ -81,9 +122,17 @@ def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
     return model.eval()
 
 
+def _about(model: Cnn) -> dict[str, str]:
+    # One entry: safetensors writes several in no fixed order.
+    about = model.model + (MIRROR if model.mirror else "")
+    return {} if about == LESSON else {"model": about}
+
+
 def summarize(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The table that torchsummary prints, as text."""
-    model = copy.deepcopy(model).cpu()  # the one that trains may be on a GPU, and stays there
+    # The one that trains may be on a GPU, and stays there. In training: a CNN with `mirror` that evaluates
+    # passes each layer twice.
+    model = copy.deepcopy(model).cpu().train()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         summary(model, input_shape, device="cpu")
     return printed.getvalue()

@@ -36,7 +36,8 @@ function start_cnn(contents, networks, see) {
     },
   );
 
-  // One block for each convolution: all its maps before and after pooling and ReLU, and one map enlarged.
+  // One block for each convolution: all its maps before and after what follows it up to the ReLU, and one map
+  // enlarged.
   const convs = networks[name]
     .map((layer, place) => [layer, place])
     .filter(([layer]) => layer.type === "Conv2d")
@@ -54,15 +55,27 @@ function start_cnn(contents, networks, see) {
       {label, index} = contents.images[chosen];
     const input = to_input(images[chosen]);
     steps = forward(layers, input);
-    const read = draw_bars(by_id("cnn-bars"), contents.classes, softmax(steps.at(-1)).values, name);
+    const {mirror} = contents.cnns[name],
+      shares = softmax(logits(layers, input, mirror)).values;
+    by_id("cnn-bars-title").textContent = mirror
+      ? "Probabilities, from the mean logits of the image and its mirror image"
+      : "Probabilities";
+    const read = draw_bars(by_id("cnn-bars"), contents.classes, shares, name);
+    by_id("cnn-parameters").textContent = contents.cnns[name].parameters.toLocaleString("en");
     by_id("cnn-label").textContent =
       `${label}. The CNN ${said(read, label)}. Number ${index} of the train file.`;
     convs.forEach((conv) => conv.update(input));
   }
 
   function build_conv(place, number) {
-    const {shape} = networks[name][place].weight,
+    const {
+        weight: {shape},
+        padding,
+      } = networks[name][place],
       [maps, channels] = shape;
+    const to_relu = networks[name].slice(place).findIndex(({type}) => type === "ReLU");
+    const between = networks[name].slice(place + 1, place + to_relu).map((layer) => words_for(layer));
+    const followed = capital([...between, "then ReLU"].join(", "));
     const before = element("canvas", {class: "atlas", role: "img"}),
       after = element("canvas", {class: "atlas", role: "img"});
     const kernels = element("canvas", {class: "atlas", role: "img"});
@@ -91,7 +104,7 @@ function start_cnn(contents, networks, see) {
           "div",
           {class: "thirds"},
           figure(`Convolution ${number}: ${maps} maps`, before),
-          figure("Largest of each 2×2, then ReLU", after),
+          figure(followed, after),
           figure(of_kernels, kernels),
         ),
         element(
@@ -148,12 +161,12 @@ function start_cnn(contents, networks, see) {
 
     function draw() {
       const sums = steps[place],
-        kept = steps[place + 2];
+        kept = steps[place + to_relu];
       const color = signed_colors(largest_of(sums.values));
       draw_tiles(before, sums.values, sums.shape, columns, color, 2, map);
       draw_tiles(after, kept.values, kept.shape, columns, signed_colors(largest_of(kept.values)), 4, map);
       before.setAttribute("aria-label", `The ${maps} maps of convolution ${number}`);
-      after.setAttribute("aria-label", `The ${maps} maps after pooling and ReLU`);
+      after.setAttribute("aria-label", `The ${maps} maps after convolution ${number}: ${followed}`);
       // All kernels if there is one for each map, else those of the chosen map, one for each map before.
       const {values} = networks[name][place].weight;
       const drawn = channels === 1 ? values : values.subarray(map * channels * 9, (map + 1) * channels * 9);
@@ -162,9 +175,9 @@ function start_cnn(contents, networks, see) {
         kernels,
         drawn,
         [count, 3, 3],
-        8,
+        count > 64 ? 16 : 8,
         signed_colors(largest_of(drawn)),
-        17,
+        count > 64 ? 8 : 17,
         channels === 1 ? map : -1,
       );
       of_kernels.textContent =
@@ -184,7 +197,7 @@ function start_cnn(contents, networks, see) {
       frame(one, cell[1] * zoom, cell[0] * zoom, zoom, zoom, 2);
       one.setAttribute("aria-label", `Map ${map + 1}, cell in row ${cell[0] + 1}, column ${cell[1] + 1}`);
       title.textContent = `Map ${map + 1}, row ${cell[0] + 1}, column ${cell[1] + 1}`;
-      if (channels === 1) mark_patch(cell);
+      if (channels === 1) mark_patch(cell, padding);
       explain();
     }
 
@@ -192,23 +205,20 @@ function start_cnn(contents, networks, see) {
     function explain() {
       const {weight, bias} = networks[name][place],
         [y, x] = cell,
-        [, height, width] = input_of().shape;
+        inputs = pad(input_of(), padding),
+        [, height, width] = inputs.shape;
+      const bias_of = bias ? bias.values[map] : 0;
       const products = Array.from({length: channels * 9}, (_, at) => {
         const channel = Math.floor(at / 9),
           row = Math.floor((at % 9) / 3),
           column = at % 3;
-        const value = input_of().values[(channel * height + y + row) * width + x + column];
+        const value = inputs.values[(channel * height + y + row) * width + x + column];
         const factor = weight.values[map * channels * 9 + at];
         return [`${row + 1}, ${column + 1}`, value, factor, value * factor];
       });
       const total = steps[place].values[(map * steps[place].shape[1] + y) * steps[place].shape[2] + x];
       if (channels === 1)
-        return draw_products(working, products, bias.values[map], total, [
-          "cell",
-          "pixel",
-          "kernel",
-          "product",
-        ]);
+        return draw_products(working, products, bias_of, total, ["cell", "pixel", "kernel", "product"]);
       const shares = Array.from({length: channels}, (_, channel) => [
         `map ${channel + 1}`,
         products.slice(channel * 9, channel * 9 + 9).reduce((sum, [, , , product]) => sum + product, 0),
@@ -216,14 +226,7 @@ function start_cnn(contents, networks, see) {
       shares.sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
       const rest = shares.slice(9).reduce((sum, [, share]) => sum + share, 0);
       const left_out = [`the other ${channels - 9}`, shown(rest)];
-      draw_products(
-        working,
-        shares.slice(0, 9),
-        bias.values[map],
-        total,
-        ["from", "sum of 9 products"],
-        left_out,
-      );
+      draw_products(working, shares.slice(0, 9), bias_of, total, ["from", "sum of 9 products"], left_out);
     }
 
     function input_of() {
@@ -239,12 +242,24 @@ function start_cnn(contents, networks, see) {
     };
   }
 
+  function words_for({type, size}) {
+    return {
+      MaxPool2d: `largest of each ${size}×${size}`,
+      BatchNorm2d: "batch norm",
+      Add: "plus the block's inputs",
+    }[type];
+  }
+
+  function capital(words) {
+    return words[0].toUpperCase() + words.slice(1);
+  }
+
   // The patch of the first convolution, on the image itself.
-  function mark_patch([y, x]) {
+  function mark_patch([y, x], padding) {
     const canvas = by_id("cnn-image"),
       zoom = 8;
     draw_image(canvas, images[chosen], zoom);
-    frame(canvas, x * zoom, y * zoom, 3 * zoom, 3 * zoom, 2);
+    frame(canvas, (x - padding) * zoom, (y - padding) * zoom, 3 * zoom, 3 * zoom, 2);
   }
 
   choose(0);

@@ -9,7 +9,8 @@ from torch import nn
 
 from lib import results
 from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, build_toy_cnn, load_weights
+from lib.models.cnns import build_toy_cnn, load_cnn, load_weights
+from lib.models.residual import Residual
 from lib.results import INTEGER, NUMBER, read_rows, read_table
 from lib.toy import PARAMETERS
 from lib.trainings import TOY, TOY_HISTORY, Training
@@ -38,8 +39,11 @@ def cnn(training: Training) -> dict:
     confusion = read_table(evaluation.with_name(f"{training.images}_confusion.csv"), results.CONFUSION)
     counts = Counter((row["actual"], row["predicted"]) for row in confusion)
     surest = evaluation.with_name(f"{training.images}_mistakes.json")
+    model = load_cnn(training.weights)
     return {
-        "layers": layers(load_weights(build_cnn(), training.weights), int16),
+        "layers": layers(model, int16),
+        "mirror": model.mirror,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve(read_table(training.curve, results.CURVE)),
         "shifts": columns(read_rows(evaluation, "shifts", results.SHIFTS)),
         "rotations": columns(read_rows(evaluation, "rotations", results.ROTATIONS)),
@@ -60,20 +64,39 @@ def examples(images: np.ndarray, labels: np.ndarray, val: np.ndarray) -> list[di
     ]
 
 
-def layers(model: nn.Sequential, pack) -> list[dict]:
-    """Each layer's type as torch names it, with what the browser needs to compute it."""
-    found = []
+def layers(model: nn.Sequential, pack, before: int = 0) -> list[dict]:
+    """Each layer's type as torch names it, with what the browser needs to compute it.
+
+    A residual block becomes its layers, an Add to what came before them, by its place, and a ReLU. `before`
+    counts the layers before these.
+    """
+    found: list[dict] = []
     for layer in model:
+        here = before + len(found)
         entry: dict[str, object] = {"type": type(layer).__name__}
-        if isinstance(layer, nn.MaxPool2d):
-            entry["size"] = layer.kernel_size
-        found.append(entry | {name: pack(value.numpy()) for name, value in layer.state_dict().items()})
+        match layer:
+            case Residual():
+                found += layers(layer, pack, here)
+                found += [{"type": "Add", "to": here - 1}, {"type": "ReLU"}]
+                continue
+            case nn.BatchNorm2d():
+                entry["epsilon"] = layer.eps
+            case nn.MaxPool2d():
+                entry["size"] = layer.kernel_size
+            case nn.Conv2d():
+                entry["padding"] = layer.padding[0]
+        of_norm = isinstance(layer, nn.BatchNorm2d)  # a few numbers for each map
+        arrays = {name: value.numpy() for name, value in layer.state_dict().items() if value.ndim}
+        found.append(entry | {name: (plain if of_norm else pack)(array) for name, array in arrays.items()})
     return found
 
 
 def plain(values: np.ndarray) -> dict:
     """An array as numbers."""
-    return {"shape": values.shape, "numbers": values.astype(float).ravel().tolist()}
+    return {
+        "shape": values.shape,
+        "numbers": [number(value) for value in values.astype(float).ravel().tolist()],
+    }
 
 
 def int16(values: np.ndarray) -> dict:

@@ -84,7 +84,7 @@ function start_moved(contents, networks) {
       draw_bars(
         by_id(`moved-${name}`),
         contents.classes,
-        softmax(forward(networks[name], to_input(moved)).at(-1)).values,
+        softmax(logits(networks[name], to_input(moved), contents.cnns[name].mirror)).values,
         name,
       ),
     );

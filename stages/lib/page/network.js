@@ -3,7 +3,24 @@
 // The layers by explicit loops, for one image: the same as stages/lib/by_hand/layers.py, with the same names
 // in the same order. A tensor is {shape, values}: its values in one row, the last index running fastest.
 
-// Valid cross-correlation, stride 1: (in, H, W) to (out, H - kh + 1, W - kw + 1).
+// Zeros around each map: (C, H, W) to (C, H + 2·width, W + 2·width).
+function pad(image, width) {
+  const [channels, height, wide] = image.shape,
+    out_height = height + 2 * width,
+    out_wide = wide + 2 * width;
+  const padded = new Float64Array(channels * out_height * out_wide);
+  for (let channel = 0; channel < channels; channel++) {
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < wide; x++) {
+        padded[(channel * out_height + y + width) * out_wide + x + width] =
+          image.values[(channel * height + y) * wide + x];
+      }
+    }
+  }
+  return {shape: [channels, out_height, out_wide], values: padded};
+}
+
+// Valid cross-correlation, stride 1: (in, H, W) to (out, H - kh + 1, W - kw + 1). Without `bias`, it is 0.
 function conv2d(image, kernels, bias) {
   const [n_in, height, width] = image.shape;
   const [n_out, , kernel_height, kernel_width] = kernels.shape;
@@ -14,7 +31,7 @@ function conv2d(image, kernels, bias) {
   for (let out = 0; out < n_out; out++) {
     for (let i = 0; i < out_height; i++) {
       for (let j = 0; j < out_width; j++) {
-        let sum = bias.values[out];
+        let sum = bias ? bias.values[out] : 0;
         let weight = out * n_in * kernel_height * kernel_width;
         for (let channel = 0; channel < n_in; channel++) {
           for (let y = 0; y < kernel_height; y++) {
@@ -55,6 +72,22 @@ function max_pool2d(image, size) {
   return {shape: [channels, out_height, out_width], values: pooled};
 }
 
+// Each map to mean 0 and variance 1, as the training saw it, then times its scale and plus its shift.
+function batch_norm(image, scale, shift, mean, variance, epsilon) {
+  const size = image.shape[1] * image.shape[2];
+  const values = image.values.map((value, place) => {
+    const channel = Math.floor(place / size);
+    const normal = (value - mean.values[channel]) / Math.sqrt(variance.values[channel] + epsilon);
+    return normal * scale.values[channel] + shift.values[channel];
+  });
+  return {shape: image.shape, values};
+}
+
+// What a residual block does before its ReLU: its inputs plus what its layers make of them.
+function add(inputs, others) {
+  return {shape: inputs.shape, values: inputs.values.map((value, place) => value + others.values[place])};
+}
+
 // (in) to (out), with weights (out, in).
 function linear(inputs, weights, bias) {
   const [n_out, n_in] = weights.shape;
@@ -88,14 +121,40 @@ function softmax(logits) {
 
 // The outputs of every layer for one image (C, H, W), in order.
 function forward(layers, image) {
-  let values = image;
-  return layers.map((layer) => (values = through(layer, values)));
+  const steps = [];
+  for (const layer of layers) steps.push(through(layer, steps.at(-1) ?? image, steps));
+  return steps;
 }
 
-function through(layer, inputs) {
+// A CNN's logits for one image; with `mirror`, their mean with those of the mirror image.
+function logits(layers, image, mirror) {
+  const read = (one) => forward(layers, one).at(-1);
+  if (!mirror) return read(image);
+  const {shape, values} = add(read(image), read(mirrored(image)));
+  return {shape, values: values.map((value) => value / 2)};
+}
+
+function mirrored(image) {
+  const width = image.shape[2];
+  const from = (place) => place - (place % width) + width - 1 - (place % width);
+  return {shape: image.shape, values: image.values.map((_, place) => image.values[from(place)])};
+}
+
+function through(layer, inputs, steps) {
   switch (layer.type) {
     case "Conv2d":
-      return conv2d(inputs, layer.weight, layer.bias);
+      return conv2d(pad(inputs, layer.padding), layer.weight, layer.bias);
+    case "BatchNorm2d":
+      return batch_norm(
+        inputs,
+        layer.weight,
+        layer.bias,
+        layer.running_mean,
+        layer.running_var,
+        layer.epsilon,
+      );
+    case "Add":
+      return add(inputs, steps[layer.to]);
     case "MaxPool2d":
       return max_pool2d(inputs, layer.size);
     case "ReLU":
@@ -112,7 +171,8 @@ function through(layer, inputs) {
 
 // The arrays of the page, as contents.py packs them: numbers, or base64 of whole numbers of steps.
 function unpack(packed) {
-  if (packed.numbers) return {shape: packed.shape, values: Float64Array.from(packed.numbers)};
+  if (packed.numbers)
+    return {shape: packed.shape, values: Float64Array.from(packed.numbers, (value) => value ?? NaN)};
   const steps = new Int16Array(unpack_bytes(packed.int16).buffer),
     values = new Float64Array(steps.length);
   for (let place = 0; place < values.length; place++) {
@@ -130,7 +190,9 @@ function unpack_bytes(base64) {
 
 function unpack_layers(layers) {
   return layers.map((layer) =>
-    layer.weight ? {...layer, weight: unpack(layer.weight), bias: unpack(layer.bias)} : layer,
+    Object.fromEntries(
+      Object.entries(layer).map(([name, value]) => [name, value.shape ? unpack(value) : value]),
+    ),
   );
 }
 

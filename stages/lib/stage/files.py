@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from lib.stage.errors import StageError
@@ -86,9 +86,9 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays as safetensors: the same bytes for the same content, and no pickle."""
-    content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+    content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata or None)
     with replace_atomically(path) as partial:
         partial.write_bytes(content)
 
@@ -107,6 +107,13 @@ def read_tensors(path: Path, *expected: str) -> dict[str, np.ndarray]:
     if expected and set(tensors) != set(expected):
         raise StageError(f"{path}: holds {', '.join(tensors) or 'nothing'}, expected {', '.join(expected)}")
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What write_tensors was given as `metadata`. Raises StageError as read_tensors does."""
+    read_tensors(path)
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def pixels_to_text(image: np.ndarray) -> str:

@@ -20,7 +20,7 @@ LOCK = Path("dvc.lock")  # in DVC's temporary copies, theirs
 
 
 class Checkpoint:
-    """Weights, Adam's moments and the rows of metrics so far, in one file.
+    """Weights, the optimizer's moments and the rows of metrics so far, in one file.
 
     `key` is the digest of everything that determines the result, so that no training resumes from
     another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage.
@@ -39,7 +39,7 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             print(f"checkpoint {self.path.name} is damaged ({error}); training starts from epoch 1")
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Adam) -> list[dict]:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
         """Restore `model` and `optimizer` in place; return the rows of the epochs that are done."""
         if self.rows:
             print(f"resuming after epoch {len(self.rows)}")
@@ -50,12 +50,12 @@ class Checkpoint:
                     name: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
                     for name, tensor in _part(self.tensors, f"adam.{number}.").items()
                 }
-                for number, parameter in enumerate(model.parameters())
+                for number, parameter in enumerate(_parameters(optimizer))
             }
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         return self.rows
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Adam, rows: list[dict]) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict]) -> None:
         """Replace the file by the present state, whole or not at all."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for number, state in optimizer.state_dict()["state"].items():
@@ -109,6 +109,11 @@ def _is_recorded(done: Path) -> bool:
     if not LOCK.exists() or LOCK.stat().st_mtime_ns < done.stat().st_mtime_ns:
         return False
     return done.read_text() in LOCK.read_text(encoding="utf-8")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """In the order in which the optimizer numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import torch
 
+from lib.training.batches import N_COLUMNS
+
 WARM_UP = 3  # real steps on a side stream before the capture, as torch's notes on CUDA graphs ask for
 
 
 class GraphedStep:
-    """Call `step(variant, index)` as a replayed CUDA graph, with the same results.
+    """Call `step(takes)` as a replayed CUDA graph, with the same results.
 
     The first WARM_UP batches run step by step, and so does every batch that is not of `batch_size`
     images: a graph has fixed shapes. `graph` is what captures and replays; tests give a stand-in,
@@ -17,24 +19,22 @@ class GraphedStep:
 
     def __init__(self, step: Callable, batch_size: int, device: torch.device, graph=None):
         self.step, self.graph = step, graph or CapturedGraph(device)
-        # A graph reads its inputs from fixed places: each batch is copied there.
-        self.variant = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.index = torch.zeros_like(self.variant)
+        # A graph reads its inputs from a fixed place: each batch is copied there.
+        self.takes = torch.zeros((batch_size, N_COLUMNS), dtype=torch.int64, device=device)
         self.calls = 0
 
-    def __call__(self, variant: torch.Tensor, index: torch.Tensor) -> None:
-        """Take one training step on the images `index` (B,) in their variants `variant` (B,)."""
-        if index.shape != self.index.shape:
-            self.step(variant, index)
+    def __call__(self, takes: torch.Tensor) -> None:
+        """Take one training step on the images of `takes` (B, 5)."""
+        if takes.shape != self.takes.shape:
+            self.step(takes)
             return
         self.calls += 1
         if self.calls <= WARM_UP:
-            self.graph.warm_up(lambda: self.step(variant, index))
+            self.graph.warm_up(lambda: self.step(takes))
             return
-        self.variant.copy_(variant)
-        self.index.copy_(index)
+        self.takes.copy_(takes)
         if self.calls == WARM_UP + 1:
-            self.graph.capture(lambda: self.step(self.variant, self.index))
+            self.graph.capture(lambda: self.step(self.takes))
         self.graph.replay()
 
 

@@ -1,10 +1,10 @@
 """Part 2 of the lesson: training the CNN, one epoch after the other."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,9 +13,11 @@ from tqdm import tqdm
 from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models.cnns import to_input
 from lib.stage.files import round_floats
+from lib.training.batches import INDEX, cut, draw_epoch
 from lib.training.checkpoints import Checkpoint
 from lib.training.cuda_graph import GraphedStep
 from lib.training.data import TrainData
+from lib.training.optimizer import build_optimizer, scheduled, set_rate
 
 if TYPE_CHECKING:
     from params_schema import TrainCnn
@@ -31,10 +33,9 @@ def train_cnn(
     checkpoint: Checkpoint,
     on_epoch: Callable[[dict, float], None],
 ) -> list[dict]:
-    """Train `model` in place with Adam and cross-entropy; return one row of metrics an epoch.
+    """Train `model` in place as `params` says; return one row of metrics an epoch.
 
-    `params` has epochs, batch_size, learning_rate and seed. An epoch takes each image of `data.train`
-    once, in a fresh order, as one of its variants, uniformly. Validation reads the originals of
+    An epoch takes each image of `data.train` once, as draw_epoch says. Validation reads the originals of
     `data.val`. `on_epoch` is called with each row and its images per second. Everything random comes
     from (params.seed, epoch), so a training that resumes from `checkpoint` ends in the same weights.
     """
@@ -43,21 +44,21 @@ def train_cnn(
     images = torch.from_numpy(data.pool).to(device)  # (V, N, 28, 28)
     targets = torch.from_numpy(data.labels).to(device, torch.int64)  # (N,)
     to_device(model, device)
-    on_cuda = device.type == "cuda"
-    # fused: one pass over all weights instead of several for each.
-    optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate, fused=True, capturable=on_cuda)
-    step = TrainStep(model, optimizer, images, targets)
-    run_step = GraphedStep(step, params.batch_size, device) if on_cuda else step
+    optimizer = build_optimizer(model, params, device)
+    step = TrainStep(model, optimizer, images, targets, params)
+    run_step = GraphedStep(step, params.batch_size, device) if device.type == "cuda" else step
     rows = checkpoint.load(model, optimizer)
     n, epochs = len(data.train), params.epochs
+    steps = math.ceil(n / params.batch_size)  # of an epoch
     with tqdm(total=epochs * n, initial=len(rows) * n, unit=" images", disable=None) as bar:
         for epoch in range(len(rows) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             began = time.perf_counter()
-            rng = np.random.default_rng([params.seed, epoch])
-            order = rng.permutation(data.train)
-            variants = rng.integers(len(data.pool), size=n)
-            train_loss, train_accuracy = train_epoch(step, run_step, order, variants, params.batch_size, bar)
+            takes = torch.from_numpy(draw_epoch(data.train, len(data.pool), params, epoch)).to(device)
+            batches = takes.split(params.batch_size)
+            done = range((epoch - 1) * steps, epoch * steps)
+            rates = [scheduled(params, before, epochs * steps) for before in done]
+            train_loss, train_accuracy = train_epoch(step, run_step, batches, rates, bar)
             speed = n / (time.perf_counter() - began)
             logits = predict(model, data.pool[0, data.val], device)
             val_loss, val_accuracy = loss_and_accuracy(logits, data.labels[data.val])
@@ -79,43 +80,40 @@ def train_cnn(
 class TrainStep:
     """One step on a batch; sums loss and hits on the device, where reading them costs no wait."""
 
-    def __init__(self, model: nn.Module, optimizer, images: torch.Tensor, targets: torch.Tensor):
+    def __init__(self, model, optimizer, images: torch.Tensor, targets: torch.Tensor, params: "TrainCnn"):
         self.model, self.optimizer, self.images, self.targets = model, optimizer, images, targets
+        self.label_smoothing, self.moved = params.label_smoothing, bool(params.flips or params.shift)
         self.loss_sum = torch.zeros((), device=images.device)
         self.correct = torch.zeros((), device=images.device, dtype=torch.int64)
 
-    def __call__(self, variant: torch.Tensor, index: torch.Tensor) -> None:
-        """Update the weights with the images `index` (B,), each in its variant `variant` (B,)."""
-        label = self.targets[index]  # (B,)
-        logits = self.model(to_input(self.images[variant, index]))  # (B, 10)
-        loss = F.cross_entropy(logits, label)
+    def __call__(self, takes: torch.Tensor) -> None:
+        """Update the weights with the images of `takes` (B, 5)."""
+        label = self.targets[takes[:, INDEX]]  # (B,)
+        logits = self.model(to_input(cut(self.images, takes, self.moved)))  # (B, 10)
+        loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         # Those of the batch before its own step. Accuracy reuses the logits: the lesson runs a second
         # forward pass (11 ms of its 35 ms step).
-        self.loss_sum += loss.detach() * len(index)
+        self.loss_sum += loss.detach() * len(takes)
         self.correct += (logits.detach().argmax(1) == label).sum()
 
 
-def train_epoch(step, run_step, order, variants, batch_size, bar) -> tuple[float, float]:
-    """One pass over the images `order` in their `variants`; mean loss, and accuracy."""
+def train_epoch(step, run_step, batches, rates, bar) -> tuple[float, float]:
+    """One pass over `batches`, takes (B, 5) of which the last may be fewer, each at its learning rate of
+    `rates`; mean loss, and accuracy."""
     step.model.train()
     step.loss_sum.zero_()
     step.correct.zero_()
-    device = step.images.device
-    batches = zip(
-        torch.from_numpy(variants).to(device).split(batch_size),
-        torch.from_numpy(order).to(device).split(batch_size),  # the last may be shorter
-        strict=True,
-    )
     seen = 0
-    for number, (variant, index) in enumerate(batches, start=1):
-        run_step(variant, index)
-        seen += len(index)
-        bar.update(len(index))
+    for number, (takes, rate) in enumerate(zip(batches, rates, strict=True), start=1):
+        set_rate(step.optimizer, rate)
+        run_step(takes)
+        seen += len(takes)
+        bar.update(len(takes))
         # Not on a GPU, which this would make wait for.
-        if number % REFRESH == 0 and not bar.disable and device.type == "cpu":
+        if number % REFRESH == 0 and not bar.disable and step.images.device.type == "cpu":
             loss, accuracy = step.loss_sum.item() / seen, step.correct.item() / seen
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
     return step.loss_sum.item() / seen, step.correct.item() / seen

@@ -1,0 +1,235 @@
+"""The options of the CNN's training that recipes combine: each against values computed otherwise."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from lib.models.cnns import CNN_SHAPE, MODELS, build_cnn, fresh, load_cnn, save_weights, summarize
+from lib.models.residual import Residual
+from lib.stage.errors import StageError
+from lib.stage.files import write_tensors
+from lib.training.batches import DOWN, FLIP, INDEX, RIGHT, VARIANT, cut, draw_epoch
+from lib.training.loop import TrainStep
+from lib.training.optimizer import build_optimizer, scheduled, set_rate
+
+CPU = torch.device("cpu")
+TRAIN = np.arange(100, 1100)
+
+
+def options(**changes) -> SimpleNamespace:
+    lesson = {
+        "seed": 3, "learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0,
+        "flips": False, "shift": 0,
+    }  # fmt: skip
+    return SimpleNamespace(**lesson | changes)
+
+
+# Moves of a batch
+
+
+def test_an_epoch_draws_every_image_once_and_moves_none_unless_told():
+    takes = draw_epoch(TRAIN, 3, options(), 1)
+    assert sorted(takes[:, INDEX]) == TRAIN.tolist()
+    assert set(takes[:, VARIANT]) == {0, 1, 2}
+    assert not takes[:, [FLIP, DOWN, RIGHT]].any()
+
+
+def test_options_change_neither_order_nor_variants():
+    plain, moved = draw_epoch(TRAIN, 3, options(), 2), draw_epoch(TRAIN, 3, options(flips=True, shift=4), 2)
+    assert (plain[:, [INDEX, VARIANT]] == moved[:, [INDEX, VARIANT]]).all()
+
+
+def test_each_image_is_mirrored_in_every_other_epoch():
+    flips = []
+    for epoch in range(1, 5):
+        takes = draw_epoch(TRAIN, 1, options(flips=True), epoch)
+        flips.append(takes[takes[:, INDEX].argsort(), FLIP])
+    assert (flips[0] == flips[2]).all()
+    assert (flips[1] == flips[3]).all()
+    assert (flips[0] == 1 - flips[1]).all()
+    assert 400 < flips[0].sum() < 600  # six standard deviations
+
+
+def test_shifts_are_uniform_on_both_axes_and_new_in_each_epoch():
+    drawn = np.concatenate([draw_epoch(TRAIN, 1, options(shift=2), epoch) for epoch in range(1, 11)])
+    for axis in (DOWN, RIGHT):
+        values, counts = np.unique(drawn[:, axis], return_counts=True)
+        assert values.tolist() == [-2, -1, 0, 1, 2]
+        assert (abs(counts - 2000) < 240).all()  # six standard deviations
+    assert abs(np.corrcoef(drawn[:, DOWN], drawn[:, RIGHT])[0, 1]) < 0.06
+    assert (drawn[:1000, DOWN] != drawn[1000:2000, DOWN]).any()
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (3, 0), (-2, 1), (0, -28), (14, 14)])
+def test_a_take_is_its_image_mirrored_and_then_shifted(images, flip, down, right):
+    pool = np.stack([images, 255 - images])
+    takes = torch.tensor([[5, 1, flip, down, right], [2, 0, 0, 0, 0]])
+    found = cut(torch.from_numpy(pool), takes, moved=True).numpy()
+    source = pool[1, 5][:, ::-1] if flip else pool[1, 5]
+    expected = np.zeros((28, 28), np.uint8)
+    for row in range(28):
+        for column in range(28):
+            if 0 <= row - down < 28 and 0 <= column - right < 28:
+                expected[row, column] = source[row - down, column - right]
+    assert (found[0] == expected).all()
+    assert (found[1] == pool[0, 2]).all()
+    assert found.dtype == np.uint8
+
+
+# The learning rate, the step
+
+
+def test_a_cycle_rises_for_a_fifth_of_the_steps_and_falls_to_nearly_0():
+    params = options(schedule="one-cycle", learning_rate=0.5)
+    rates = [scheduled(params, step, 100) for step in range(100)]
+    assert rates[:3] == pytest.approx([2.5 / 101, 5 / 101, 7.5 / 101])
+    assert 0.49 < max(rates) <= 0.5
+    assert 19 <= np.argmax(rates) <= 20
+    assert rates[60] == pytest.approx(0.625 * 40 / 101)
+    assert rates[99] == pytest.approx(0.625 / 101)
+    assert 0 < scheduled(params, 0, 1) <= 0.5  # a training of one step learns, too
+    assert {scheduled(options(), step, 100) for step in range(100)} == {0.01}
+
+
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)])
+def test_the_rate_that_is_set_is_that_of_the_next_step(rate):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0)
+    weight.grad = torch.ones(4, 4)
+    set_rate(optimizer, 0.25)
+    optimizer.step()
+    assert weight.detach().numpy() == pytest.approx(np.full((4, 4), 0.75))  # Adam's first step is the rate
+
+
+def test_weights_decay_and_biases_and_scales_do_not():
+    model = fresh(lambda: build_cnn("residual"), 0)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, options(learning_rate=0.1, weight_decay=0.5), CPU).step()
+    for name, parameter in model.named_parameters():
+        kept = 0.95 if name.endswith("weight") and parameter.ndim > 1 else 1
+        assert torch.allclose(parameter, kept * before[name]), name
+
+
+def test_a_rate_is_a_number_that_can_become_any_other_also_where_a_graph_reads_it(monkeypatch):
+    """As on a GPU: AdamW is told to be capturable, and its rate lies in a tensor."""
+    asked = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: asked.update(settings))
+    build_optimizer(build_cnn(), options(learning_rate=1), torch.device("cpu"))
+    assert (asked["lr"], asked["capturable"]) == (1, False)
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device: tensor(value))
+    build_optimizer(build_cnn(), options(learning_rate=1), torch.device("cuda"))
+    assert asked["capturable"]
+    asked["lr"].fill_(0.25)
+    assert asked["lr"].item() == 0.25
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_cross_entropy_with_a_share_of_each_label_for_all_classes(images, smoothing):
+    model = fresh(build_cnn, 0)
+    with torch.inference_mode():
+        shares = model(torch.from_numpy(images[:6, None] / 255).float()).double().softmax(1).numpy()
+    labels = np.array([0, 3, 9, 9, 1, 5])
+    target = (1 - smoothing) * np.eye(10)[labels] + smoothing / 10
+    params = options(label_smoothing=smoothing)
+    step = TrainStep(
+        model,
+        build_optimizer(model, params, CPU),
+        torch.from_numpy(images[None]),
+        torch.from_numpy(labels),
+        params,
+    )
+    step(F.pad(torch.arange(6)[:, None], (0, 4)))
+    assert step.loss_sum.item() == pytest.approx(-(target * np.log(shares)).sum(), rel=1e-5)
+    assert step.correct.item() == (shares.argmax(1) == labels).sum()
+
+
+# The models
+
+
+def test_a_residual_block_adds_its_layers_to_its_inputs_before_the_relu():
+    block = Residual(torch.nn.Conv2d(1, 1, 1))
+    block[0].weight.data.fill_(-3)
+    block[0].bias.data.fill_(1)
+    values = torch.tensor([[[[-2.0, 0.25, 2.0]]]])
+    assert block(values).flatten().tolist() == [5, 0.5, 0]  # v - 3v + 1, and 0 for -3
+
+
+def test_a_fresh_residual_block_gives_what_comes_out_of_the_relu_before_it():
+    model = fresh(lambda: build_cnn("residual"), 1).eval()
+    [first, *_] = [layer for layer in model if isinstance(layer, Residual)]
+    values = torch.rand(2, 32, 14, 14)
+    assert torch.equal(first(values), values)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_reads_images_and_has_at_most_the_lessons_parameters(name):
+    model = build_cnn(name)
+    assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 896_522
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_a_mirroring_model_lists_each_layer_once(name):
+    plain, mirroring = (build_cnn(name, mirror).eval() for mirror in (False, True))
+    assert summarize(mirroring, CNN_SHAPE) == summarize(plain, CNN_SHAPE)
+    count = sum(parameter.numel() for parameter in plain.parameters())
+    assert f"Total params: {count:,}\n" in summarize(mirroring, CNN_SHAPE)
+    assert not mirroring.training  # what is summarized is a copy
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mirroring_model_gives_the_mean_of_both_logits_and_trains_without(name):
+    plain, mirroring = (fresh(lambda mirror=mirror: build_cnn(name, mirror), 2) for mirror in (False, True))
+    images = torch.rand(3, 1, 28, 28)
+    for model in (plain.eval(), mirroring.eval()):
+        assert not model.training
+    expected = (plain(images) + plain(torch.from_numpy(images.numpy()[..., ::-1].copy()))) / 2
+    assert torch.allclose(mirroring(images), expected, atol=1e-6)
+    assert not torch.allclose(mirroring(images), plain(images), atol=1e-3)
+    assert torch.equal(mirroring.train()(images), plain.train()(images))
+
+
+# The file of weights
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, mirror):
+    model = fresh(lambda: build_cnn(name, mirror), 5)
+    model(torch.rand(8, 1, 28, 28))  # moves the statistics of batch norm
+    for file in ("a", "b"):
+        save_weights(model, tmp_path / file)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    again = load_cnn(tmp_path / "a")
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(again(images), model.eval()(images))
+    with safe_open(tmp_path / "a", framework="numpy") as file:
+        expected = {"lesson": None, "residual": {"model": "residual"}}[name]
+        assert file.metadata() == ({"model": f"{name} mirror"} if mirror else expected)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"model": "vgg"}, "weights of a model vgg, expected one of lesson, residual"),
+        ({"model": "lesson upside down"}, "weights of a model lesson upside down, expected one of"),
+        ({"model": "residual"}, "weights do not fit the model"),
+        ({"model": ""}, "expected one of lesson, residual"),
+    ],
+)
+def test_weights_of_another_model_are_refused_in_a_line(tmp_path, about, words):
+    tensors = {name: tensor.numpy() for name, tensor in build_cnn().state_dict().items()}
+    write_tensors(tmp_path / "w.safetensors", tensors, about)
+    with pytest.raises(StageError) as raised:
+        load_cnn(tmp_path / "w.safetensors")
+    assert str(tmp_path / "w.safetensors") in str(raised.value)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
