@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline compare promote predict check test committed seeds soak mutate page ui sync bench clean
+.PHONY: help setup repro back baseline compare recipe promote predict check test committed seeds soak mutate page ui sync bench ladder clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -30,6 +30,9 @@ baseline: ## commit this machine's results, to compare with from now on
 # A and B reach the shell as they are, so that it expands no pattern in them.
 compare: .venv/ready ## list the experiments, or compare two: make compare A=HEAD B=NAME
 	@$(ACTIVATE) python tools/compare.py $${A:+"$$A"} $${B:+"$$B"}
+
+recipe: .venv/ready ## list the recipes, or run one as an experiment: make recipe NAME=fast
+	@$(ACTIVATE) python tools/recipe.py $${NAME:+"$$NAME"}
 
 promote: .venv/ready ## register a CNN, and make it the champion if it is better: make promote MODEL=…
 	@$(ACTIVATE) python tools/promote.py $${MODEL:+"$$MODEL"}
@@ -68,8 +71,11 @@ mutate: .venv/ready ## put small faults into stages/lib and list those that no f
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
 
-bench: .venv/ready ## measure beside the lesson's own loops (25 minutes, quiet machine): benchmarks/results.md
+bench: .venv/ready ## measure beside the lesson's own loops (40 minutes, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
+
+ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/ladder.csv, docs/pictures
+	@$(ACTIVATE) python benchmarks/ladder.py
 
 page: .venv/ready ## open the page on which the trained CNNs can be looked into
 	@$(ACTIVATE) python tools/page.py

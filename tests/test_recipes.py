@@ -1,0 +1,186 @@
+"""Recipes: the files, `make recipe`, and the experiment that one becomes."""
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import recipe
+from lib.params import parse_params
+from lib.stage.errors import StageError
+from project import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def folder(workspace, monkeypatch):
+    """A folder with params.yaml and recipes of its own, in which no experiment exists."""
+    monkeypatch.setattr(recipe, "experiments", list)
+    (workspace / "params.yaml").write_bytes((ROOT / "tests/helpers/params.yaml").read_bytes())
+    (workspace / "recipes").mkdir()
+    (workspace / "recipes/short.yaml").write_text(
+        "# Two epochs, mirrored.\ntrain_cnn:\n  epochs: 2\n  schedule: one-cycle\n  flips: true\n"
+        "  learning_rate: 1.0e-2\nsplit: {train_size: null}\n"
+    )
+    (workspace / "recipes/long.yaml").write_text("# A long one.\ntrain_cnn: {epochs: 9}\n")
+    return workspace
+
+
+def run(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+    recipe.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_committed_recipe_fits_the_committed_params_and_says_what_it_is_for(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert recipe.read_recipe(name)
+    path = ROOT / f"recipes/{name}.yaml"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    for line in lines[1:]:  # every param says what it is for
+        assert "#" in line or line.endswith(":"), line
+    committed = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for where, value in recipe.read_recipe(name).items():
+        section, key = where.split(".")
+        assert value != committed[section][key], f"{where} is {value} without this recipe, too"
+
+
+def test_without_a_name_the_recipes_are_listed(folder, monkeypatch, capsys):
+    assert run(monkeypatch, capsys).splitlines()[:2] == [
+        "long        A long one.", "short       Two epochs, mirrored.",
+    ]  # fmt: skip
+
+
+def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_others(
+    folder, monkeypatch, capsys
+):
+    asked = []
+
+    def dvc(command, check):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(recipe.subprocess, "run", dvc)
+    before = (folder / "params.yaml").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, capsys, "short")
+    assert ended.value.code == 7  # that of dvc
+    [command] = asked
+    assert command == [
+        "dvc", "exp", "run", "--name", "short",
+        "-S", "train_cnn.epochs=2", "-S", "train_cnn.schedule=one-cycle",
+        "-S", "train_cnn.flips=true", "-S", "train_cnn.learning_rate=0.01", "-S", "split.train_size=null",
+    ]  # fmt: skip
+    assert shlex.split(capsys.readouterr().out) == command
+    assert (folder / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("train_cnn: {epoch: 3}", "train_cnn.epoch is not a known key; did you mean epochs?"),
+        ("train_cn: {epochs: 3}", "train_cn is not a known key; did you mean train_cnn?"),
+        ("train_cnn: {epochs: 0}", "train_cnn.epochs is 0, expected an integer from 1 to 1000"),
+        ("train_cnn: 3", "expected sections of params.yaml, each with some of its keys"),
+        ("- train_cnn", "expected sections of params.yaml, each with some of its keys"),
+        ("", "expected sections of params.yaml, each with some of its keys"),
+        ("train_cnn: [", "not valid YAML"),
+        ("train_cnn: {}", "changes nothing, expected a param and its value"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_in_a_line(folder, content, line):
+    (folder / "recipes/wrong.yaml").write_text(content)
+    with pytest.raises(StageError) as raised:
+        recipe.read_recipe("wrong")
+    assert str(raised.value).startswith("recipes/wrong.yaml: ")
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["nope", "", "../params", "short.yaml"])
+def test_an_unknown_name_gets_the_names_there_are(folder, name):
+    with pytest.raises(
+        StageError, match=f"{name}: no recipe of this name, expected one of recipes/: long, short$"
+    ):
+        recipe.read_recipe(name)
+
+
+def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, capsys):
+    made = recipe.Experiment("short", "0" * 40, "refs/exps/…")
+    monkeypatch.setattr(recipe, "experiments", lambda: [made])
+    with pytest.raises(StageError, match=r"dvc exp apply short.*dvc exp remove short"):
+        run(monkeypatch, capsys, "short")
+
+
+@pytest.mark.parametrize("content", ["", "\xff", "train_cnn:\n  epochs: 1\n"])
+def test_a_file_without_a_purpose_is_listed_without_one(folder, monkeypatch, capsys, content):
+    (folder / "recipes/bare.yaml").write_bytes(content.encode("latin-1"))
+    assert run(monkeypatch, capsys).splitlines()[0] == "bare        "
+
+
+def test_a_folder_without_recipes_says_so(folder):
+    shutil.rmtree(folder / "recipes")
+    with pytest.raises(
+        StageError, match="short: no recipe of this name, expected one of recipes/: it is empty"
+    ):
+        recipe.read_recipe("short")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["ladder", "run"])
+def test_the_benchmarks_start(script):
+    command = [sys.executable, ROOT / f"benchmarks/{script}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def in_ladder(code: str) -> object:
+    """What an expression is in benchmarks/ladder.py, whose folder has modules named as tests' helpers."""
+    command = [sys.executable, "-c", f"import json, ladder; print(json.dumps({code}))"]
+    settings = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_every_rung_fits_the_params_and_adds_one_idea():
+    params = parse_params(ROOT / "params.yaml").model_dump()
+    rungs = in_ladder("ladder.rungs()")
+    assert set(NAMES) <= set(rungs)
+    for settings in rungs.values():
+        for where in settings:
+            section, key = where.split(".")
+            assert key in params[section]
+    steps = [settings for name, settings in rungs.items() if name not in NAMES]
+    for before, after in itertools.pairwise(steps[1:]):
+        assert before.items() < after.items()
+
+
+@pytest.mark.slow
+def test_the_mean_over_movements_leaves_out_the_middle_and_what_lies_beyond():
+    rows = [{"pixels": by, "shift_x": by * by, "shift_y": 0, "n": 100} for by in range(-5, 6)]
+    # 2 · (1 + 4 + 9 + 16) over four distances, two directions and two axes
+    assert in_ladder(f"ladder.mean({rows}, 'pixels', 4)") == 60 / 16
+
+
+@pytest.mark.slow
+def test_dvc_reads_the_values_as_they_are_written(folder):
+    """As `dvc exp run -S` writes them into params.yaml."""
+    from dvc.utils.hydra import apply_overrides
+
+    command = recipe.command("short", recipe.read_recipe("short"))
+    overrides = [text for flag, text in itertools.pairwise(command) if flag == "-S"]
+    apply_overrides(folder / "params.yaml", overrides)
+    params = parse_params(folder / "params.yaml")
+    assert (params.train_cnn.epochs, params.train_cnn.schedule) == (2, "one-cycle")
+    assert (params.train_cnn.flips, params.train_cnn.learning_rate) == (True, 0.01)
+    assert params.split.train_size is None
