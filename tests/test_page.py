@@ -409,12 +409,18 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
     assert "Batch norm, plus the block's inputs, then ReLU" in words
     count = sum(parameter.numel() for parameter in model.parameters())
     assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"
-    # A cell in the corner: five of its nine pixels are outside of the image, where there are zeros.
-    cell = page.locator(".conv canvas[tabindex]").first
+    # A cell in the corner of a padded convolution: of its patch's nine cells, five are outside, and zeros.
+    cell = page.locator(".conv canvas[tabindex]").nth(1)
     for key in ["ArrowUp", "ArrowLeft"] * 14:
         cell.press(key)
-    rows = page.locator("#conv-1-working tr:has(td)").all_inner_texts()
-    assert [row.split("\t")[1] for row in rows[:3]] == ["0", "0", "0"]
+    assert page.locator("#conv-2-working h3").inner_text() == "Map 1, row 1, column 1"
+    inner = next(layer for layer in model if isinstance(layer, Residual))[0]
+    before = np.array(steps[3]).reshape(32, 13, 13)[:, :2, :2]
+    shares = (before * inner.weight[0, :, 1:, 1:].detach().numpy()).sum((1, 2))
+    row = page.locator("#conv-2-working tr:has(td)").first.inner_text().split("\t")
+    largest = np.abs(shares).argmax()
+    assert row[0] == f"map {largest + 1}"
+    assert float(row[1].replace("−", "-")) == pytest.approx(shares[largest], abs=0.002)
 
 
 @needs_browser

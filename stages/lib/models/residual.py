@@ -20,33 +20,33 @@ class Residual(nn.Sequential):
 def residual_layers() -> list[nn.Module]:
     """(N, 1, 28, 28) to logits (N, 10)."""
     return [
-        _conv(1, 32),  # (N, 32, 28, 28)
-        nn.MaxPool2d(2),  # (N, 32, 14, 14)
+        _conv(1, 32),  # (N, 32, 26, 26)
+        nn.MaxPool2d(2),  # (N, 32, 13, 13)
         nn.BatchNorm2d(32),
         nn.ReLU(),
         _residual(32),
-        _conv(32, 64),  # (N, 64, 14, 14)
-        nn.MaxPool2d(2),  # (N, 64, 7, 7)
+        _conv(32, 64),  # (N, 64, 11, 11)
+        nn.MaxPool2d(2),  # (N, 64, 5, 5)
         nn.BatchNorm2d(64),
         nn.ReLU(),
         _residual(64),
-        _conv(64, 128),  # (N, 128, 7, 7)
-        nn.MaxPool2d(2),  # (N, 128, 3, 3)
+        _conv(64, 128, padding=1),  # (N, 128, 5, 5)
+        nn.MaxPool2d(2),  # (N, 128, 2, 2)
         nn.BatchNorm2d(128),
         nn.ReLU(),
         _residual(128),
-        nn.MaxPool2d(3),  # (N, 128, 1, 1)
+        nn.MaxPool2d(2),  # (N, 128, 1, 1)
         nn.Flatten(),  # (N, 128)
         nn.Linear(128, 10),  # (N, 10)
     ]
 
 
-def _conv(n_in: int, n_out: int) -> nn.Conv2d:
+def _conv(n_in: int, n_out: int, padding: int = 0) -> nn.Conv2d:
     # Batch norm takes the mean away, and any bias with it.
-    return nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False)
+    return nn.Conv2d(n_in, n_out, kernel_size=3, padding=padding, bias=False)
 
 
 def _residual(maps: int) -> Residual:
-    block = Residual(_conv(maps, maps), norm := nn.BatchNorm2d(maps))
+    block = Residual(_conv(maps, maps, padding=1), norm := nn.BatchNorm2d(maps))
     nn.init.zeros_(norm.weight)  # the block begins as nothing, and learns what to add
     return block
