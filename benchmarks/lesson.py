@@ -3,6 +3,10 @@
 Per-item Dataset, DataLoader, default Adam, and a second forward pass for the accuracy of each batch.
 """
 
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -46,9 +50,9 @@ def accuracy(images, labels, model) -> list[bool]:
     return (model(images).max(-1)[1] == labels).cpu().numpy().tolist()
 
 
-def train(model: nn.Module, batches, steps: int | None = None) -> tuple[float, float]:
+def train(model: nn.Module, batches, steps: int | None = None, optimizer=None) -> tuple[float, float]:
     """One epoch, or its first `steps` steps; returns mean loss and accuracy."""
-    optimizer, loss_function = Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
+    optimizer, loss_function = optimizer or Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
     losses, hits = [], []
     for number, (images, labels) in enumerate(batches, start=1):
         losses.append(train_batch(images, labels, model, optimizer, loss_function))
@@ -74,3 +78,32 @@ def train_toy(model: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: 
             epoch_losses.append(loss.item())
         losses.append(float(np.mean(epoch_losses)))
     return losses
+
+
+def main(seed: int) -> None:
+    """Train the CNN for five epochs in the current folder, and print how many seconds they took.
+
+    The weights lie where train_cnn would put them, for evaluate_cnn.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+    from lib.models.cnns import build_cnn, fresh, save_weights
+    from lib.params import load_params
+    from lib.training.data import load_train_data
+    from lib.trainings import CNNS
+
+    split = load_params("split").split
+    data = load_train_data("original", split.val_size, split.train_size, split.seed)
+    model = fresh(build_cnn, seed)
+    batches = loader(data.pool[0, data.train], data.labels[data.train])
+    optimizer = Adam(model.parameters(), lr=1e-3)
+    torch.set_num_threads(2)
+    began = time.perf_counter()
+    for _ in range(5):
+        train(model, batches, optimizer=optimizer)
+    seconds = time.perf_counter() - began
+    save_weights(model, CNNS["original"].weights)
+    print(seconds)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

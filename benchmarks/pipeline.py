@@ -44,7 +44,7 @@ def tracked(store: str) -> float:
     """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
     return float(
         subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks/tracking.py")],
+            [sys.executable, str(ROOT / "benchmarks/reporting.py")],
             check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
         ).stdout.split()[-1]
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Measure the project beside the lesson's own loops, and write benchmarks/results.md.
 
-Usage, after `make repro`: make bench. Takes about 25 minutes; the two sides run in turn, A B A B,
+Usage, after `make repro`: make bench. Takes about 40 minutes; the two sides run in turn, A B A B,
 so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
 """
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import ladder
 from report import ROOT, Report, conditions, spread
 
 from pipeline import first_run_rows, pipeline_times
@@ -141,6 +142,23 @@ def growth_rows(report: Report, quick: bool) -> None:
     report.table("size | images | as uint8 | tiling and 200 steps | with a core taken | peak memory", rows)
 
 
+def accuracy_rows(report: Report) -> None:
+    """Section g: what the same minutes buy."""
+    report.heading(
+        "Time to accuracy",
+        "Seed 0, one run each, in turn: the whole stage train_cnn, with imports and validation, beside the "
+        "five epochs of the lesson's own loop alone.",
+    )
+    known, rows, yardstick = ladder.rungs(), [], 0.0
+    for name in (ladder.OWN_LOOP, "lesson", "fast", "same-time"):
+        row = ladder.run(name, known[name], seed=0)
+        yardstick = yardstick or row["seconds"]
+        rows.append(
+            f"{name} | {row['seconds']:.0f} | {row['seconds'] / yardstick:.2f} | {row['test_accuracy']:.2%}"
+        )
+    report.table("rung | seconds | share of the lesson's | test accuracy", rows)
+
+
 def main() -> None:
     """Run everything and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,6 +177,7 @@ def main() -> None:
     if quick:
         print("\n--quick: results.md is left as it is")
         return
+    accuracy_rows(report)
     first_run_rows(report)
     RESULTS.write_text("\n".join(report.lines).rstrip() + "\n")
     print(f"\nwrote {RESULTS.relative_to(ROOT)}")

@@ -100,6 +100,24 @@ def test_the_committed_results_are_the_run_of_their_seed(images):
         assert {name: run[name] for name in metrics} == {name: str(value) for name, value in metrics.items()}
 
 
+@pytest.mark.committed
+def test_the_table_of_recipes_is_that_of_the_committed_runs():
+    """Computed once more, by NumPy."""
+    with (ROOT / "benchmarks/ladder.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    lines = []
+    for name in dict.fromkeys(run["rung"] for run in runs):
+        mine = [run for run in runs if run["rung"] == name]
+        cells = [name, mine[0]["epochs"], f"{np.median([float(run['seconds']) for run in mine]) / 60:.1f}"]
+        for metric in ("test_accuracy", "shifts_up_to_4px", "rotations_up_to_15deg"):
+            values = 100 * np.array([float(run[metric]) for run in mine])
+            spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.2f}{spread} %")
+        lines.append(f"| {' | '.join(cells)} | {len(mine)} |")
+    table = (ROOT / "docs/recipes.md").read_text().split("|---|---|---|---|---|---|---|\n")[1]
+    assert table.split("\n\n")[0].splitlines() == lines
+
+
 def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
     """Every file and every value is changed at once: each stage names those that are its own."""
     for path in (project / "stages").rglob("*.py"):

@@ -1,0 +1,239 @@
+"""What each idea buys: accuracy against minutes, beside the lesson's own loop.
+
+Usage, after `make repro`: make ladder, or python benchmarks/ladder.py [RUNG …] [--seeds 5]. Each run is the
+stages themselves in a folder of its own: train_cnn.py, timed as a whole with imports and validation, and
+evaluate_cnn.py. A run is appended to benchmarks/ladder.csv when it ends; those that are there do not run
+again. At the end: the table, and docs/pictures/ladder.png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from report import ROOT
+
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "tools")]
+
+from ruamel.yaml import YAML
+
+from lib.stage.errors import StageError
+from lib.stage.files import round_floats
+from lib.stage.process import run_stage
+from recipe import read_recipe
+
+RUNS = ROOT / "benchmarks/ladder.csv"
+PICTURE = ROOT / "docs/pictures/ladder.png"
+OWN_LOOP = "lesson's own loop"
+# Each rung adds one idea to the one before; a recipe's name stands for its params.
+STEPS: dict[str, dict] = {
+    "lesson": {},
+    "residual": {"train_cnn.model": "residual"},
+    "one-cycle": {
+        "train_cnn.batch_size": 64, "train_cnn.schedule": "one-cycle", "train_cnn.learning_rate": 0.006,
+        "train_cnn.weight_decay": 0.05,
+    },
+    "flips and mirror": {"train_cnn.flips": True, "train_cnn.mirror": True},
+    "label smoothing": {"train_cnn.label_smoothing": 0.05},
+    "shifts": {"train_cnn.shift": 1},
+}  # fmt: skip
+RECIPES = ("fast", "same-time")
+AUGMENTED = ("steady",)  # recipes of the CNN that trains on the copies, too
+HEADER = (
+    "rung", "params", "seed", "epochs", "seconds", "val_accuracy", "test_accuracy", "test_accuracy_shift_3px",
+    "test_accuracy_rotation_15deg", "shifts_up_to_4px", "rotations_up_to_15deg", "weights_sha256",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then print the table and draw the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = rungs()
+    parser.add_argument("rungs", nargs="*", metavar="RUNG", help=f"one of: {', '.join(known)}; default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="train_cnn.seed from 0 to this, not included")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.rungs if name not in known]:
+        raise StageError(f"{unknown[0]}: no rung of this name, expected one of {', '.join(known)}")
+    for seed in range(arguments.seeds):
+        for name in arguments.rungs or known:
+            if not any(is_of(row, name, known[name], seed) for row in read_runs()):
+                append(run(name, known[name], seed))
+    rows = read_runs()
+    print("\n".join(table(rows)))
+    draw(rows)
+
+
+def is_of(row: dict, name: str, settings: dict, seed: int) -> bool:
+    """Whether a row is of this rung and seed. Raises StageError if the rung had other params then."""
+    if row["rung"] != name or int(row["seed"]) != seed:
+        return False
+    if row["params"] != in_words(settings):
+        raise StageError(
+            f"{RUNS.name}: {name} ran with {row['params']}, expected {in_words(settings)}; delete its rows"
+        )
+    return True
+
+
+def in_words(settings: dict) -> str:
+    """Params in one line."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def rungs() -> dict[str, dict]:
+    """Every rung's params, where they differ from params.yaml, in order."""
+    found, so_far = {OWN_LOOP: {}}, {}
+    for name, settings in STEPS.items():
+        so_far = so_far | settings
+        found[name] = so_far
+    return found | {name: read_recipe(name) for name in (*RECIPES, *AUGMENTED)}
+
+
+def run(name: str, settings: dict, seed: int) -> dict:
+    """Train and evaluate once; returns the row."""
+    images = "augmented" if name in AUGMENTED else "original"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        for path, value in {**settings, "train_cnn.seed": seed}.items():
+            section, key = path.split(".")
+            params[section][key] = value
+        with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+            YAML().dump(params, file)
+        (folder / "data").mkdir()
+        (folder / "data/FashionMNIST").symlink_to(ROOT / "data/FashionMNIST")
+        if any(path.startswith("augment_images.") for path in settings):
+            stage(folder, "augment_images")
+        else:
+            (folder / "data/augmented").symlink_to(ROOT / "data/augmented")
+        print(f"{name}, seed {seed}", flush=True)
+        began = time.perf_counter()
+        if name == OWN_LOOP:
+            seconds = own_loop(folder, seed)
+        else:
+            stage(folder, "train_cnn", images)
+            seconds = time.perf_counter() - began
+        stage(folder, "evaluate_cnn", images)
+        return row_of(folder, name, settings, seed, seconds, images)
+
+
+def own_loop(folder: Path, seed: int) -> float:
+    """The lesson's five epochs by its own loop; returns their seconds, without imports and validation."""
+    command = [sys.executable, str(ROOT / "benchmarks/lesson.py"), str(seed)]
+    done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def stage(folder: Path, script: str, *arguments: str) -> None:
+    """Run a stage in `folder`; its MLflow store and checkpoints stay there, too."""
+    command = [sys.executable, str(ROOT / f"stages/{script}.py"), *arguments]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    subprocess.run(command, cwd=folder, env=settings | {"DVC_ROOT": str(folder)}, check=True)
+
+
+def row_of(folder: Path, name: str, settings: dict, seed: int, seconds: float, images: str) -> dict:
+    """What the stages wrote about a run."""
+    evaluation = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
+    metrics = folder / f"metrics/train_cnn/{images}.json"
+    training = json.loads(metrics.read_text()) if metrics.exists() else {}  # not of the lesson's own loop
+    curve = folder / f"metrics/train_cnn/{images}.csv"
+    row = {
+        "rung": name,
+        "params": in_words(settings),
+        "seed": seed,
+        "epochs": len(curve.read_text().splitlines()) - 1 if curve.exists() else 5,
+        "seconds": round(seconds, 1),
+        "val_accuracy": training.get("val_accuracy", ""),
+        **{key: evaluation[key] for key in HEADER if key in evaluation},
+        "shifts_up_to_4px": mean(evaluation["shifts"], "pixels", 4),
+        "rotations_up_to_15deg": mean(evaluation["rotations"], "degrees", 15),
+        "weights_sha256": training.get("weights_sha256", [""])[0],
+    }
+    return {key: round_floats(row[key]) for key in HEADER}
+
+
+def mean(rows: list[dict], amount: str, most: int) -> float:
+    """Mean accuracy over the movements of 1 to `most`, either way, along each axis."""
+    chosen = [row for row in rows if 0 < abs(row[amount]) <= most]
+    return statistics.mean(row[name] for row in chosen for name in row if name not in (amount, "n"))
+
+
+def read_runs() -> list[dict]:
+    """The rows of ladder.csv."""
+    if not RUNS.exists():
+        return []
+    with RUNS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict) -> None:
+    """Add a run to ladder.csv."""
+    new = not RUNS.exists()
+    with RUNS.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The table of docs/recipes.md, in Markdown."""
+    lines = [
+        "| rung | epochs | minutes | test accuracy | shifted up to ±4 px | rotated up to ±15° | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["rung"] for row in rows):
+        mine = [row for row in rows if row["rung"] == name]
+        minutes = statistics.median(float(row["seconds"]) for row in mine) / 60
+        accuracies = ("test_accuracy", "shifts_up_to_4px", "rotations_up_to_15deg")
+        cells = [spread([100 * float(row[key]) for row in mine]) for key in accuracies]
+        lines.append(f"| {name} | {mine[0]['epochs']} | {minutes:.1f} | {' | '.join(cells)} | {len(mine)} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation of percentages."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} %"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
+
+
+def draw(rows: list[dict]) -> None:
+    """Accuracy against minutes: each run a point, each rung its mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(row["rung"] for row in rows)):
+        mine = [row for row in rows if row["rung"] == name]
+        minutes = [float(row["seconds"]) / 60 for row in mine]
+        accuracy = [100 * float(row["test_accuracy"]) for row in mine]
+        color = f"C{number % 10}"
+        axes.scatter(minutes, accuracy, s=14, alpha=0.5, color=color)
+        middle = statistics.median(minutes), statistics.mean(accuracy)
+        axes.annotate(
+            name, middle, xytext=(0, 10), textcoords="offset points", color=color, fontsize=9, ha="center"
+        )
+        axes.scatter(*middle, s=90, marker="_", color=color)
+    axes.set_xlabel("minutes of training on 2 cores")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Accuracy against time: each point is a run, each dash a mean", fontsize=10, loc="left")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.15, y=0.12)
+    axes.autoscale(axis="x")
+    axes.set_xlim(left=0)
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    run_stage(main)
