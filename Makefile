@@ -54,7 +54,7 @@ test: .venv/browser check ## the same, then all other tests
 
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages
-	$(ACTIVATE) python -m pytest -m committed
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m committed
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
 	$(ACTIVATE) python tools/seeds.py

@@ -12,7 +12,8 @@ import pytest
 from pipeline import SMALL, dvc, environment, set_params
 from project import ROOT, copy_of_project, git
 
-pytestmark = pytest.mark.committed
+# In one process: the pages share one project.
+pytestmark = [pytest.mark.committed, pytest.mark.xdist_group("docs")]
 
 # Not run: the set-up, all tests, the UI, which does not end, and a picture that the reader has.
 LEFT_OUT = ("make test", "make ui", ". .venv/bin/activate", "make predict FILE=picture.png")
