@@ -258,7 +258,11 @@ def assert_runs_match(project: Path, store: str | None = None) -> None:
         params = lock[training]["params"]["params.yaml"]
         if training == "train_cnn@augmented":
             params |= lock["augment_images"]["params"]["params.yaml"]
-        leaves = {f"{name}.{leaf}": str(value) for name in params for leaf, value in params[name].items()}
+        leaves = {
+            f"{name}.{leaf}": value if isinstance(value, str) else json.dumps(value)  # false, not False
+            for name in params
+            for leaf, value in params[name].items()
+        }
         if "split" in params:
             leaves["train_images"] = leaves["split.train_size"]
         assert run.data.params == leaves
