@@ -19,30 +19,29 @@ from pathlib import Path
 
 from report import ROOT
 
-sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "tools"), str(ROOT)]
 
 from ruamel.yaml import YAML
 
+from lib.params import read_yaml
 from lib.stage.errors import StageError
-from lib.stage.files import round_floats
+from lib.stage.files import write_csv
 from lib.stage.process import run_stage
 from recipe import read_recipe
+from tracking.runs import as_yaml
 
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
 OWN_LOOP = "lesson's own loop"
-# Each rung adds one idea to the one before; a recipe's name stands for its params.
-STEPS: dict[str, dict] = {
-    "lesson": {},
-    "residual": {"train_cnn.model": "residual"},
-    "one-cycle": {
-        "train_cnn.batch_size": 64, "train_cnn.schedule": "one-cycle", "train_cnn.learning_rate": 0.006,
-        "train_cnn.weight_decay": 0.05,
-    },
-    "flips and mirror": {"train_cnn.flips": True, "train_cnn.mirror": True},
-    "label smoothing": {"train_cnn.label_smoothing": 0.05},
-    "shifts": {"train_cnn.shift": 1},
-}  # fmt: skip
+# Each rung adds one idea to the one before, with the values of the recipe fast.
+STEPS = {
+    "lesson": (),
+    "residual": ("model",),
+    "one-cycle": ("batch_size", "schedule", "learning_rate", "weight_decay"),
+    "flips and mirror": ("flips", "mirror"),
+    "label smoothing": ("label_smoothing",),
+    "shifts": ("shift",),
+}
 RECIPES = ("fast", "same-time")
 AUGMENTED = ("steady",)  # recipes of the CNN that trains on the copies, too
 HEADER = (
@@ -65,7 +64,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in arguments.rungs or known:
             if not any(is_of(row, name, known[name], seed) for row in read_runs()):
-                append(run(name, known[name], seed))
+                write_csv(RUNS, [*read_runs(), run(name, known[name], seed)])
     rows = read_runs()
     print("\n".join(table(rows)))
     draw(rows)
@@ -84,14 +83,14 @@ def is_of(row: dict, name: str, settings: dict, seed: int) -> bool:
 
 def in_words(settings: dict) -> str:
     """Params in one line."""
-    return " ".join(f"{name}={value}" for name, value in settings.items())
+    return " ".join(f"{name}={as_yaml(value)}" for name, value in settings.items())
 
 
 def rungs() -> dict[str, dict]:
     """Every rung's params, where they differ from params.yaml, in order."""
-    found, so_far = {OWN_LOOP: {}}, {}
-    for name, settings in STEPS.items():
-        so_far = so_far | settings
+    found, so_far, fast = {OWN_LOOP: {}}, {}, read_recipe("fast")
+    for name, keys in STEPS.items():
+        so_far = so_far | {f"train_cnn.{key}": fast[f"train_cnn.{key}"] for key in keys}
         found[name] = so_far
     return found | {name: read_recipe(name) for name in (*RECIPES, *AUGMENTED)}
 
@@ -101,7 +100,7 @@ def run(name: str, settings: dict, seed: int) -> dict:
     images = "augmented" if name in AUGMENTED else "original"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        params = read_yaml(ROOT / "params.yaml")
         for path, value in {**settings, "train_cnn.seed": seed}.items():
             section, key = path.split(".")
             params[section][key] = value
@@ -156,7 +155,7 @@ def row_of(folder: Path, name: str, settings: dict, seed: int, seconds: float, i
         "rotations_up_to_15deg": mean(evaluation["rotations"], "degrees", 15),
         "weights_sha256": training.get("weights_sha256", [""])[0],
     }
-    return {key: round_floats(row[key]) for key in HEADER}
+    return {key: row[key] for key in HEADER}
 
 
 def mean(rows: list[dict], amount: str, most: int) -> float:
@@ -171,16 +170,6 @@ def read_runs() -> list[dict]:
         return []
     with RUNS.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(row: dict) -> None:
-    """Add a run to ladder.csv."""
-    new = not RUNS.exists()
-    with RUNS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import recipe
+from dvc_experiments import Experiment
 from lib.params import parse_params
 from lib.stage.errors import StageError
 from project import ROOT
@@ -115,7 +116,7 @@ def test_an_unknown_name_gets_the_names_there_are(folder, name):
 
 
 def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, capsys):
-    made = recipe.Experiment("short", "0" * 40, "refs/exps/…")
+    made = Experiment("short", "0" * 40, "refs/exps/…")
     monkeypatch.setattr(recipe, "experiments", lambda: [made])
     with pytest.raises(StageError, match=r"dvc exp apply short.*dvc exp remove short"):
         run(monkeypatch, capsys, "short")

@@ -5,7 +5,6 @@ writes the params into params.yaml, as with every experiment; `make back` restor
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -14,11 +13,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dvc_experiments import Experiment, experiments
+from dvc_experiments import experiments
 from lib.params import PARAMS_PATH, Params, explain, parse_params, read_yaml
 from lib.stage.errors import StageError
 from lib.stage.process import run_stage
+from tracking.runs import as_yaml
 
 RECIPES = Path("recipes")
 
@@ -35,8 +36,7 @@ def main() -> None:
         print("\nrun one    make recipe NAME=…")
         return
     settings = read_recipe(name)
-    made: list[Experiment] = experiments()
-    if name in [experiment.name for experiment in made]:
+    if name in [experiment.name for experiment in experiments()]:
         raise StageError(
             f"{name}: there is an experiment of this name; `dvc exp apply {name}` restores it, "
             f"`dvc exp remove {name}` deletes it"
@@ -50,7 +50,7 @@ def command(name: str, settings: dict[str, object]) -> list[str]:
     """The command that runs an experiment with these params."""
     asked = ["dvc", "exp", "run", "--name", name]
     for where, value in settings.items():
-        asked += ["-S", f"{where}={value if isinstance(value, str) else json.dumps(value)}"]
+        asked += ["-S", f"{where}={as_yaml(value)}"]
     return asked
 
 

@@ -121,8 +121,8 @@ def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff:
 
 
 def as_yaml(value: object) -> str:
-    """A value as params.yaml has it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    """A value as params.yaml has it, and as `dvc exp run -S` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def log_params(client, run_id: str, params: dict[str, Any]) -> bool:
