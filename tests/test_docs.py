@@ -12,8 +12,7 @@ import pytest
 from pipeline import SMALL, dvc, environment, set_params
 from project import ROOT, copy_of_project, git
 
-# In one process: the pages share one project.
-pytestmark = [pytest.mark.committed, pytest.mark.xdist_group("docs")]
+pytestmark = pytest.mark.committed
 
 # Not run: the set-up, all tests, the UI, which does not end, and a picture that the reader has.
 LEFT_OUT = ("make test", "make ui", ". .venv/bin/activate", "make predict FILE=picture.png")

@@ -39,7 +39,6 @@ from tracking.runs import ready_models
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("pipeline"),  # all share one project
     pytest.mark.filterwarnings("ignore"),  # MLflow and torchvision warn about themselves
 ]
 
@@ -292,6 +291,7 @@ def test_results_restored_from_the_run_cache_are_those_of_the_tracked_run(projec
 
 
 def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
+    tool(project, "sync")  # gives the run its dvc.lock
     run = runs(project)["train_cnn@original"]
     weights_sha256 = run.data.tags["weights_sha256"]
     for what in (run.info.run_id, "models/cnn_original.safetensors", weights_sha256):
