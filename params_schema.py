@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+VIEWS = (1, 2, 6)
 N_TRAIN = 60_000  # images in Fashion-MNIST's train files
 SHOWN = reprlib.Repr()  # a value in a line: of nested lists and tables, only the outside
 SHOWN.maxstring = SHOWN.maxother = 80  # characters
@@ -32,10 +33,18 @@ def _source(value: str) -> str:
     return value
 
 
+def _views(value: int) -> int:
+    if value not in VIEWS:
+        raise ValueError
+    return value
+
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Threads = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
+# No Literal, which takes true for 1.
+Views = Annotated[int, AfterValidator(_views), Field(json_schema_extra={"enum": list(VIEWS)})]
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["portable", "native"]
 
@@ -103,12 +112,13 @@ class TrainCnn(Section):
     batch_size: Annotated[int, Field(ge=1, le=N_TRAIN)]
     learning_rate: LearningRate
     model: Literal["lesson", "residual"]
+    optimizer: Literal["adamw", "muon"]
     schedule: Literal["constant", "one-cycle"]
     weight_decay: Annotated[float, Field(ge=0, le=1), AsWritten]
     label_smoothing: Annotated[float, Field(ge=0, le=0.9), AsWritten]
     flips: bool
     shift: Annotated[int, Field(ge=0, le=14)]
-    mirror: bool
+    views: Views
     device: Device
     threads: Threads
     numerics: Numerics
@@ -178,7 +188,7 @@ def _section(name: str) -> type[BaseModel]:
 
 def _describe(schema: dict) -> str:
     if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
+        return "one of " + ", ".join(str(value) for value in schema["enum"])
     if schema["type"] == "array":
         kinds = "folders, http(s) addresses or apt:<package>, in lower-case letters, digits, +, - and ."
         return f"a list of one or more {kinds}"

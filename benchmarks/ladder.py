@@ -2,7 +2,7 @@
 
 Usage, after `make repro`: make ladder, or python benchmarks/ladder.py [RUNG …] [--seeds 5]. Each run is the
 stages themselves in a folder of its own: train_cnn.py, timed as a whole with imports and validation, and
-evaluate_cnn.py. A run is appended to benchmarks/ladder.csv when it ends; those that are there do not run
+evaluate_cnn.py. A run is added to benchmarks/ladder.csv when it ends; those that are there do not run
 again. At the end: the table, and docs/pictures/ladder.png.
 """
 
@@ -33,15 +33,20 @@ from tracking.runs import as_yaml
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
 OWN_LOOP = "lesson's own loop"
-# Each rung adds one idea to the one before, with the values of the recipe fast.
+# Each rung adds one idea to the one before, with the values of the recipe fast, but the lesson's epochs.
 STEPS = {
     "lesson": (),
     "residual": ("model",),
     "one-cycle": ("batch_size", "schedule", "learning_rate", "weight_decay"),
-    "flips and mirror": ("flips", "mirror"),
-    "label smoothing": ("label_smoothing",),
+    "muon": ("optimizer",),
+    "flips": ("flips",),
     "shifts": ("shift",),
+    "label smoothing": ("label_smoothing",),
+    "views": ("views",),
 }
+# Each takes one idea away from the recipe fast.
+WITHOUT = "fast without "
+TAKEN = ("optimizer", "schedule", "weight_decay", "label_smoothing", "flips", "shift", "views")
 RECIPES = ("fast", "same-time")
 AUGMENTED = ("steady",)  # recipes of the CNN that trains on the copies, too
 HEADER = (
@@ -64,10 +69,16 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in arguments.rungs or known:
             if not any(is_of(row, name, known[name], seed) for row in read_runs()):
-                write_csv(RUNS, [*read_runs(), run(name, known[name], seed)])
+                rows = [*read_runs(), run(name, known[name], seed)]
+                write_csv(RUNS, sorted(rows, key=lambda row: place_of(row, [*known])))
     rows = read_runs()
     print("\n".join(table(rows)))
-    draw(rows)
+    draw([row for row in rows if not row["rung"].startswith(WITHOUT)])
+
+
+def place_of(row: dict, names: list[str]) -> tuple[int, int]:
+    """Where a row stands in the file: by rung, then by seed; a rung that is no more comes last."""
+    return names.index(row["rung"]) if row["rung"] in names else len(names), int(row["seed"])
 
 
 def is_of(row: dict, name: str, settings: dict, seed: int) -> bool:
@@ -92,7 +103,12 @@ def rungs() -> dict[str, dict]:
     for name, keys in STEPS.items():
         so_far = so_far | {f"train_cnn.{key}": fast[f"train_cnn.{key}"] for key in keys}
         found[name] = so_far
-    return found | {name: read_recipe(name) for name in (*RECIPES, *AUGMENTED)}
+    found |= {name: read_recipe(name) for name in (*RECIPES, *AUGMENTED)}
+    for key in TAKEN:
+        found[WITHOUT + key.replace("_", " ")] = {
+            name: fast[name] for name in fast if name != f"train_cnn.{key}"
+        }
+    return found
 
 
 def run(name: str, settings: dict, seed: int) -> dict:

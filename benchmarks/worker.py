@@ -139,7 +139,13 @@ class Project:
         from lib.training.optimizer import build_optimizer
 
         params = SimpleNamespace(
-            seed=0, learning_rate=0.001, weight_decay=0.0, label_smoothing=0.0, flips=False, shift=0
+            seed=0,
+            optimizer="adamw",
+            learning_rate=0.001,
+            weight_decay=0.0,
+            label_smoothing=0.0,
+            flips=False,
+            shift=0,
         )
         model = to_device(fresh(build_cnn, 0), self.device)
         optimizer = build_optimizer(model, params, self.device)

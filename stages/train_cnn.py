@@ -31,8 +31,9 @@ def main() -> None:
         sizes = {"train_images": len(data.train), "val_images": len(data.val), "variants": len(data.pool)}
         run.log_dataset(training.images, data_digest, "data", sizes)
         how = params.train_cnn
-        model = fresh(lambda: build_cnn(how.model, how.mirror), how.seed)
+        model = fresh(lambda: build_cnn(how.model), how.seed)
         rows = train_cnn(model, data, how, device, checkpoint, run.log_epoch)
+        model.views = how.views  # from here on: six would make each epoch's validation six times as long
         weights_sha256 = save_weights(model, training.weights)
         write_csv(training.curve, rows)
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}

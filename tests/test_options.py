@@ -14,7 +14,7 @@ from lib.stage.errors import StageError
 from lib.stage.files import write_tensors
 from lib.training.batches import DOWN, FLIP, INDEX, RIGHT, VARIANT, cut, draw_epoch
 from lib.training.loop import TrainStep
-from lib.training.optimizer import build_optimizer, scheduled, set_rate
+from lib.training.optimizer import MOMENTUM, Muon, build_optimizer, orthogonal, scheduled, set_rate
 
 CPU = torch.device("cpu")
 TRAIN = np.arange(100, 1100)
@@ -22,8 +22,8 @@ TRAIN = np.arange(100, 1100)
 
 def options(**changes) -> SimpleNamespace:
     lesson = {
-        "seed": 3, "learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0,
-        "flips": False, "shift": 0,
+        "seed": 3, "optimizer": "adamw", "learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0,
+        "label_smoothing": 0.0, "flips": False, "shift": 0,
     }  # fmt: skip
     return SimpleNamespace(**lesson | changes)
 
@@ -117,6 +117,64 @@ def test_weights_decay_and_biases_and_scales_do_not():
         assert torch.allclose(parameter, kept * before[name]), name
 
 
+def test_muon_makes_every_direction_of_a_step_count_alike():
+    torch.manual_seed(0)
+    matrix = torch.randn(24, 100) @ torch.diag(torch.linspace(0.1, 1, 100))
+    left, _, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    nearest = left @ right  # the nearest matrix whose singular values are all 1
+    found = orthogonal(matrix).numpy()
+    values = np.linalg.svd(found, compute_uv=False)
+    assert 0.6 < values.min() < values.max() < 1.3
+    assert (found * nearest).sum() / np.linalg.norm(found) / np.linalg.norm(nearest) > 0.97
+    assert np.allclose(orthogonal(1000 * matrix).numpy(), found, atol=1e-4)
+    assert np.allclose(orthogonal(matrix.T).numpy(), found.T, atol=1e-4)
+    assert (orthogonal(torch.zeros(3, 9)) == 0).all()
+
+
+def test_muon_moves_convolutions_by_its_steps_and_all_else_by_adamws():
+    """By torch.optim.Muon, which computes in bfloat16 and takes matrices alone."""
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5}
+    ours, other = (fresh(lambda: build_cnn("residual"), 0) for _ in range(2))
+    optimizer = build_optimizer(ours, options(optimizer="muon", **settings), CPU)
+    adamw = build_optimizer(other, options(**settings), CPU)
+    start = {name: weight.detach().clone() for name, weight in other.named_parameters() if weight.ndim == 4}
+    matrices = {name: torch.nn.Parameter(weight.flatten(1).clone()) for name, weight in start.items()}
+    muon = torch.optim.Muon(
+        matrices.values(), lr=0.1, weight_decay=0.5, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for (name, weight), parameter in zip(ours.named_parameters(), other.parameters(), strict=True):
+            weight.grad = torch.randn_like(weight)
+            parameter.grad = weight.grad.clone()
+            if name in matrices:
+                matrices[name].grad = weight.grad.flatten(1).clone()
+        for one in (optimizer, adamw, muon):
+            one.step()
+    for (name, weight), parameter in zip(ours.named_parameters(), other.parameters(), strict=True):
+        if name in matrices:
+            # torch's momentum is a mean, and its rounding that of bfloat16.
+            moved, expected = (
+                tensor.flatten(1) - start[name].flatten(1) for tensor in (weight, matrices[name])
+            )
+            assert (moved - expected).norm() < 0.02 * expected.norm(), name
+        else:
+            assert torch.equal(weight, parameter), name
+
+
+def test_muon_reads_its_rate_where_a_graph_does():
+    moved = []
+    for rate in (0.5, torch.tensor(0.5)):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
+        optimizer = Muon([weight], lr=rate, fused=False)
+        for rate in (0.25, 0.125):
+            weight.grad = torch.randn_like(weight)
+            set_rate(optimizer, rate)
+            optimizer.step()
+        moved.append(weight.detach())
+    assert torch.allclose(*moved, atol=1e-6)
+
+
 def test_a_rate_is_a_number_that_can_become_any_other_also_where_a_graph_reads_it(monkeypatch):
     """As on a GPU: AdamW is told to be capturable, and its rate lies in a tensor."""
     asked = {}
@@ -177,33 +235,41 @@ def test_every_model_reads_images_and_has_at_most_the_lessons_parameters(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_table_of_a_mirroring_model_lists_each_layer_once(name):
-    plain, mirroring = (build_cnn(name, mirror).eval() for mirror in (False, True))
-    assert summarize(mirroring, CNN_SHAPE) == summarize(plain, CNN_SHAPE)
+def test_the_table_of_a_model_of_several_views_lists_each_layer_once(name):
+    plain, several = (build_cnn(name, views).eval() for views in (1, 2))
+    assert summarize(several, CNN_SHAPE) == summarize(plain, CNN_SHAPE)
     count = sum(parameter.numel() for parameter in plain.parameters())
-    assert f"Total params: {count:,}\n" in summarize(mirroring, CNN_SHAPE)
-    assert not mirroring.training  # what is summarized is a copy
+    assert f"Total params: {count:,}\n" in summarize(several, CNN_SHAPE)
+    assert not several.training  # what is summarized is a copy
 
 
+@pytest.mark.parametrize("views", [2, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_mirroring_model_gives_the_mean_of_both_logits_and_trains_without(name):
-    plain, mirroring = (fresh(lambda mirror=mirror: build_cnn(name, mirror), 2) for mirror in (False, True))
+def test_a_model_of_several_views_gives_the_mean_of_their_logits_and_trains_on_one(name, views):
+    plain, several = (fresh(lambda views=views: build_cnn(name, views), 2).eval() for views in (1, views))
     images = torch.rand(3, 1, 28, 28)
-    for model in (plain.eval(), mirroring.eval()):
-        assert not model.training
-    expected = (plain(images) + plain(torch.from_numpy(images.numpy()[..., ::-1].copy()))) / 2
-    assert torch.allclose(mirroring(images), expected, atol=1e-6)
-    assert not torch.allclose(mirroring(images), plain(images), atol=1e-3)
-    assert torch.equal(mirroring.train()(images), plain.train()(images))
+    moved = [images.numpy()]
+    if views == 6:
+        moved += [np.zeros_like(moved[0]), np.zeros_like(moved[0])]
+        moved[1][..., 1:, 1:] = moved[0][..., :-1, :-1]
+        moved[2][..., :-1, :-1] = moved[0][..., 1:, 1:]
+    moved += [view[..., ::-1].copy() for view in moved]
+    counts = [2, 1, 1] if views == 6 else [1]  # what is shifted counts half
+    read = np.stack([plain(torch.from_numpy(view)).detach().numpy() for view in moved])
+    expected = torch.from_numpy(np.average(read, axis=0, weights=counts + counts)).float()
+    assert len(moved) == views
+    assert torch.allclose(several(images), expected, atol=1e-6)
+    assert not torch.allclose(several(images), plain(images), atol=1e-3)
+    assert torch.equal(several.train()(images), plain.train()(images))
 
 
 # The file of weights
 
 
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("views", [1, 2, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, mirror):
-    model = fresh(lambda: build_cnn(name, mirror), 5)
+def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, views):
+    model = fresh(lambda: build_cnn(name, views), 5)
     model(torch.rand(8, 1, 28, 28))  # moves the statistics of batch norm
     for file in ("a", "b"):
         save_weights(model, tmp_path / file)
@@ -213,16 +279,17 @@ def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, mirror):
     assert torch.equal(again(images), model.eval()(images))
     with safe_open(tmp_path / "a", framework="numpy") as file:
         expected = {"lesson": None, "residual": {"model": "residual"}}[name]
-        assert file.metadata() == ({"model": f"{name} mirror"} if mirror else expected)
+        assert file.metadata() == ({"model": f"{name}, {views} views"} if views > 1 else expected)
 
 
 @pytest.mark.parametrize(
     ("about", "words"),
     [
-        ({"model": "vgg"}, "weights of a model vgg, expected one of lesson, residual"),
-        ({"model": "lesson upside down"}, "weights of a model lesson upside down, expected one of"),
+        ({"model": "vgg"}, "weights of a model vgg, expected lesson or residual, with 2 or 6 views or none"),
+        ({"model": "lesson upside down"}, "weights of a model lesson upside down, expected lesson"),
+        ({"model": "residual, 3 views"}, "weights of a model residual, 3 views, expected lesson"),
         ({"model": "residual"}, "weights do not fit the model"),
-        ({"model": ""}, "expected one of lesson, residual"),
+        ({"model": ""}, "expected lesson or residual"),
     ],
 )
 def test_weights_of_another_model_are_refused_in_a_line(tmp_path, about, words):

@@ -53,12 +53,12 @@ def garments(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trained(seed: int, move: bool, name: str) -> torch.nn.Sequential:
-    """A CNN that knows the ten kinds; with `move` also when they are shifted. A residual one mirrors."""
+    """A CNN that knows the ten kinds; with `move` also when they are shifted. A residual one has 6 views."""
     images, labels = garments(600, seed + 10)
     if move:
         images = np.concatenate([images, evaluation.move(images, "shift_x", 3)])
         labels = np.concatenate([labels, labels])
-    model = fresh(lambda: build_cnn(name, mirror=name == "residual"), seed)
+    model = fresh(lambda: build_cnn(name, 6 if name == "residual" else 1), seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     rng = np.random.default_rng(seed)
     epochs = 4 if name == "residual" else 1  # batch norm's statistics need more steps
@@ -202,7 +202,7 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
     for name, model in models(built).items():
         logits = page.evaluate(
             "([name, images]) => images.map((pixels) =>"
-            " [...logits(networks[name], to_input(pixels), contents.cnns[name].mirror).values])",
+            " [...logits(networks[name], to_input(pixels), contents.cnns[name].views).values])",
             [name, images.reshape(len(images), -1).tolist()],
         )
         shares = page.evaluate(
@@ -217,7 +217,16 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
                     for parameter in layer.parameters():
                         parameter.data = torch.from_numpy(unpacked(parameter.numpy()))
             stored = model(to_input(torch.from_numpy(images))).numpy()
+            model.views = 2  # a number that neither page has
+            stored_2 = model(to_input(torch.from_numpy(images[:20]))).numpy()
+        logits_2 = page.evaluate(
+            "([name, images]) => images.map((pixels) =>"
+            " [...logits(networks[name], to_input(pixels), 2).values])",
+            [name, images[:20].reshape(20, -1).tolist()],
+        )
         assert np.abs(np.array(logits) - stored).max() < 1e-4
+        assert np.abs(np.array(logits_2) - stored_2).max() < 1e-4
+        assert np.abs(stored_2 - stored[:20]).max() > 0.01
         assert 0 < np.abs(np.array(shares) - expected).max() < 0.002
         assert (np.argmax(shares, 1) == expected.argmax(1)).all()
         assert len(set(np.argmax(shares, 1))) > 5  # and they are no two or three answers to everything
@@ -407,6 +416,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
     words = page.locator("#cnn-convs figcaption").all_inner_texts()
     assert words[1] == "Largest of each 2×2, batch norm, then ReLU"
     assert "Batch norm, plus the block's inputs, then ReLU" in words
+    assert "the mean logits of six views" in page.locator("#cnn-bars-title").inner_text()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"
     # A cell in the corner of a padded convolution: of its patch's nine cells, five are outside, and zeros.

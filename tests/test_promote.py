@@ -82,17 +82,17 @@ def add_run(store, weights: Path, **split: object) -> str:
     return run_id
 
 
-def test_a_residual_cnn_that_mirrors_is_registered_and_read_as_it_was_trained(
+def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(
     store, data, workspace, monkeypatch, capsys
 ):
     weights = workspace / "residual.safetensors"
-    model = fresh(lambda: build_cnn("residual", mirror=True), 0)
+    model = fresh(lambda: build_cnn("residual", views=6), 0)
     images = torch.from_numpy(data["train-images"][:40])[:, None].float() / 255
     for _ in range(20):  # batch norm has statistics of its own, and not those that it begins with
         model(images)
     save_weights(model, weights)
     run_id = add_run(store, weights)
-    runs.log_params(store.client, run_id, {"train_cnn.model": "residual", "train_cnn.mirror": True})
+    runs.log_params(store.client, run_id, {"train_cnn.model": "residual", "train_cnn.views": 6})
     assert "champion" in run(monkeypatch, capsys, weights)
     with torch.inference_mode():
         expected = model.eval()(images).softmax(1).numpy()

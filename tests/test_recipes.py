@@ -161,9 +161,14 @@ def test_every_rung_fits_the_params_and_adds_one_idea():
         for where in settings:
             section, key = where.split(".")
             assert key in params[section]
-    steps = [settings for name, settings in rungs.items() if name not in NAMES]
+    without = {name: rungs[name] for name in rungs if name.startswith("fast without ")}
+    steps = [rungs[name] for name in rungs if name not in [*NAMES, *without]]
     for before, after in itertools.pairwise(steps[1:]):
         assert before.items() < after.items()
+    for name, settings in without.items():
+        taken = f"train_cnn.{name.removeprefix('fast without ').replace(' ', '_')}"
+        assert rungs["fast"] == settings | {taken: rungs["fast"][taken]}
+        assert taken not in settings
 
 
 @pytest.mark.slow

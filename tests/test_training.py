@@ -28,8 +28,8 @@ from lib.training.optimizer import build_optimizer, set_rate
 
 CPU = torch.device("cpu")
 LESSON = {
-    "epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "schedule": "constant",
-    "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
+    "epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "optimizer": "adamw",
+    "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
 }  # fmt: skip
 LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
@@ -189,13 +189,13 @@ class Killed(Exception):
 
 
 OPTIONS = {
-    "schedule": "one-cycle", "weight_decay": 0.1, "label_smoothing": 0.1, "flips": True, "shift": 2,
-    "batch_size": 11,  # leaves a batch of one image
+    "optimizer": "muon", "schedule": "one-cycle", "weight_decay": 0.1, "label_smoothing": 0.1,
+    "flips": True, "shift": 2, "batch_size": 11,  # leaves a batch of one image
 }  # fmt: skip
 
 
 def build_residual() -> nn.Sequential:
-    return build_cnn("residual", mirror=True)
+    return build_cnn("residual", views=2)
 
 
 @pytest.mark.parametrize(("build", "options"), [(build_small, {}), (build_residual, OPTIONS)])

@@ -147,8 +147,8 @@ def log_served_model(client, run):
     here = Path(__file__).resolve().parent
     params = run.data.params
     # Runs of earlier versions name no model: it was the lesson's.
-    name, mirror = params.get("train_cnn.model", LESSON), params.get("train_cnn.mirror") == "true"
-    network = build_cnn(name, mirror)
+    name, views = params.get("train_cnn.model", LESSON), int(params.get("train_cnn.views", 1))
+    network = build_cnn(name, views)
     try:
         network.load_state_dict(exported(client, run).state_dict())
     except RuntimeError:

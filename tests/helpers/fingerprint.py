@@ -79,10 +79,17 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
     """Every layer's output, every gradient of one step, the weights after two, and the logits."""
     found = {}
     params = SimpleNamespace(
-        **{"learning_rate": 0.001, "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0}
+        **{
+            "optimizer": "adamw",
+            "learning_rate": 0.001,
+            "weight_decay": 0.0,
+            "label_smoothing": 0.0,
+            "flips": False,
+            "shift": 0,
+        }
         | options
     )
-    model = to_device(fresh(partial(build_cnn, model, mirror=params.flips), 0), DEVICE)
+    model = to_device(fresh(partial(build_cnn, model, views=6 if params.flips else 1), 0), DEVICE)
     optimizer = build_optimizer(model, params, DEVICE)
     step = TrainStep(
         model, optimizer, torch.from_numpy(IMAGES[None]), torch.from_numpy(LABELS).long(), params
@@ -96,7 +103,8 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
         moves = [torch.zeros_like(index), index % 2, index % 3 - 1, index % 5 - 2]
         step(torch.stack([index, *moves], dim=1))
         for name, parameter in model.named_parameters():
-            found[f"gradient of {name}, {len(index)} images"] = digest(parameter.grad)
+            if parameter.grad is not None:  # Muon drops those of convolutions
+                found[f"gradient of {name}, {len(index)} images"] = digest(parameter.grad)
         found[f"weights after {len(index)} images"] = digest(*model.parameters())
     logits = predict(model, IMAGES, DEVICE)
     found["logits"] = digest(logits)
@@ -107,7 +115,7 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
 
 def options() -> dict[str, str]:
     """The same with the other model, and all options of the training at once."""
-    found = cnn("residual", weight_decay=0.05, label_smoothing=0.1, flips=True, shift=2)
+    found = cnn("residual", optimizer="muon", weight_decay=0.05, label_smoothing=0.1, flips=True, shift=2)
     return {f"options, {name}": value for name, value in found.items()}
 
 

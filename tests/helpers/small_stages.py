@@ -29,8 +29,8 @@ PARAMS = {
     "verify_manual_conv": {"seed": 6, "images": 1, "tolerance": 0.001},
     "train_cnn": {
         "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "model": "lesson",
-        "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
-        "mirror": False, "device": "cpu", "threads": 1, "numerics": "portable",
+        "optimizer": "adamw", "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0,
+        "flips": False, "shift": 0, "views": 1, "device": "cpu", "threads": 1, "numerics": "portable",
     },
     "evaluate_cnn": {
         "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,

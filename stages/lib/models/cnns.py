@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchsummary import summary
 
 from lib.models.residual import residual_layers
@@ -58,31 +60,39 @@ def lesson_layers() -> list[nn.Module]:
 
 
 LESSON = "lesson"
-MIRROR = " mirror"  # after the name of a model, in its file of weights
 MODELS = {LESSON: lesson_layers, "residual": residual_layers}
 
 
 class Cnn(nn.Sequential):
     """A CNN for Fashion-MNIST by the name of its layers: (N, 1, 28, 28) to logits (N, 10).
 
-    With `mirror`, it evaluates each image and its mirror image, and gives the mean of their logits.
+    When it evaluates, it looks at 1, 2 or 6 `views` of each image: itself, its mirror image, and both also
+    shifted by a pixel in two ways. The logits are their mean, in which shifted views count half.
     """
 
-    def __init__(self, model: str = LESSON, mirror: bool = False):
+    def __init__(self, model: str = LESSON, views: int = 1):
         super().__init__(*MODELS[model]())
-        self.model, self.mirror = model, mirror
+        self.model, self.views = model, views
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, 10) of `images` (N, 1, 28, 28)."""
-        logits = super().forward(images)
-        if self.mirror and not self.training:
-            logits = (logits + super().forward(images.flip(-1))) / 2
-        return logits
+        read = super().forward
+        if self.training or self.views == 1:
+            return read(images)
+
+        def both(view: torch.Tensor) -> torch.Tensor:
+            return (read(view) + read(view.flip(-1))) / 2
+
+        if self.views == 2:
+            return both(images)
+        # A pixel right and down, and a pixel left and up; black comes into view.
+        one, other = (F.pad(images, (by, -by, by, -by)) for by in (1, -1))
+        return both(images) / 2 + (both(one) + both(other)) / 4
 
 
-def build_cnn(model: str = LESSON, mirror: bool = False) -> Cnn:
-    """The CNN of the params train_cnn.model and train_cnn.mirror."""
-    return Cnn(model, mirror)
+def build_cnn(model: str = LESSON, views: int = 1) -> Cnn:
+    """The CNN of the params train_cnn.model and train_cnn.views."""
+    return Cnn(model, views)
 
 
 def fresh(build: Callable[[], nn.Sequential], seed: int) -> nn.Sequential:
@@ -105,10 +115,12 @@ def save_weights(model: nn.Module, path: Path) -> str:
 def load_cnn(path: Path) -> Cnn:
     """The CNN whose weights save_weights wrote, in eval mode. Raises StageError if the file is no such."""
     about = read_metadata(path).get("model", LESSON)
-    name = about.removesuffix(MIRROR)
-    if name not in MODELS:
-        raise StageError(f"{path}: weights of a model {about}, expected one of {', '.join(MODELS)}")
-    load_weights(model := build_cnn(name, mirror=about.endswith(MIRROR)), path)
+    known = re.fullmatch(rf"({'|'.join(MODELS)})(?:, ([26]) views)?", about)
+    if not known:
+        raise StageError(
+            f"{path}: weights of a model {about}, expected {' or '.join(MODELS)}, with 2 or 6 views or none"
+        )
+    load_weights(model := build_cnn(known[1], int(known[2] or 1)), path)
     return model
 
 
@@ -124,14 +136,14 @@ def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
 
 def _about(model: Cnn) -> dict[str, str]:
     # One entry: safetensors writes several in no fixed order.
-    about = model.model + (MIRROR if model.mirror else "")
+    about = model.model if model.views == 1 else f"{model.model}, {model.views} views"
     return {} if about == LESSON else {"model": about}
 
 
 def summarize(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The table that torchsummary prints, as text."""
-    # The one that trains may be on a GPU, and stays there. In training: a CNN with `mirror` that evaluates
-    # passes each layer twice.
+    # The one that trains may be on a GPU, and stays there. In training: a CNN of several views that evaluates
+    # passes each layer several times.
     model = copy.deepcopy(model).cpu().train()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         summary(model, input_shape, device="cpu")

@@ -1,5 +1,12 @@
 "use strict";
 
+// What the bars show, by a CNN's number of views.
+const PROBABILITIES = {
+  1: "Probabilities",
+  2: "Probabilities, from the mean logits of the image and its mirror image",
+  6: "Probabilities, from the mean logits of six views: this one, two shifted by a pixel, and their mirror images",
+};
+
 // Part 2: one val image through the CNN. `see` tells part 3 which image was chosen.
 
 function start_cnn(contents, networks, see) {
@@ -55,11 +62,9 @@ function start_cnn(contents, networks, see) {
       {label, index} = contents.images[chosen];
     const input = to_input(images[chosen]);
     steps = forward(layers, input);
-    const {mirror} = contents.cnns[name],
-      shares = softmax(logits(layers, input, mirror)).values;
-    by_id("cnn-bars-title").textContent = mirror
-      ? "Probabilities, from the mean logits of the image and its mirror image"
-      : "Probabilities";
+    const {views} = contents.cnns[name],
+      shares = softmax(logits(layers, input, views)).values;
+    by_id("cnn-bars-title").textContent = PROBABILITIES[views];
     const read = draw_bars(by_id("cnn-bars"), contents.classes, shares, name);
     by_id("cnn-parameters").textContent = contents.cnns[name].parameters.toLocaleString("en");
     by_id("cnn-label").textContent =

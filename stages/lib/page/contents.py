@@ -42,7 +42,7 @@ def cnn(training: Training) -> dict:
     model = load_cnn(training.weights)
     return {
         "layers": layers(model, int16),
-        "mirror": model.mirror,
+        "views": model.views,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve(read_table(training.curve, results.CURVE)),
         "shifts": columns(read_rows(evaluation, "shifts", results.SHIFTS)),

@@ -84,7 +84,7 @@ function start_moved(contents, networks) {
       draw_bars(
         by_id(`moved-${name}`),
         contents.classes,
-        softmax(logits(networks[name], to_input(moved), contents.cnns[name].mirror)).values,
+        softmax(logits(networks[name], to_input(moved), contents.cnns[name].views)).values,
         name,
       ),
     );

@@ -126,12 +126,27 @@ function forward(layers, image) {
   return steps;
 }
 
-// A CNN's logits for one image; with `mirror`, their mean with those of the mirror image.
-function logits(layers, image, mirror) {
-  const read = (one) => forward(layers, one).at(-1);
-  if (!mirror) return read(image);
-  const {shape, values} = add(read(image), read(mirrored(image)));
+// A CNN's logits for an image, from 1, 2 or 6 views: itself, its mirror image, and both also shifted, which
+// count half.
+function logits(layers, image, views) {
+  const read = (view) => forward(layers, view).at(-1);
+  if (views === 1) return read(image);
+  const both = (view) => mean(read(view), read(mirrored(view)));
+  if (views === 2) return both(image);
+  return mean(both(image), mean(both(shifted(image, 1)), both(shifted(image, -1))));
+}
+
+function mean(one, other) {
+  const {shape, values} = add(one, other);
   return {shape, values: values.map((value) => value / 2)};
+}
+
+// By as many pixels to the right and down; black comes into view.
+function shifted(image, by) {
+  const [, height, width] = image.shape;
+  const at = (x, y) => (x < 0 || y < 0 || x >= width || y >= height ? 0 : image.values[y * width + x]);
+  const values = image.values.map((_, place) => at((place % width) - by, Math.floor(place / width) - by));
+  return {shape: image.shape, values};
 }
 
 function mirrored(image) {
