@@ -64,11 +64,13 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
     The same for any positive multiple of it, and zeros for zeros.
     """
-    turned = matrix / (matrix.norm() + 1e-7)
+    scaled = matrix / (matrix.norm() + 1e-7)
+    square = scaled @ scaled.T  # (M, M), all that the turns need: half of the time of turning the matrix
+    one = product = torch.eye(len(matrix), device=matrix.device)
     for _ in range(TURNS):
-        square = turned @ turned.T  # (M, M)
-        turned = A * turned + (B * square + C * square @ square) @ turned
-    return turned
+        turn = A * one + B * square + C * square @ square
+        product, square = turn @ product, turn @ square @ turn
+    return product @ scaled
 
 
 def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
