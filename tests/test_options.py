@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+import small_stages as small
 from lib.models.cnns import CNN_SHAPE, MODELS, build_cnn, fresh, load_cnn, save_weights, summarize
 from lib.models.residual import Residual
 from lib.stage.errors import StageError
@@ -21,11 +22,7 @@ TRAIN = np.arange(100, 1100)
 
 
 def options(**changes) -> SimpleNamespace:
-    lesson = {
-        "seed": 3, "optimizer": "adamw", "learning_rate": 0.01, "schedule": "constant", "weight_decay": 0.0,
-        "label_smoothing": 0.0, "flips": False, "shift": 0,
-    }  # fmt: skip
-    return SimpleNamespace(**lesson | changes)
+    return SimpleNamespace(**small.PARAMS["train_cnn"] | {"seed": 3, "learning_rate": 0.01} | changes)
 
 
 # Moves of a batch

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
+import small_stages as small
 from lib.models.cnns import build_cnn, fresh
 from lib.training import loop
 from lib.training.batches import draw_epoch
@@ -27,10 +28,7 @@ from lib.training.loop import TrainStep, train_cnn
 from lib.training.optimizer import build_optimizer, set_rate
 
 CPU = torch.device("cpu")
-LESSON = {
-    "epochs": 2, "batch_size": 5, "learning_rate": 0.001, "seed": 0, "optimizer": "adamw",
-    "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0, "flips": False, "shift": 0,
-}  # fmt: skip
+LESSON = small.PARAMS["train_cnn"] | {"epochs": 2, "batch_size": 5, "seed": 0}
 LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
 
