@@ -146,6 +146,7 @@ class Project:
             label_smoothing=0.0,
             flips=False,
             shift=0,
+            easy=0.0,
         )
         model = to_device(fresh(build_cnn, 0), self.device)
         optimizer = build_optimizer(model, params, self.device)

@@ -13,7 +13,7 @@ from lib.models.cnns import CNN_SHAPE, MODELS, build_cnn, fresh, load_cnn, save_
 from lib.models.residual import Residual
 from lib.stage.errors import StageError
 from lib.stage.files import write_tensors
-from lib.training.batches import DOWN, FLIP, INDEX, RIGHT, VARIANT, cut, draw_epoch
+from lib.training.batches import COUNT, DOWN, FLIP, INDEX, RIGHT, VARIANT, cut, draw_epoch, halve_easy, length
 from lib.training.loop import TrainStep
 from lib.training.optimizer import MOMENTUM, Muon, build_optimizer, orthogonal, scheduled, set_rate
 
@@ -33,6 +33,7 @@ def test_an_epoch_draws_every_image_once_and_moves_none_unless_told():
     assert sorted(takes[:, INDEX]) == TRAIN.tolist()
     assert set(takes[:, VARIANT]) == {0, 1, 2}
     assert not takes[:, [FLIP, DOWN, RIGHT]].any()
+    assert (takes[:, COUNT] == 1).all()
 
 
 def test_options_change_neither_order_nor_variants():
@@ -61,11 +62,67 @@ def test_shifts_are_uniform_on_both_axes_and_new_in_each_epoch():
     assert (drawn[:1000, DOWN] != drawn[1000:2000, DOWN]).any()
 
 
+def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
+    losses = np.random.default_rng(0).random(1100)
+    whole = draw_epoch(TRAIN, 3, options(), 4)
+    takes = halve_easy(whole.copy(), losses, options(easy=0.6), 4)
+    easy = {index for index in TRAIN if (losses[TRAIN] < losses[index]).sum() < 600}
+    assert len(takes) == length(1000, options(easy=0.6), 4) == 700
+    assert set(TRAIN) - set(takes[:, INDEX]) < easy
+    assert {index for index in takes[takes[:, COUNT] == 2, INDEX]} == easy & set(takes[:, INDEX])
+    assert takes[:, COUNT].sum() == 1000
+    rest = whole[np.isin(whole[:, INDEX], takes[:, INDEX])]
+    assert (takes[:, :COUNT] == rest[:, :COUNT]).all()  # order, variants and moves stay
+
+
+def test_each_epoch_leaves_out_others_and_the_first_none():
+    losses = np.zeros(1100)
+    for n in (9, 10):  # an odd number of easy images: one of them counts once
+        left = [
+            set(TRAIN[:n])
+            - set(
+                halve_easy(draw_epoch(TRAIN[:n], 1, options(), epoch), losses, options(easy=1), epoch)[
+                    :, INDEX
+                ]
+            )
+            for epoch in range(1, 40)
+        ]
+        assert [len(indices) for indices in left] == [0] + 38 * [n // 2]
+        assert set.union(*left) == set(TRAIN[:n])
+
+
+def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
+    model = fresh(build_cnn, 0)
+    takes = F.pad(torch.arange(6)[:, None], (0, 5))
+    takes[:, COUNT] = torch.tensor([1, 2, 1, 2, 2, 1])
+    labels = torch.tensor([0, 3, 9, 9, 1, 5])
+    params = options(easy=0.5, label_smoothing=0.1)
+    step = TrainStep(
+        model, build_optimizer(model, params, CPU), torch.from_numpy(images[None]), labels, params
+    )
+    logits = model(torch.from_numpy(images[:6, None] / 255).float()).detach()
+    each = F.cross_entropy(logits, labels[:6], label_smoothing=0.1, reduction="none")
+    # By images that are there twice, and the loss without counts.
+    twice = fresh(build_cnn, 0)
+    other = TrainStep(
+        twice, build_optimizer(twice, options(), CPU), torch.from_numpy(images[None]), labels,
+        options(label_smoothing=0.1),
+    )  # fmt: skip
+    step(takes)
+    repeated = takes.repeat_interleave(takes[:, COUNT], dim=0)
+    repeated[:, COUNT] = 1
+    other(repeated)
+    assert torch.allclose(step.losses[:6], each, atol=1e-6)
+    assert step.means() == pytest.approx(other.means(), rel=1e-5)
+    for parameter, expected in zip(model.parameters(), twice.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, expected.grad, atol=1e-6)
+
+
 @pytest.mark.parametrize("flip", [0, 1])
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (3, 0), (-2, 1), (0, -28), (14, 14)])
 def test_a_take_is_its_image_mirrored_and_then_shifted(images, flip, down, right):
     pool = np.stack([images, 255 - images])
-    takes = torch.tensor([[5, 1, flip, down, right], [2, 0, 0, 0, 0]])
+    takes = torch.tensor([[5, 1, flip, down, right, 1], [2, 0, 0, 0, 0, 1]])
     found = cut(torch.from_numpy(pool), takes, moved=True).numpy()
     source = pool[1, 5][:, ::-1] if flip else pool[1, 5]
     expected = np.zeros((28, 28), np.uint8)
@@ -201,7 +258,7 @@ def test_the_loss_is_cross_entropy_with_a_share_of_each_label_for_all_classes(im
         torch.from_numpy(labels),
         params,
     )
-    step(F.pad(torch.arange(6)[:, None], (0, 4)))
+    step(F.pad(F.pad(torch.arange(6)[:, None], (0, 4)), (0, 1), value=1))
     assert step.loss_sum.item() == pytest.approx(-(target * np.log(shares)).sum(), rel=1e-5)
     assert step.correct.item() == (shares.argmax(1) == labels).sum()
 

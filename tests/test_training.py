@@ -188,7 +188,7 @@ class Killed(Exception):
 
 OPTIONS = {
     "optimizer": "muon", "schedule": "one-cycle", "weight_decay": 0.1, "label_smoothing": 0.1,
-    "flips": True, "shift": 2, "batch_size": 11,  # leaves a batch of one image
+    "flips": True, "shift": 2, "easy": 0.5, "batch_size": 11,  # leaves a batch of one image
 }  # fmt: skip
 
 
@@ -251,6 +251,7 @@ def test_a_resumed_training_says_after_which_epoch_and_a_new_one_nothing(train, 
 
 
 WEIGHTS = Path("weights.safetensors")
+LOSSES = torch.zeros(3)
 
 
 def test_two_trainings_with_one_key_wait_for_each_other(workspace):
@@ -269,7 +270,7 @@ def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
     model = fresh(build_small, 0)
     for fault in (Killed, None):
         with contextlib.suppress(Killed), exclusive_checkpoint("k", WEIGHTS) as checkpoint:
-            checkpoint.save(model, torch.optim.Adam(model.parameters()), [])
+            checkpoint.save(model, torch.optim.Adam(model.parameters()), LOSSES, [])
             if fault:
                 raise fault
         assert (workspace / ".checkpoints/k.safetensors").exists() == bool(fault)
@@ -280,8 +281,8 @@ def train_in_dvc(key: str, content: str) -> int:
     model = fresh(build_small, 0)
     optimizer = torch.optim.Adam(model.parameters())
     with exclusive_checkpoint(key, WEIGHTS) as checkpoint:
-        before = len(checkpoint.load(model, optimizer))
-        checkpoint.save(model, optimizer, [{"epoch": 1}, {"epoch": 2}])
+        before = len(checkpoint.load(model, optimizer, LOSSES))
+        checkpoint.save(model, optimizer, LOSSES, [{"epoch": 1}, {"epoch": 2}])
         WEIGHTS.write_text(content)
     return before
 
@@ -305,7 +306,7 @@ def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, m
 def test_a_deleted_checkpoint_is_gone(tmp_path):
     checkpoint = Checkpoint("k", tmp_path)
     model = fresh(build_small, 0)
-    checkpoint.save(model, torch.optim.Adam(model.parameters()), [])
+    checkpoint.save(model, torch.optim.Adam(model.parameters()), LOSSES, [])
     assert [path.name for path in tmp_path.iterdir()] == ["k.safetensors"]
     checkpoint.delete()
     assert not list(tmp_path.iterdir())

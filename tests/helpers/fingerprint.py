@@ -86,6 +86,7 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
             "label_smoothing": 0.0,
             "flips": False,
             "shift": 0,
+            "easy": 0.0,
         }
         | options
     )
@@ -100,7 +101,7 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
             values = layer(values)
             found[f"layer {number} {type(layer).__name__}"] = digest(values)
     for index in (torch.arange(32), torch.arange(16, 40)):  # the last batch of an epoch has 24 images
-        moves = [torch.zeros_like(index), index % 2, index % 3 - 1, index % 5 - 2]
+        moves = [torch.zeros_like(index), index % 2, index % 3 - 1, index % 5 - 2, index % 2 + 1]
         step(torch.stack([index, *moves], dim=1))
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:  # Muon drops those of convolutions
@@ -115,7 +116,15 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
 
 def options() -> dict[str, str]:
     """The same with the other model, and all options of the training at once."""
-    found = cnn("residual", optimizer="muon", weight_decay=0.05, label_smoothing=0.1, flips=True, shift=2)
+    found = cnn(
+        "residual",
+        optimizer="muon",
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        flips=True,
+        shift=2,
+        easy=0.5,
+    )
     return {f"options, {name}": value for name, value in found.items()}
 
 

@@ -8,12 +8,12 @@ import torch
 if TYPE_CHECKING:
     from params_schema import TrainCnn
 
-# The columns of a take.
-INDEX, VARIANT, FLIP, DOWN, RIGHT = range(N_COLUMNS := 5)
+# The columns of a take. COUNT: as how many images it counts.
+INDEX, VARIANT, FLIP, DOWN, RIGHT, COUNT = range(N_COLUMNS := 6)
 
 
 def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: int) -> np.ndarray:
-    """The takes (N, 5) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
+    """The takes (N, 6) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
 
     Variants and shifts are uniform. With `params.flips`, half of the images are mirrored in odd epochs, the
     other half in even ones: an image is never seen the same way round twice in a row.
@@ -27,11 +27,30 @@ def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: in
         takes[:, FLIP] = (first[takes[:, INDEX]] + epoch) % 2
     if params.shift:
         takes[:, [DOWN, RIGHT]] = rng.integers(-params.shift, params.shift + 1, size=(len(train), 2))
+    takes[:, COUNT] = 1
     return takes
 
 
+def length(n: int, params: "TrainCnn", epoch: int) -> int:
+    """How many of `n` images an epoch takes: all, or from the second on all but half of the easy ones."""
+    return n - (int(params.easy * n) // 2 if epoch > 1 else 0)
+
+
+def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch: int) -> np.ndarray:
+    """`takes` (N, 6) of an epoch without a random half of the easy ones; the other half counts twice.
+
+    Easy are those with the least of `losses`, one for each image: the share `params.easy` of them.
+    """
+    left_out = len(takes) - length(len(takes), params, epoch)
+    easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]
+    rng = np.random.default_rng([params.seed, epoch, 0])  # of its own: `easy` changes nothing else
+    gone, kept = rng.permutation(easy).reshape(2, left_out)
+    takes[kept, COUNT] = 2
+    return np.delete(takes, gone, axis=0)
+
+
 def cut(images: torch.Tensor, takes: torch.Tensor, moved: bool) -> torch.Tensor:
-    """The images of `takes` (B, 5), (B, 28, 28) uint8, of all variants `images` (V, N, 28, 28) uint8.
+    """The images of `takes` (B, 6), (B, 28, 28) uint8, of all variants `images` (V, N, 28, 28) uint8.
 
     Unless `moved`, they are as they are. What a shift brings into view is black.
     """

@@ -20,7 +20,7 @@ LOCK = Path("dvc.lock")  # in DVC's temporary copies, theirs
 
 
 class Checkpoint:
-    """Weights, the optimizer's moments and the rows of metrics so far, in one file.
+    """Weights, the optimizer's moments, the losses of images and the rows of metrics so far, in one file.
 
     `key` is the digest of everything that determines the result, so that no training resumes from
     another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage.
@@ -39,8 +39,8 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             print(f"checkpoint {self.path.name} is damaged ({error}); training starts from epoch 1")
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Restore `model` and `optimizer` in place; return the rows of the epochs that are done."""
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor) -> list[dict]:
+        """Restore `model`, `optimizer` and `losses` in place; return the rows of the epochs that are done."""
         if self.rows:
             print(f"resuming after epoch {len(self.rows)}")
             model.load_state_dict(_part(self.tensors, "model."))
@@ -53,11 +53,16 @@ class Checkpoint:
                 for number, parameter in enumerate(_parameters(optimizer))
             }
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            losses.copy_(self.tensors["losses"])
         return self.rows
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict]) -> None:
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor, rows: list[dict]
+    ) -> None:
         """Replace the file by the present state, whole or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors = {"losses": losses} | {
+            f"model.{name}": tensor for name, tensor in model.state_dict().items()
+        }
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

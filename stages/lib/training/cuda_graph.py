@@ -24,7 +24,7 @@ class GraphedStep:
         self.calls = 0
 
     def __call__(self, takes: torch.Tensor) -> None:
-        """Take one training step on the images of `takes` (B, 5)."""
+        """Take one training step on the images of `takes` (B, 6)."""
         if takes.shape != self.takes.shape:
             self.step(takes)
             return

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models.cnns import to_input
 from lib.stage.files import round_floats
-from lib.training.batches import INDEX, cut, draw_epoch
+from lib.training.batches import COUNT, INDEX, cut, draw_epoch, halve_easy, length
 from lib.training.checkpoints import Checkpoint
 from lib.training.cuda_graph import GraphedStep
 from lib.training.data import TrainData
@@ -35,9 +36,9 @@ def train_cnn(
 ) -> list[dict]:
     """Train `model` in place as `params` says; return one row of metrics an epoch.
 
-    An epoch takes each image of `data.train` once, as draw_epoch says. Validation reads the originals of
-    `data.val`. `on_epoch` is called with each row and its images per second. Everything random comes
-    from (params.seed, epoch), so a training that resumes from `checkpoint` ends in the same weights.
+    An epoch takes the images of `data.train` as draw_epoch and halve_easy say. Validation reads the originals
+    of `data.val`. `on_epoch` is called with each row and its images per second. Everything random comes from
+    (params.seed, epoch), so a training that resumes from `checkpoint` ends in the same weights.
     """
     # The whole set stays on the device as uint8, a quarter of its size as float32; a step cuts its
     # batch from there, where the lesson's Dataset fetches image by image (0.4 ms of its 35 ms step).
@@ -47,19 +48,21 @@ def train_cnn(
     optimizer = build_optimizer(model, params, device)
     step = TrainStep(model, optimizer, images, targets, params)
     run_step = GraphedStep(step, params.batch_size, device) if device.type == "cuda" else step
-    rows = checkpoint.load(model, optimizer)
-    n, epochs = len(data.train), params.epochs
-    steps = math.ceil(n / params.batch_size)  # of an epoch
-    with tqdm(total=epochs * n, initial=len(rows) * n, unit=" images", disable=None) as bar:
+    rows = checkpoint.load(model, optimizer, step.losses)
+    epochs = params.epochs
+    lengths = [length(len(data.train), params, epoch) for epoch in range(1, epochs + 1)]
+    steps = [0, *accumulate(math.ceil(images / params.batch_size) for images in lengths)]  # until its end
+    with tqdm(total=sum(lengths), initial=sum(lengths[: len(rows)]), unit=" images", disable=None) as bar:
         for epoch in range(len(rows) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             began = time.perf_counter()
-            takes = torch.from_numpy(draw_epoch(data.train, len(data.pool), params, epoch)).to(device)
-            batches = takes.split(params.batch_size)
-            done = range((epoch - 1) * steps, epoch * steps)
-            rates = [scheduled(params, before, epochs * steps) for before in done]
+            takes = draw_epoch(data.train, len(data.pool), params, epoch)
+            takes = halve_easy(takes, step.losses.cpu().numpy(), params, epoch)
+            batches = torch.from_numpy(takes).to(device).split(params.batch_size)
+            done = range(steps[epoch - 1], steps[epoch])
+            rates = [scheduled(params, before, steps[-1]) for before in done]
             train_loss, train_accuracy = train_epoch(step, run_step, batches, rates, bar)
-            speed = n / (time.perf_counter() - began)
+            speed = len(takes) / (time.perf_counter() - began)
             logits = predict(model, data.pool[0, data.val], device)
             val_loss, val_accuracy = loss_and_accuracy(logits, data.labels[data.val])
             metrics = {
@@ -71,52 +74,72 @@ def train_cnn(
             # Rounded here, so that every place that shows a value shows the same one.
             row = {"epoch": epoch, **{name: round_floats(value) for name, value in metrics.items()}}
             rows.append(row)
-            checkpoint.save(model, optimizer, rows)
+            checkpoint.save(model, optimizer, step.losses, rows)
             tqdm.write(_describe(row, epochs, speed))
             on_epoch(row, speed)
     return rows
 
 
 class TrainStep:
-    """One step on a batch; sums loss and hits on the device, where reading them costs no wait."""
+    """One step on a batch; sums loss and hits on the device, where reading them costs no wait.
+
+    `losses` (N,) holds the last loss of each image, if `params.easy` asks for it.
+    """
 
     def __init__(self, model, optimizer, images: torch.Tensor, targets: torch.Tensor, params: "TrainCnn"):
         self.model, self.optimizer, self.images, self.targets = model, optimizer, images, targets
         self.label_smoothing, self.moved = params.label_smoothing, bool(params.flips or params.shift)
+        self.easy = params.easy
+        self.losses = torch.zeros(len(targets), device=images.device)
         self.loss_sum = torch.zeros((), device=images.device)
         self.correct = torch.zeros((), device=images.device, dtype=torch.int64)
+        self.seen = torch.zeros((), device=images.device, dtype=torch.int64)
 
     def __call__(self, takes: torch.Tensor) -> None:
-        """Update the weights with the images of `takes` (B, 5)."""
-        label = self.targets[takes[:, INDEX]]  # (B,)
+        """Update the weights with the images of `takes` (B, 6)."""
+        index, count = takes[:, INDEX], takes[:, COUNT]
+        label = self.targets[index]  # (B,)
         logits = self.model(to_input(cut(self.images, takes, self.moved)))  # (B, 10)
-        loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        if self.easy:
+            each = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
+            self.losses.scatter_(0, index, each.detach())
+            loss = (each * count).sum() / count.sum()
+        else:  # not the same as above with counts of 1: another order of sums, and other last digits
+            loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         # Those of the batch before its own step. Accuracy reuses the logits: the lesson runs a second
         # forward pass (11 ms of its 35 ms step).
-        self.loss_sum += loss.detach() * len(takes)
-        self.correct += (logits.detach().argmax(1) == label).sum()
+        self.loss_sum += loss.detach() * count.sum()
+        self.correct += ((logits.detach().argmax(1) == label) * count).sum()
+        self.seen += count.sum()
+
+    def reset(self) -> None:
+        """Begin the sums anew."""
+        for total in (self.loss_sum, self.correct, self.seen):
+            total.zero_()
+
+    def means(self) -> tuple[float, float]:
+        """Mean loss, and accuracy, of the images since the last reset."""
+        seen = self.seen.item()
+        return self.loss_sum.item() / seen, self.correct.item() / seen
 
 
 def train_epoch(step, run_step, batches, rates, bar) -> tuple[float, float]:
-    """One pass over `batches`, takes (B, 5) of which the last may be fewer, each at its learning rate of
+    """One pass over `batches`, takes (B, 6) of which the last may be fewer, each at its learning rate of
     `rates`; mean loss, and accuracy."""
     step.model.train()
-    step.loss_sum.zero_()
-    step.correct.zero_()
-    seen = 0
+    step.reset()
     for number, (takes, rate) in enumerate(zip(batches, rates, strict=True), start=1):
         set_rate(step.optimizer, rate)
         run_step(takes)
-        seen += len(takes)
         bar.update(len(takes))
         # Not on a GPU, which this would make wait for.
         if number % REFRESH == 0 and not bar.disable and step.images.device.type == "cpu":
-            loss, accuracy = step.loss_sum.item() / seen, step.correct.item() / seen
+            loss, accuracy = step.means()
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
-    return step.loss_sum.item() / seen, step.correct.item() / seen
+    return step.means()
 
 
 def _describe(row: dict, epochs: int, speed: float) -> str:

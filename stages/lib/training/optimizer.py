@@ -66,11 +66,16 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """
     scaled = matrix / (matrix.norm() + 1e-7)
     square = scaled @ scaled.T  # (M, M), all that the turns need: half of the time of turning the matrix
-    one = product = torch.eye(len(matrix), device=matrix.device)
-    for _ in range(TURNS):
-        turn = A * one + B * square + C * square @ square
-        product, square = turn @ product, turn @ square @ turn
+    product = turn = _turn(square)
+    for _ in range(TURNS - 1):
+        square = turn @ square @ turn
+        turn = _turn(square)
+        product = turn @ product
     return product @ scaled
+
+
+def _turn(square: torch.Tensor) -> torch.Tensor:
+    return A * torch.eye(len(square), device=square.device) + B * square + C * square @ square
 
 
 def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
