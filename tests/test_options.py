@@ -75,20 +75,24 @@ def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
     assert (takes[:, :COUNT] == rest[:, :COUNT]).all()  # order, variants and moves stay
 
 
-def test_each_epoch_leaves_out_others_and_the_first_none():
-    losses = np.zeros(1100)
-    for n in (9, 10):  # an odd number of easy images: one of them counts once
-        left = [
-            set(TRAIN[:n])
-            - set(
-                halve_easy(draw_epoch(TRAIN[:n], 1, options(), epoch), losses, options(easy=1), epoch)[
-                    :, INDEX
-                ]
-            )
-            for epoch in range(1, 40)
-        ]
-        assert [len(indices) for indices in left] == [0] + 38 * [n // 2]
-        assert set.union(*left) == set(TRAIN[:n])
+@pytest.mark.parametrize("n", [9, 10])  # of an odd number of easy images, one counts once
+def test_each_epoch_leaves_out_others_and_the_first_none(n):
+    left = []
+    for epoch in range(1, 40):
+        takes = draw_epoch(TRAIN[:n], 1, options(), epoch)
+        takes = halve_easy(takes, np.zeros(1100), options(easy=1), epoch)
+        assert takes[:, COUNT].sum() == n
+        left.append(set(TRAIN[:n]) - set(takes[:, INDEX]))
+    assert [len(indices) for indices in left] == [0] + 38 * [n // 2]
+    assert set.union(*left) == set(TRAIN[:n])
+
+
+def test_which_images_are_left_out_is_another_draw_than_their_order():
+    """If all are easy in the order of their indices, the same draw would leave out the epoch's first half."""
+    indices = np.arange(1000)
+    takes = draw_epoch(indices, 1, options(), 2)
+    kept = halve_easy(takes.copy(), indices, options(easy=1), 2)
+    assert 200 < np.isin(takes[:500, INDEX], kept[:, INDEX]).sum() < 300  # 250, six standard deviations: 47
 
 
 def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):

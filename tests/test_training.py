@@ -15,12 +15,13 @@ import safetensors.numpy
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import small_stages as small
 from lib.models.cnns import build_cnn, fresh
 from lib.training import loop
-from lib.training.batches import draw_epoch
+from lib.training.batches import COUNT, draw_epoch
 from lib.training.checkpoints import Checkpoint, exclusive_checkpoint
 from lib.training.cuda_graph import GraphedStep
 from lib.training.data import TrainData
@@ -127,6 +128,31 @@ def test_an_epochs_metrics_are_means_over_its_images(train, images):
     assert (len(seen[True]), len(seen[False])) == (12, 4)
 
 
+def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train, images):
+    """By hand from the logits of every batch; at its end, an image has the loss of when it was last seen."""
+    label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
+    seen = []
+
+    def watch(module, args, logits):
+        if module.training:
+            pixels = (args[0][:, 0] * 255).round().to(torch.uint8).numpy()
+            keys = [image.tobytes() for image in pixels]
+            losses = F.cross_entropy(
+                logits, torch.tensor([int(label_of[key]) for key in keys]), reduction="none"
+            )
+            seen.append(dict(zip(keys, losses.tolist(), strict=True)))
+
+    model = fresh(build_small, 0)
+    model.register_forward_hook(watch)
+    train(images[None], model, epochs=6, batch_size=12, easy=0.5)
+    assert [len(epoch) for epoch in seen] == [12, 9, 9, 9, 9, 9]
+    last = dict(seen[0])
+    for epoch in seen[1:]:
+        easy = sorted(last, key=last.__getitem__)[:6]
+        assert set(last) - set(epoch) < set(easy)
+        last |= epoch
+
+
 @pytest.mark.parametrize("learning_rate", [0.001, 0.004])
 def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learning_rate):
     """Adam's first step is the learning rate, whatever the gradient is, so long as there is one."""
@@ -167,19 +193,20 @@ class Bar(tqdm):
         return super().refresh(**settings)
 
 
-def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("easy", "second"), [(0.0, 12), (0.5, 9)])
+def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypatch, tmp_path, easy, second):
     monkeypatch.setattr(loop, "tqdm", Bar)
     monkeypatch.setattr(loop, "REFRESH", 3)  # the last of each epoch's three batches
     monkeypatch.setattr(Bar, "shown", [])
     checkpoint = Checkpoint("k", tmp_path)
-    _, [first] = train(images[None], epochs=1, checkpoint=checkpoint)
+    _, [first] = train(images[None], epochs=1, checkpoint=checkpoint, easy=easy)
     assert Bar.shown[-1][:3] == ("epoch 1/1: ", 12, 12)
     means = f"accuracy={first['train_accuracy']:.2%}, loss={first['train_loss']:.4f}"
     assert Bar.shown[-1][3] == means
     Bar.shown.clear()
-    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path))
-    assert Bar.shown[0][1:3] == (12, 24)  # begins where the first epoch ended
-    assert Bar.shown[-1][:3] == ("epoch 2/2: ", 24, 24)
+    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path), easy=easy)
+    assert Bar.shown[0][1:3] == (12, 12 + second)  # begins where the first epoch ended
+    assert Bar.shown[-1][:3] == ("epoch 2/2: ", 12 + second, 12 + second)
 
 
 class Killed(Exception):
@@ -341,13 +368,16 @@ def test_the_graphed_step_trains_as_the_plain_one(images):
         run_step = wrap(step)
         for epoch in range(3):
             for takes in torch.from_numpy(draw_epoch(TRAIN, 3, params, epoch)).split(5):  # 5, 5 and 2 images
+                takes[::2, COUNT] = 2
                 set_rate(optimizer, 0.001 * epoch)
                 run_step(takes)
-        return model[5].weight, step.loss_sum.item(), step.correct.item()
+        return model[5].weight, step.losses, step.means()
 
     graph = StandInGraph()
     graphed = run(lambda step: GraphedStep(step, 5, CPU, graph=graph))
     plain = run(lambda step: step)
     assert torch.equal(graphed[0], plain[0])
-    assert graphed[1:] == plain[1:]
+    assert torch.equal(graphed[1], plain[1])
+    assert plain[1][TRAIN].all()  # OPTIONS ask for the losses
+    assert graphed[2] == plain[2]
     assert (graph.warm_ups, graph.captures, graph.replays) == (3, 1, 3)

@@ -107,6 +107,7 @@ def cnn(model: str = "lesson", **options) -> dict[str, str]:
             if parameter.grad is not None:  # Muon drops those of convolutions
                 found[f"gradient of {name}, {len(index)} images"] = digest(parameter.grad)
         found[f"weights after {len(index)} images"] = digest(*model.parameters())
+    found["losses"] = digest(step.losses)
     logits = predict(model, IMAGES, DEVICE)
     found["logits"] = digest(logits)
     found["loss and accuracy"] = digest(loss_and_accuracy(logits, LABELS))

@@ -16,7 +16,7 @@ def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: in
     """The takes (N, 6) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
 
     Variants and shifts are uniform. With `params.flips`, half of the images are mirrored in odd epochs, the
-    other half in even ones: an image is never seen the same way round twice in a row.
+    other half in even ones: an image is never seen the same way round in two epochs running.
     """
     rng = np.random.default_rng([params.seed, epoch])
     takes = np.zeros((len(train), N_COLUMNS), np.int64)
@@ -43,7 +43,7 @@ def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch:
     """
     left_out = len(takes) - length(len(takes), params, epoch)
     easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]
-    rng = np.random.default_rng([params.seed, epoch, 0])  # of its own: `easy` changes nothing else
+    rng = np.random.default_rng([params.seed, epoch, 1])  # with 0, NumPy's numbers would be draw_epoch's
     gone, kept = rng.permutation(easy).reshape(2, left_out)
     takes[kept, COUNT] = 2
     return np.delete(takes, gone, axis=0)

@@ -51,7 +51,8 @@ def train_cnn(
     rows = checkpoint.load(model, optimizer, step.losses)
     epochs = params.epochs
     lengths = [length(len(data.train), params, epoch) for epoch in range(1, epochs + 1)]
-    steps = [0, *accumulate(math.ceil(images / params.batch_size) for images in lengths)]  # until its end
+    # Steps done before the first epoch, and at the end of each.
+    steps = [0, *accumulate(math.ceil(taken / params.batch_size) for taken in lengths)]
     with tqdm(total=sum(lengths), initial=sum(lengths[: len(rows)]), unit=" images", disable=None) as bar:
         for epoch in range(len(rows) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
@@ -121,7 +122,7 @@ class TrainStep:
             total.zero_()
 
     def means(self) -> tuple[float, float]:
-        """Mean loss, and accuracy, of the images since the last reset."""
+        """Mean loss, and accuracy, since the last reset; each image as often as it counts."""
         seen = self.seen.item()
         return self.loss_sum.item() / seen, self.correct.item() / seen
 

@@ -65,7 +65,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     The same for any positive multiple of it, and zeros for zeros.
     """
     scaled = matrix / (matrix.norm() + 1e-7)
-    square = scaled @ scaled.T  # (M, M), all that the turns need: half of the time of turning the matrix
+    square = scaled @ scaled.T  # (M, M): turning this takes half as long as turning the matrix
     product = turn = _turn(square)
     for _ in range(TURNS - 1):
         square = turn @ square @ turn
