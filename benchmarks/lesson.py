@@ -98,13 +98,14 @@ def main(seed: int, steps: int | None = None) -> None:
     batches = loader(data.pool[0, data.train], data.labels[data.train])
     optimizer = Adam(model.parameters(), lr=1e-3)
     torch.set_num_threads(2)
-    train(fresh(build_cnn, seed), batches, steps=20)  # what is done once: first allocations
-    began = time.perf_counter()
     if steps:
+        train(fresh(build_cnn, seed), batches, steps=20)  # what is done once: first allocations
         steps = min(steps, len(batches))
+        began = time.perf_counter()
         train(model, batches, steps, optimizer)
         print((time.perf_counter() - began) / steps * 5 * len(batches))
         return
+    began = time.perf_counter()
     for _ in range(5):
         train(model, batches, optimizer=optimizer)
     seconds = time.perf_counter() - began
