@@ -134,20 +134,13 @@ class Project:
 
         from lib.inference import to_device
         from lib.models.cnns import build_cnn, fresh
+        from lib.params import read_yaml
         from lib.training.batches import draw_epoch
         from lib.training.loop import TrainStep, train_epoch
         from lib.training.optimizer import build_optimizer
 
-        params = SimpleNamespace(
-            seed=0,
-            optimizer="adamw",
-            learning_rate=0.001,
-            weight_decay=0.0,
-            label_smoothing=0.0,
-            flips=False,
-            shift=0,
-            easy=0.0,
-        )
+        # The lesson's, whatever the user's params.yaml holds.
+        params = SimpleNamespace(**read_yaml(ROOT / "tests/helpers/params.yaml")["train_cnn"])
         model = to_device(fresh(build_cnn, 0), self.device)
         optimizer = build_optimizer(model, params, self.device)
         step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long(), params)

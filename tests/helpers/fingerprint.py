@@ -28,6 +28,7 @@ from lib.by_hand.comparison import compare_layers
 from lib.evaluation import mistakes, move
 from lib.inference import loss_and_accuracy, predict, to_device
 from lib.models.cnns import build_cnn, fresh, to_input
+from lib.params import read_yaml
 from lib.toy import outputs, train_toy
 from lib.training.loop import TrainStep
 from lib.training.optimizer import build_optimizer
@@ -39,6 +40,7 @@ IMAGES = np.repeat(np.repeat(COARSE, 4, 1), 4, 2)  # (40, 28, 28)
 LABELS = RNG.integers(0, 10, 40).astype(np.uint8)
 TOY_IMAGES = RNG.integers(-8, 9, (2, 1, 4, 4)).astype(np.float32) / 8
 TOY_LABELS = np.array([0, 1], np.float32)
+LESSON = read_yaml(Path(__file__).with_name("params.yaml"))["train_cnn"]
 
 
 def digest(*values) -> str:
@@ -78,18 +80,7 @@ def moves() -> dict[str, str]:
 def cnn(model: str = "lesson", **options) -> dict[str, str]:
     """Every layer's output, every gradient of one step, the weights after two, and the logits."""
     found = {}
-    params = SimpleNamespace(
-        **{
-            "optimizer": "adamw",
-            "learning_rate": 0.001,
-            "weight_decay": 0.0,
-            "label_smoothing": 0.0,
-            "flips": False,
-            "shift": 0,
-            "easy": 0.0,
-        }
-        | options
-    )
+    params = SimpleNamespace(**LESSON | options)
     model = to_device(fresh(partial(build_cnn, model, views=6 if params.flips else 1), 0), DEVICE)
     optimizer = build_optimizer(model, params, DEVICE)
     step = TrainStep(
