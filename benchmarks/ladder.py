@@ -35,7 +35,7 @@ RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
 OWN_LOOP = "lesson's own loop"
 YARDSTICK = 200  # steps of it, on either side of a training
-EPOCHS = 6  # until easy images are left out; the eight of fast then take 8 % less time
+EPOCHS = 6  # until easy images are left out; the ten of fast then take a seventh more time
 # Each rung adds one idea to the one before, with the values of the recipe fast, which adds the last: views.
 STEPS = {
     "residual": ("model",),
