@@ -357,6 +357,29 @@ def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(projec
     assert "train_toy_cnn" not in ran(dvc(project, "repro").stdout)
 
 
+def test_a_training_alone_gets_no_report_on_the_weights_before_it(project):
+    """After `dvc repro STAGE` or `dvc exp run STAGE`, dvc.lock keeps the earlier entries of later stages."""
+
+    def of_seed_5():
+        [run] = [one for one in tracked_runs(project) if one.data.params.get("train_cnn.seed") == "5"]
+        return run
+
+    set_params(project, {"train_cnn": {"seed": 5}})
+    assert ran(dvc(project, "repro", "train_cnn@original").stdout) == ["train_cnn@original"]
+    tool(project, "sync")
+    metrics = of_seed_5().data.metrics
+    assert "val_accuracy" in metrics
+    assert "test_accuracy" not in metrics
+    [trace] = json.loads(tool(project, "trace", of_seed_5().info.run_id, "--json"))
+    assert list(trace["dvc_lock"]) == ["train_cnn@original"]
+    dvc(project, "repro", "evaluate_cnn@original")
+    tool(project, "sync")
+    evaluation = json.loads((project / "metrics/evaluate_cnn/original.json").read_text())
+    assert of_seed_5().data.metrics["test_accuracy"] == evaluation["test_accuracy"]
+    set_params(project, {"train_cnn": {"seed": 0}})
+    dvc(project, "repro")
+
+
 def test_one_changed_param_reruns_what_depends_on_it_and_nothing_else(project):
     set_params(project, {"train_toy_cnn": {"seed": 10}})
     changed = dvc(project, "repro")

@@ -112,9 +112,15 @@ def _files_of(training: Training) -> set[str]:
 
 
 def _reports(training: Training, stages: dict) -> list[str]:
-    """The stages of dvc.lock that report on a training."""
+    """The stages of dvc.lock that report on a training, and not on an earlier one."""
     about_it = [training.evaluation, PLOTS, *([] if training is TOY else [PAGE])]
-    return [name for name in about_it if name in stages]
+    made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
+    return [
+        name
+        for name in about_it
+        if name in stages
+        and all(made.get(dep["path"], dep["md5"]) == dep["md5"] for dep in stages[name]["deps"])
+    ]
 
 
 def _params(training: Training, stages: dict) -> dict:
