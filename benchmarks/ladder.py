@@ -69,8 +69,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in arguments.rungs or known:
             if not any(is_of(row, name, known[name], seed) for row in read_runs()):
-                rows = [*read_runs(), run(name, known[name], seed)]
-                write_csv(RUNS, sorted(rows, key=lambda row: place_of(row, [*known])))
+                row = run(name, known[name], seed)  # hours, in which the file may change
+                write_csv(RUNS, sorted([*read_runs(), row], key=lambda row: place_of(row, [*known])))
     rows = read_runs()
     print("\n".join(table(rows)))
     draw(rows)
