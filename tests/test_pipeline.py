@@ -372,6 +372,9 @@ def test_a_training_alone_gets_no_report_on_the_weights_before_it(project):
     assert "test_accuracy" not in metrics
     [trace] = json.loads(tool(project, "trace", of_seed_5().info.run_id, "--json"))
     assert list(trace["dvc_lock"]) == ["train_cnn@original"]
+    other = runs(project)["train_cnn@augmented"].info.run_id  # which all its reports still fit
+    [trace] = json.loads(tool(project, "trace", other, "--json"))
+    assert list(trace["dvc_lock"])[1:] == ["evaluate_cnn@augmented", "plot_results", "build_page"]
     dvc(project, "repro", "evaluate_cnn@original")
     tool(project, "sync")
     evaluation = json.loads((project / "metrics/evaluate_cnn/original.json").read_text())

@@ -114,18 +114,21 @@ def _files_of(training: Training) -> set[str]:
 def _reports(training: Training, stages: dict) -> list[str]:
     """The stages of dvc.lock that report on a training, and not on an earlier one."""
     about_it = [training.evaluation, PLOTS, *([] if training is TOY else [PAGE])]
-    made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
-    return [
-        name
-        for name in about_it
-        if name in stages
-        and all(made.get(dep["path"], dep["md5"]) == dep["md5"] for dep in stages[name]["deps"])
-    ]
+    makers = [stages[name] for name in (training.stage, training.evaluation) if name in stages]
+    return [name for name in about_it if name in stages and _has_read(stages[name], makers)]
+
+
+def _has_read(stage: dict, makers: list[dict]) -> bool:
+    """Whether a stage ran with what others have made by now: dvc.lock keeps it until it runs again."""
+    made = {out["path"]: out.get("md5") for maker in makers for out in maker.get("outs", [])}
+    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in stage["deps"])
 
 
 def _params(training: Training, stages: dict) -> dict:
     """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
-    readers = [training.stage, *(["augment_images"] if training.images == "augmented" else [])]
+    readers = [training.stage]
+    if training.images == "augmented" and _has_read(stages[training.stage], [stages["augment_images"]]):
+        readers.append("augment_images")
     sections = [section for name in readers for section in stages[name]["params"]["params.yaml"].items()]
     if not all(isinstance(section, dict) for _, section in sections):  # from before dvc.yaml named sections
         raise StageError(f"{LOCK}: params of {training.stage} are no sections; `dvc repro` writes them anew")
