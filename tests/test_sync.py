@@ -1,7 +1,6 @@
 """`make sync` makes the runs of experiments in a new store from what git has of them."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,11 +33,6 @@ def finished(tmp_path_factory) -> Path:
     git(project, "restore", ".")
     dvc(project, "checkout")
     return project
-
-
-@pytest.fixture
-def project(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 
 def reference(project: Path, name: str) -> str:

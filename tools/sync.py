@@ -120,7 +120,7 @@ def _sync_experiment(store: Store, experiment: Experiment) -> None:
     left = {
         training: _origin_of(experiment, training)
         for name, training in TRAININGS.items()
-        if name in stages and not _is_synced(store, experiment, training)
+        if name in stages and not _is_synced(store, experiment, training, stages)
     }
     if not left:
         return
@@ -132,13 +132,15 @@ def _sync_experiment(store: Store, experiment: Experiment) -> None:
                 print(f"sync: {training.stage}, run {run_id}: {said}")
 
 
-def _is_synced(store: Store, experiment: Experiment, training: Training) -> bool:
-    """Whether all that an experiment says about a training is in its runs; it may have run other stages."""
+def _is_synced(store: Store, experiment: Experiment, training: Training, stages: dict) -> bool:
+    """Whether the runs of an experiment's weights have what git has of them; it may have no such weights."""
     weights_sha256 = weights_at(experiment.reference, training)
     if weights_sha256 is None:
         return True
+    reports = [name for name in _reports(training, stages) if name != PAGE]  # which git does not have
+    wanted = {runs.synced_tag(name.split("@")[0]) for name in (*reports, "dvc_lock")}
     found = runs.find_runs(store, weights_sha256=weights_sha256, dvc_stage=training.stage)
-    return bool(found) and all(runs.synced_tag("dvc_lock") in run.data.tags for run in found)
+    return bool(found) and all(wanted <= run.data.tags.keys() for run in found)
 
 
 def _origin_of(experiment: Experiment, training: Training) -> tuple[dict, str | None]:
@@ -221,7 +223,8 @@ def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
 
 def _sync_report(client, run_id: str, stage: str, files: list[Path]) -> list[str]:
     """Attach what a later stage wrote about the training."""
-    name, metrics = stage.split("@")[0], {}
+    name = stage.split("@")[0]
+    metrics: dict[str, float] = {}
     for file in files:
         if file.suffix == ".json":
             metrics |= numbers(read_json(file))
