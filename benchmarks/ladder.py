@@ -219,32 +219,40 @@ def spread(values: list[float]) -> str:
 
 
 def draw(rows: list[dict]) -> None:
-    """Accuracy against the share of the lesson's time: each run a point, each rung its mean and its name."""
+    """Accuracy against the share of the lesson's time: each run a point, each rung a dash and its name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for number, name in enumerate(dict.fromkeys(row["rung"] for row in rows)):
+    free = 0.0  # the lowest place of the next label in the column of the steps
+    for name in dict.fromkeys(row["rung"] for row in rows):
         mine = [row for row in rows if row["rung"] == name]
         shares = [share(row) for row in mine]
         accuracy = [100 * float(row["test_accuracy"]) for row in mine]
-        color = f"C{number % 10}"
+        color = "#0072b2" if name in STEPS else "0.3" if name == OWN_LOOP else "#d55e00"
         axes.scatter(shares, accuracy, s=14, alpha=0.5, color=color)
         middle = statistics.median(shares), statistics.mean(accuracy)
         axes.scatter(*middle, s=90, marker="_", color=color)
-        axes.annotate(
-            name, middle, xytext=(9, 0), textcoords="offset points", color=color, fontsize=9, va="center"
-        )
+        style = {"color": color, "fontsize": 9, "va": "center"}
+        if name in STEPS:  # they are close to each other
+            free = max(middle[1], free + 0.2)
+            line = {"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.5}
+            axes.annotate(f"+ {name}", middle, xytext=(0.155, free), arrowprops=line, **style)
+        else:
+            axes.annotate(name, middle, xytext=(9, 0), textcoords="offset points", **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("training time on 2 cores, 1 = five epochs of the lesson's own loop")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title("Accuracy against time: each point is a run, each dash a mean", fontsize=10, loc="left")
+    axes.set_title(
+        "Accuracy against time: each point is a run, each dash a rung's mean", fontsize=10, loc="left"
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(y=0.12)
+    axes.set_xlim(0.15, 8)
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
 
 
