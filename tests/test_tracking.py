@@ -411,17 +411,6 @@ def test_a_file_is_sent_as_it_was_when_it_was_reported(unsent):
     assert Path(sent).read_text() == "then"
 
 
-def test_a_report_goes_to_every_run_of_its_weights(unsent):
-    """Two machines may train to the same bytes; each has its own run."""
-    for key in ("34" * 32, "56" * 32):
-        train(unsent, key=key)
-        send_left_over(connect())
-    report("verify_manual_conv", TOY, sha256_of(unsent / "toy.safetensors"), {"max_error": 0.5}, [])
-    found = all_runs()
-    assert {run.data.tags["training"] for run in found} == {"34" * 32, "56" * 32}
-    assert [run.data.metrics["max_error"] for run in found] == [0.5, 0.5]
-
-
 def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):
     report("evaluate_cnn", CNNS["original"], SHA, {"test_accuracy": 0.9}, [])
     report("plot_results", CNNS["original"], SHA, {"more": 1.0}, [])

@@ -6,13 +6,8 @@ new or was unreachable, and the evaluation of a training repeated to the same by
 """
 
 import hashlib
-import io
 import json
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -23,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
-from dvc_experiments import Experiment, experiments
+from dvc_experiments import experiments
 from history import file_at, weights_at
-from lib.reporting.provenance import NOT_CODE, GitError, git, git_diff, git_tags
+from lib.reporting.provenance import GitError, git_diff, git_tags
 from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from lib.stage.errors import StageError
 from lib.stage.files import numbers, read_json
@@ -33,7 +28,7 @@ from lib.stage.process import run_stage
 from lib.trainings import TOY, TRAININGS, Training
 from tracking import runs
 from tracking.sender import send_left_over
-from tracking.store import Store, StoreError, as_store_error, connect
+from tracking.store import Store, as_store_error, connect
 
 PLOTS, PAGE = "plot_results", "build_page"
 
@@ -46,133 +41,70 @@ def main() -> None:
     if lock is None:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
     stages = lock["stages"]
-    check_outputs(stages)
     trainings = [training for name, training in TRAININGS.items() if name in stages]
+    for name, stage in stages.items():  # a file cut between two entries is one that DVC still reads
+        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
+        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
+        if not found or not expected <= found:
+            raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
     with as_store_error():
         store = connect()
         for fault in send_left_over(store):
             print(f"sync: {fault}")
         for training in trainings:
-            for run_id, changes in sync_training(store, training, stages):
-                print(f"sync: {training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
-        sync_experiments(store)
+            run_id, changes = sync_training(store, training, stages)
+            print(f"sync: {training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
+        record_experiments(store)
 
 
-def check_outputs(stages: dict) -> None:
-    """Raise StageError if an entry lacks outputs: DVC still reads a file that was cut between two entries."""
-    for name, stage in stages.items():
-        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
-        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
-        if not found or not expected <= found:
-            raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
-
-
-def sync_training(
-    store: Store, training: Training, stages: dict, origin: tuple[dict, str | None] | None = None
-) -> list[tuple[str, list[str]]]:
-    """Complete the runs of a training's weights, or make one; returns the id of each, and what was added.
-
-    `stages`: the entries of dvc.lock that belong to the files in the current folder. `origin`: tags and
-    uncommitted changes of a run that is made, where they are not those of the working tree.
-    """
+def sync_training(store: Store, training: Training, stages: dict) -> tuple[str, list[str]]:
+    """Complete one training's run; returns its id and what was added."""
     stage, name, client = stages[training.stage], training.stage, store.client
     for out in stage["outs"]:
         _check(out)
     weights_sha256 = read_weights_sha256(training.metrics)
-    found = runs.find_runs(store, weights_sha256=weights_sha256, dvc_stage=name)
-    ids = [run.info.run_id for run in found]
-    if not ids:
-        ids = [runs.stand_in(store, name, weights_sha256, *(origin or _origin_of_tree(stage)))]
-    synced = []
-    for run_id in ids:
-        changes = [] if found else ["made"]
-        changes += ["params"] if runs.log_params(client, run_id, _params(training, stages)) else []
-        changes += _sync_metrics(client, run_id, training)
-        changes += _sync_model(client, run_id, name, training.weights)
-        for report in _reports(training, stages):
-            paths = [path for out in stages[report]["outs"] for path in _files(_check(out))]
-            if report == PLOTS:
-                paths = [path for path in paths if path.stem in training.figures]
-            if all(path.exists() for path in paths):  # the page may be in the DVC cache alone
-                changes += _sync_report(client, run_id, report, paths)
-        synced.append((run_id, changes + _sync_lock(client, run_id, training, stages)))
-    return synced
+    metrics = read_json(training.metrics)
+    del metrics["weights_sha256"]
+    changes = []
+    run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
+    if run_id is None:
+        code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
+        is_here = all(
+            Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items()
+        )
+        tags = git_tags() if is_here else {}  # the present tree holds the code that made them
+        diff = git_diff() if tags.get("git_dirty") == "true" else None
+        run_id = runs.stand_in(store, name, weights_sha256, tags, diff)
+        changes.append("made")
+    changes += ["params"] if runs.log_params(client, run_id, _params(training, stages)) else []
+    changes += _sync_curve(client, run_id, training.curve)
+    changes += _sync_model(client, run_id, name, training.weights)
+    for report in _reports(training, stages):
+        paths = [path for out in stages[report]["outs"] for path in _files(_check(out))]
+        if report == PLOTS:
+            paths = [path for path in paths if path.stem in training.figures]
+        if all(path.exists() for path in paths):  # the page may be in the DVC cache alone
+            changes += _sync_report(client, run_id, report, metrics, paths)
+    return run_id, changes + _sync_lock(client, run_id, training, stages)
 
 
-def sync_experiments(store: Store) -> None:
-    """Complete the runs of DVC's experiments by what git has: they may never be checked out here."""
+def record_experiments(store: Store) -> None:
+    """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
     try:
         found = experiments()
     except GitError as error:
         print(f"sync: did not look for experiments: {error}")
         return
     for experiment in found:
-        try:
-            _sync_experiment(store, experiment)
-        except StageError as error:
-            if isinstance(error, StoreError):
-                raise
-            print(f"sync: left out experiment {experiment.name}: {error}")
-
-
-def _sync_experiment(store: Store, experiment: Experiment) -> None:
-    stages = YAML(typ="safe").load(file_at(experiment.reference, LOCK) or b"stages: {}")["stages"]
-    left = {
-        training: _origin_of(experiment, training)
-        for name, training in TRAININGS.items()
-        if name in stages and not _is_synced(store, experiment, training, stages)
-    }
-    if not left:
-        return
-    check_outputs(stages)
-    with _results_of(experiment):
-        for training, origin in left.items():
-            for run_id, changes in sync_training(store, training, stages, origin):
-                said = f"{', '.join(changes)} of experiment {experiment.name}"
-                print(f"sync: {training.stage}, run {run_id}: {said}")
-
-
-def _is_synced(store: Store, experiment: Experiment, training: Training, stages: dict) -> bool:
-    """Whether the runs of an experiment's weights have what git has of them; it may have no such weights."""
-    weights_sha256 = weights_at(experiment.reference, training)
-    if weights_sha256 is None:
-        return True
-    reports = [name for name in _reports(training, stages) if name != PAGE]  # which git does not have
-    wanted = {runs.synced_tag(name.split("@")[0]) for name in (*reports, "dvc_lock")}
-    found = runs.find_runs(store, weights_sha256=weights_sha256, dvc_stage=training.stage)
-    return bool(found) and all(wanted <= run.data.tags.keys() for run in found)
-
-
-def _origin_of(experiment: Experiment, training: Training) -> tuple[dict, str | None]:
-    """Tags of a run of an experiment's training, and the changes of code that it was made with.
-
-    None, if the commit that the experiment was made from has the same weights.
-    """
-    baseline, reference = experiment.baseline, experiment.reference
-    if weights_at(baseline, training) == weights_at(reference, training):
-        return {}, None
-    # diff-tree, since the user's settings colour what `git diff` prints, or change its paths.
-    diff = git("diff-tree", "-p", "--binary", "--no-ext-diff", baseline, reference, "--", ".", *NOT_CODE)
-    tags = {"git_commit": baseline, "git_dirty": str(bool(diff)).lower(), "dvc_exp_name": experiment.name}
-    return tags, diff.decode("latin-1") if diff else None
-
-
-def _origin_of_tree(stage: dict) -> tuple[dict, str | None]:
-    """The same of the working tree, if it holds the code that made a stage's results."""
-    code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
-    is_here = all(Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items())
-    tags = git_tags() if is_here else {}
-    return tags, git_diff() if tags.get("git_dirty") == "true" else None
-
-
-@contextmanager
-def _results_of(experiment: Experiment) -> Iterator[None]:
-    """Stand in a folder with the metrics that git has of an experiment."""
-    archive = git("archive", "--format=zip", experiment.reference, "--", "metrics")
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
-        with chdir(folder):
-            yield
+        stages = YAML(typ="safe").load(file_at(experiment.reference, LOCK) or b"stages: {}")["stages"]
+        for name, training in TRAININGS.items():
+            weights_sha256 = weights_at(experiment.reference, training)
+            if name not in stages or weights_sha256 is None:  # it may have run other stages
+                continue
+            run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
+            if run_id and runs.synced_tag("dvc_lock") not in store.client.get_run(run_id).data.tags:
+                _sync_lock(store.client, run_id, training, stages)
+                print(f"sync: {name}, run {run_id}: dvc.lock of experiment {experiment.name}")
 
 
 def _files_of(training: Training) -> set[str]:
@@ -203,14 +135,9 @@ def _params(training: Training, stages: dict) -> dict:
     return {f"{name}.{leaf}": value for name, section in sections for leaf, value in section.items()}
 
 
-def _sync_metrics(client, run_id: str, training: Training) -> list[str]:
-    """Log what a training measured: its curve, and what it has beside it."""
-    rows = read_table(training.curve, TOY_CURVE, others=NUMBER)
-    metrics = {
-        name: value for name, value in numbers(read_json(training.metrics)).items() if name not in rows[0]
-    }
-    changes = ["curve"] if runs.log_missing_epochs(client, run_id, rows, runs.now()) else []
-    return changes + (["metrics"] if runs.log_new_metrics(client, run_id, metrics, runs.now()) else [])
+def _sync_curve(client, run_id: str, path: Path) -> list[str]:
+    rows = read_table(path, TOY_CURVE, others=NUMBER)
+    return ["curve"] if runs.log_missing_epochs(client, run_id, rows, runs.now()) else []
 
 
 def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
@@ -221,10 +148,9 @@ def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
     return ["model"]
 
 
-def _sync_report(client, run_id: str, stage: str, files: list[Path]) -> list[str]:
-    """Attach what a later stage wrote about the training."""
+def _sync_report(client, run_id: str, stage: str, metrics: dict, files: list[Path]) -> list[str]:
+    """Attach what a later stage wrote about the training, and the training's own `metrics`."""
     name = stage.split("@")[0]
-    metrics: dict[str, float] = {}
     for file in files:
         if file.suffix == ".json":
             metrics |= numbers(read_json(file))

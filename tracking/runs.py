@@ -64,15 +64,10 @@ def has_run(store: Store, run_id: str) -> bool:
     return bool(store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'"))
 
 
-def find_runs(store: Store, **tags: str) -> list:
-    """The runs with these tags, newest first: of the same weights, one for each machine that trained them."""
-    query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-    return store.client.search_runs(store.experiments, query, order_by=NEWEST)
-
-
 def find_run(store: Store, **tags: str) -> str | None:
-    """The id of the newest run with these tags."""
-    found = find_runs(store, **tags)
+    """The newest run with these tags."""
+    query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+    found = store.client.search_runs(store.experiments, query, max_results=1, order_by=NEWEST)
     return found[0].info.run_id if found else None
 
 
@@ -119,7 +114,7 @@ def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff:
         "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
         "dvc_stage": training,
     }  # fmt: skip
-    run_id = create_run(store, training, run_name(training, tags, {}), tags)
+    run_id = create_run(store, training, training, tags)
     log_diff(store.client, run_id, diff)
     store.client.set_terminated(run_id)
     return run_id
@@ -178,12 +173,11 @@ def log_missing_epochs(client, run_id: str, rows: list[dict], when: int) -> int:
     return len(missing)
 
 
-def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> bool:
-    """Log metrics without an epoch; a value that the run has already is left. Returns whether any was new."""
+def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> None:
+    """Log metrics without an epoch; a value that the run has already is left."""
     has = client.get_run(run_id).data.metrics
     new = {name: value for name, value in metrics.items() if has.get(name) != value}
     log_rows(client, run_id, [{"epoch": 0, **new}], when)
-    return bool(new)
 
 
 def log_report(client, run_id: str, stage: str, metrics: dict, files: list[Path], when: int) -> None:
