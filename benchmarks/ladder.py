@@ -246,9 +246,7 @@ def draw(rows: list[dict]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("training time on 2 cores, 1 = five epochs of the lesson's own loop")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(
-        "Accuracy against time: each point is a run, each dash a rung", fontsize=10, loc="left"
-    )
+    axes.set_title("Accuracy against time: each point is a run, each dash a rung", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
