@@ -29,7 +29,7 @@ from lib.stage.errors import StageError
 from lib.stage.files import write_csv
 from lib.stage.process import run_stage
 from recipe import read_recipe
-from tracking.runs import as_yaml
+from tracking.runs import COLORS, as_yaml
 
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
@@ -226,20 +226,22 @@ def draw(rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    free = 0.0  # the lowest place of the next label in the column of the steps
+    blue, orange, *_ = COLORS
+    left = min(share(row) for row in rows) / 2  # there, a column of labels: the steps are close to each other
+    free = 0.0  # the lowest place of the next of them
     for name in dict.fromkeys(row["rung"] for row in rows):
         mine = [row for row in rows if row["rung"] == name]
         shares = [share(row) for row in mine]
         accuracy = [100 * float(row["test_accuracy"]) for row in mine]
-        color = "#0072b2" if name in STEPS else "0.3" if name == OWN_LOOP else "#d55e00"
+        color = blue if name in STEPS else "0.3" if name == OWN_LOOP else orange
         axes.scatter(shares, accuracy, s=14, alpha=0.5, color=color)
         middle = statistics.median(shares), statistics.mean(accuracy)
         axes.scatter(*middle, s=90, marker="_", color=color)
         style = {"color": color, "fontsize": 9, "va": "center"}
-        if name in STEPS:  # they are close to each other
+        if name in STEPS:
             free = max(middle[1], free + 0.2)
             line = {"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.5}
-            axes.annotate(f"+ {name}", middle, xytext=(0.155, free), arrowprops=line, **style)
+            axes.annotate(f"+ {name}", middle, xytext=(1.03 * left, free), arrowprops=line, **style)
         else:
             axes.annotate(name, middle, xytext=(9, 0), textcoords="offset points", **style)
     axes.set_xscale("log", base=2)
@@ -249,8 +251,8 @@ def draw(rows: list[dict]) -> None:
     axes.set_title("Accuracy against time: each point is a run, each dash a rung", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.12)
-    axes.set_xlim(0.15, 8)
+    axes.margins(x=0.15, y=0.12)
+    axes.set_xlim(left=left)
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
 
 
