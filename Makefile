@@ -81,7 +81,7 @@ ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/la
 page: .venv/ready ## open the page on which the trained CNNs can be looked into
 	@$(ACTIVATE) python tools/page.py
 
-sync: .venv/ready ## bring MLflow's runs in line with dvc.lock
+sync: .venv/ready ## bring MLflow's runs in line with dvc.lock and DVC's experiments
 	@$(ACTIVATE) python tools/sync.py
 
 ui: .venv/ready ## bring the runs in line, then open MLflow's table of trainings on 127.0.0.1:5000

@@ -130,9 +130,9 @@ def test_trace_takes_no_option_for_a_commit(repository, what):
 
 
 def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
-    from sync import record_experiments
+    from sync import sync_experiments
 
-    record_experiments(None)
+    sync_experiments(None)
     assert capsys.readouterr().out.startswith(
         "sync: did not look for experiments: git for-each-ref: fatal: not"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -409,6 +410,27 @@ def test_a_file_is_sent_as_it_was_when_it_was_reported(unsent):
     client = connect().client
     sent = client.download_artifacts(run.info.run_id, "evaluate_cnn/table.csv")
     assert Path(sent).read_text() == "then"
+
+
+def test_a_report_goes_to_every_run_of_its_weights(unsent):
+    """Two machines may train to the same bytes; each has its own run."""
+    for key in ("34" * 32, "56" * 32):
+        train(unsent, key=key)
+        send_left_over(connect())
+    report("verify_manual_conv", TOY, sha256_of(unsent / "toy.safetensors"), {"max_error": 0.5}, [])
+    found = all_runs()
+    assert {run.data.tags["training"] for run in found} == {"34" * 32, "56" * 32}
+    assert [run.data.metrics["max_error"] for run in found] == [0.5, 0.5]
+
+
+def test_a_metric_is_logged_once_even_if_it_is_no_number(unsent):
+    train(unsent, key="34" * 32)
+    send_left_over(connect())
+    client, metrics = connect().client, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5}
+    [run] = all_runs()
+    assert runs.log_new_metrics(client, run.info.run_id, metrics, 1)
+    assert not runs.log_new_metrics(client, run.info.run_id, metrics, 2)
+    assert runs.log_new_metrics(client, run.info.run_id, metrics | {"a": 0.0}, 3)
 
 
 def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lib.reporting.provenance import git
+from lib.stage.errors import StageError
 from lib.trainings import Training
 
 
@@ -15,6 +16,15 @@ def file_at(reference: str, path: str | Path) -> bytes | None:
 
 
 def weights_at(reference: str, training: Training) -> str | None:
-    """The SHA-256 of the training's weights in a commit or an experiment; None if that has no results."""
+    """The SHA-256 of the training's weights in a commit or an experiment; None if that has no results.
+
+    Raises StageError if it has a damaged file.
+    """
     metrics = file_at(reference, training.metrics)
-    return json.loads(metrics)["weights_sha256"][0] if metrics else None
+    if metrics is None:
+        return None
+    try:
+        return json.loads(metrics)["weights_sha256"][0]
+    except (ValueError, LookupError, TypeError):
+        what = f"{training.metrics} of {reference}: damaged, expected JSON with the SHA-256 of the weights"
+        raise StageError(what) from None

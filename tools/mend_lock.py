@@ -63,12 +63,17 @@ def mend_rwlock() -> bool:
 
 def read_lock() -> dict | None:
     """What dvc.lock holds; None if it is not what DVC writes."""
+    return parse_lock(LOCK.read_bytes())
+
+
+def parse_lock(content: bytes) -> dict | None:
+    """What a dvc.lock of this content holds; None if it is not what DVC writes."""
     try:
-        content = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))  # as DVC does
-        COMPILED_LOCKFILE_SCHEMA(content)
+        lock = YAML(typ="safe").load(content.decode())  # as DVC does
+        COMPILED_LOCKFILE_SCHEMA(lock)
     except (YAMLError, UnicodeDecodeError, Invalid):
         return None
-    return content
+    return lock
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bring the tracked runs in line with dvc.lock, metrics and params. Usage: make sync.
+"""Bring the tracked runs in line with dvc.lock, metrics and experiments. Usage: make sync.
 
 Stages report as they run. But DVC restores results from its cache without running stages, a store may be
 new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. A second
@@ -6,21 +6,26 @@ new or was unreachable, and the evaluation of a training repeated to the same by
 """
 
 import hashlib
+import io
 import json
 import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from ruamel.yaml import YAML
-
-from mend_lock import LOCK, read_lock
+from mend_lock import LOCK, parse_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "stages"))
 sys.path.insert(0, str(ROOT))
 
-from dvc_experiments import experiments
+from dvc_experiments import Experiment, experiments
 from history import file_at, weights_at
-from lib.reporting.provenance import GitError, git_diff, git_tags
+from lib.reporting.provenance import NOT_CODE, GitError, git, git_diff, git_tags
 from lib.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from lib.stage.errors import StageError
 from lib.stage.files import numbers, read_json
@@ -28,83 +33,197 @@ from lib.stage.process import run_stage
 from lib.trainings import TOY, TRAININGS, Training
 from tracking import runs
 from tracking.sender import send_left_over
-from tracking.store import Store, as_store_error, connect
+from tracking.store import Store, StoreError, as_store_error, connect
 
 PLOTS, PAGE = "plot_results", "build_page"
+Origin = Callable[[], tuple[dict, str | None]]  # tags of a run, and the uncommitted changes of its code
 
 
 def main() -> None:
     """Send what was missed, then compare every training in dvc.lock with its run."""
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
-    lock = read_lock()
-    if lock is None:
-        raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
-    stages = lock["stages"]
+    stages = read_stages(LOCK.read_bytes())
     trainings = [training for name, training in TRAININGS.items() if name in stages]
-    for name, stage in stages.items():  # a file cut between two entries is one that DVC still reads
-        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
-        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
-        if not found or not expected <= found:
-            raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
+    results = [read_results(training, stages) for training in trainings]
     with as_store_error():
         store = connect()
         for fault in send_left_over(store):
             print(f"sync: {fault}")
-        for training in trainings:
-            run_id, changes = sync_training(store, training, stages)
-            print(f"sync: {training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
-        record_experiments(store)
+        sync_experiments(store)  # first: runs of an experiment that is checked out are the experiment's
+        for result in results:
+            origin = partial(_origin_of_tree, stages[result.training.stage])
+            for run_id, changes in sync_runs(store, result, origin).items():
+                print(f"sync: {result.training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
 
 
-def sync_training(store: Store, training: Training, stages: dict) -> tuple[str, list[str]]:
-    """Complete one training's run; returns its id and what was added."""
-    stage, name, client = stages[training.stage], training.stage, store.client
-    for out in stage["outs"]:
+class Results(NamedTuple):
+    """What there is of one training, read and checked; paths are from the current folder."""
+
+    training: Training
+    weights_sha256: str
+    params: dict[str, object]
+    curve: list[dict]
+    metrics: dict[str, float]  # beside the curve
+    reports: dict[str, list[Path]]  # files by the later stage that wrote them
+    lock: str  # the entries of dvc.lock, as JSON
+
+
+def read_stages(content: bytes) -> dict:
+    """The entries of a dvc.lock. Raises StageError if it is damaged, or an entry lacks outputs."""
+    lock = parse_lock(content)
+    if lock is None:
+        raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
+    for name, stage in lock["stages"].items():  # a file cut between two entries is one that DVC still reads
+        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
+        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
+        if not found or not expected <= found:
+            raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
+    return lock["stages"]
+
+
+def read_results(training: Training, stages: dict) -> Results:
+    """Read what dvc.lock names of a training. Raises StageError if a file is missing or another one."""
+    for out in stages[training.stage]["outs"]:
         _check(out)
-    weights_sha256 = read_weights_sha256(training.metrics)
-    metrics = read_json(training.metrics)
-    del metrics["weights_sha256"]
-    changes = []
-    run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
-    if run_id is None:
-        code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
-        is_here = all(
-            Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items()
-        )
-        tags = git_tags() if is_here else {}  # the present tree holds the code that made them
-        diff = git_diff() if tags.get("git_dirty") == "true" else None
-        run_id = runs.stand_in(store, name, weights_sha256, tags, diff)
-        changes.append("made")
-    changes += ["params"] if runs.log_params(client, run_id, _params(training, stages)) else []
-    changes += _sync_curve(client, run_id, training.curve)
-    changes += _sync_model(client, run_id, name, training.weights)
-    for report in _reports(training, stages):
-        paths = [path for out in stages[report]["outs"] for path in _files(_check(out))]
-        if report == PLOTS:
-            paths = [path for path in paths if path.stem in training.figures]
-        if all(path.exists() for path in paths):  # the page may be in the DVC cache alone
-            changes += _sync_report(client, run_id, report, metrics, paths)
-    return run_id, changes + _sync_lock(client, run_id, training, stages)
+    curve = read_table(training.curve, TOY_CURVE, others=NUMBER)
+    metrics = numbers(read_json(training.metrics))
+    names, reports = _reports(training, stages), {}
+    for name in names:
+        files = [file for out in stages[name]["outs"] for file in _files(_check(out))]
+        if name == PLOTS:
+            files = [file for file in files if file.stem in training.figures]
+        if all(file.exists() for file in files):  # the page may be in the DVC cache alone
+            reports[name.split("@")[0]] = files
+    return Results(
+        training,
+        read_weights_sha256(training.metrics),
+        _params(training, stages),
+        curve,
+        {name: value for name, value in metrics.items() if name not in curve[0]},
+        reports,
+        json.dumps({name: stages[name] for name in (training.stage, *names)}, indent=2),
+    )
 
 
-def record_experiments(store: Store) -> None:
-    """Give runs of `dvc exp run` the dvc.lock of their experiment, which may never be checked out here."""
+def sync_runs(store: Store, results: Results, origin: Origin, replace: bool = True) -> dict[str, list[str]]:
+    """Complete the runs of a training's weights, or make one; returns what was added to each.
+
+    What a training made goes to the newest: the others may be of other code. What later stages wrote about
+    the weights goes to all. `replace`: whether it takes the place of what was sent earlier.
+    """
+    client, training = store.client, results.training
+    found = runs.find_runs(store, weights_sha256=results.weights_sha256, dvc_stage=training.stage)
+    ids = [run.info.run_id for run in found]
+    if not ids:
+        tags, diff = origin()
+        name = runs.run_name(training.stage, tags, results.params)
+        ids = [runs.stand_in(store, training.stage, results.weights_sha256, tags, diff, name)]
+    newest, when = ids[0], runs.now()
+    sent = {
+        "made": not found,
+        "params": runs.log_params(client, newest, results.params),
+        "curve": runs.log_missing_epochs(client, newest, results.curve, when),
+        "metrics": runs.log_new_metrics(client, newest, results.metrics, when),
+        "model": _sync_model(client, newest, training),
+    }
+    changes = {newest: [name for name, was_sent in sent.items() if was_sent]}
+    for run_id in ids:
+        added = [stage for stage in results.reports if _sync_report(client, run_id, stage, results, replace)]
+        if added:
+            changes[run_id] = changes.get(run_id, []) + added
+    if _sync_lock(client, newest, results.lock, replace):
+        changes[newest].append("dvc_lock")
+    return changes
+
+
+def sync_experiments(store: Store) -> None:
+    """Complete the runs of DVC's experiments by what git has: they may never be checked out here."""
     try:
         found = experiments()
     except GitError as error:
         print(f"sync: did not look for experiments: {error}")
         return
     for experiment in found:
-        stages = YAML(typ="safe").load(file_at(experiment.reference, LOCK) or b"stages: {}")["stages"]
-        for name, training in TRAININGS.items():
-            weights_sha256 = weights_at(experiment.reference, training)
-            if name not in stages or weights_sha256 is None:  # it may have run other stages
-                continue
-            run_id = runs.find_run(store, weights_sha256=weights_sha256, dvc_stage=name)
-            if run_id and runs.synced_tag("dvc_lock") not in store.client.get_run(run_id).data.tags:
-                _sync_lock(store.client, run_id, training, stages)
-                print(f"sync: {name}, run {run_id}: dvc.lock of experiment {experiment.name}")
+        try:
+            _sync_experiment(store, experiment)
+        except StoreError:
+            raise
+        except StageError as error:
+            name, what = experiment.name, str(error).partition("; ")[0]
+            print(f"sync: left out experiment {name}: {what}; `dvc exp remove {name}` drops it")
+
+
+def _sync_experiment(store: Store, experiment: Experiment) -> None:
+    lock = file_at(experiment.reference, LOCK)
+    stages = read_stages(lock) if lock else {}
+    left = [
+        training
+        for name, training in TRAININGS.items()
+        if name in stages and not _is_synced(store, experiment, training, stages)
+    ]
+    if not left:
+        return
+    tags, diff = _origin_of(experiment)
+    with _metrics_of(experiment):
+        for results in [read_results(training, stages) for training in left]:
+            changes = sync_runs(store, results, lambda: (tags, diff), replace=False)
+            for run_id, added in changes.items():
+                if added:
+                    said = f"{', '.join(added)} of experiment {experiment.name}"
+                    print(f"sync: {results.training.stage}, run {run_id}: {said}")
+
+
+def _is_synced(store: Store, experiment: Experiment, training: Training, stages: dict) -> bool:
+    """Whether the store has what git has of an experiment's training, or the experiment made no weights."""
+    weights_sha256 = weights_at(experiment.reference, training)
+    if weights_sha256 in (None, _weights_before(experiment, training)):
+        return True
+    reports = [name.split("@")[0] for name in _reports(training, stages) if name != PAGE]  # git has no page
+    found = runs.find_runs(store, weights_sha256=weights_sha256, dvc_stage=training.stage)
+    wanted = {runs.synced_tag(name) for name in reports}
+    return (
+        bool(found)
+        and runs.synced_tag("dvc_lock") in found[0].data.tags
+        and all(wanted <= run.data.tags.keys() for run in found)
+    )
+
+
+def _weights_before(experiment: Experiment, training: Training) -> str | None:
+    try:
+        return weights_at(experiment.baseline, training)
+    except GitError:  # a clone of few commits, which need not have it
+        return None
+
+
+def _origin_of(experiment: Experiment) -> tuple[dict, str | None]:
+    """Tags of the runs of an experiment, and the changes of code that it was made with."""
+    name, baseline = {"dvc_exp_name": experiment.name}, experiment.baseline
+    try:  # diff-tree, since the user's settings colour what `git diff` prints, or change its paths
+        options = ("-p", "--binary", "--no-ext-diff")
+        diff = git("diff-tree", *options, baseline, experiment.reference, "--", ".", *NOT_CODE)
+    except GitError:  # as above
+        return name, None
+    tags = name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}
+    return tags, diff.decode("latin-1") if diff else None
+
+
+def _origin_of_tree(stage: dict) -> tuple[dict, str | None]:
+    """The same of the working tree, if it holds the code that made a stage's results."""
+    code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
+    is_here = all(Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items())
+    tags = git_tags() if is_here else {}
+    return tags, git_diff() if tags.get("git_dirty") == "true" else None
+
+
+@contextmanager
+def _metrics_of(experiment: Experiment) -> Iterator[None]:
+    """Stand in a folder with the metrics that git has of an experiment."""
+    archive = git("archive", "--format=zip", experiment.reference, "--", "metrics")
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+        with chdir(folder):
+            yield
 
 
 def _files_of(training: Training) -> set[str]:
@@ -126,57 +245,58 @@ def _has_read(stage: dict, makers: list[dict]) -> bool:
 
 def _params(training: Training, stages: dict) -> dict:
     """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
-    readers = [training.stage]
-    if training.images == "augmented" and _has_read(stages[training.stage], [stages["augment_images"]]):
-        readers.append("augment_images")
-    sections = [section for name in readers for section in stages[name]["params"]["params.yaml"].items()]
-    if not all(isinstance(section, dict) for _, section in sections):  # from before dvc.yaml named sections
-        raise StageError(f"{LOCK}: params of {training.stage} are no sections; `dvc repro` writes them anew")
-    return {f"{name}.{leaf}": value for name, section in sections for leaf, value in section.items()}
+    stage, copies = stages[training.stage], stages.get("augment_images")
+    readers = [stage]
+    if training.images == "augmented" and copies and _has_read(stage, [copies]):
+        readers.append(copies)
+    params: dict[str, object] = {}
+    for reader in readers:
+        for name, section in reader["params"]["params.yaml"].items():
+            if isinstance(section, dict):
+                params |= {f"{name}.{leaf}": value for leaf, value in section.items()}
+            else:  # dvc.yaml once named paths, not sections
+                params[name] = section
+    return params
 
 
-def _sync_curve(client, run_id: str, path: Path) -> list[str]:
-    rows = read_table(path, TOY_CURVE, others=NUMBER)
-    return ["curve"] if runs.log_missing_epochs(client, run_id, rows, runs.now()) else []
-
-
-def _sync_model(client, run_id: str, training: str, weights: Path) -> list[str]:
+def _sync_model(client, run_id: str, training: Training) -> bool:
     """Log the model to a run that has none; needs the weights, which only the DVC cache may have."""
-    if not weights.exists() or runs.ready_models(client, client.get_run(run_id)):
-        return []
-    runs.log_model(client, run_id, training, weights)
-    return ["model"]
+    if not training.weights.exists() or runs.ready_models(client, client.get_run(run_id)):
+        return False
+    runs.log_model(client, run_id, training.stage, training.weights)
+    return True
 
 
-def _sync_report(client, run_id: str, stage: str, metrics: dict, files: list[Path]) -> list[str]:
-    """Attach what a later stage wrote about the training, and the training's own `metrics`."""
-    name = stage.split("@")[0]
+def _sync_report(client, run_id: str, stage: str, results: Results, replace: bool) -> bool:
+    """Attach what a later stage wrote about the training."""
+    files = results.reports[stage]
+    metrics: dict[str, float] = {}
     for file in files:
         if file.suffix == ".json":
             metrics |= numbers(read_json(file))
-
-    def send():
-        runs.log_report(client, run_id, name, metrics, files, runs.now())
-
-    return _once(client, run_id, name, b"".join(file.read_bytes() for file in files), send)
-
-
-def _sync_lock(client, run_id: str, training: Training, stages: dict) -> list[str]:
-    names = [training.stage, *_reports(training, stages)]
-    lock = json.dumps({name: stages[name] for name in names}, indent=2)
+    content = b"".join(file.read_bytes() for file in files)
     return _once(
-        client, run_id, "dvc_lock", lock.encode(), lambda: client.log_text(run_id, lock, "dvc.lock.json")
-    )
+        client, run_id, stage, content, replace,
+        lambda: runs.log_report(client, run_id, stage, metrics, files, runs.now()),
+    )  # fmt: skip
 
 
-def _once(client, run_id: str, name: str, content: bytes, send) -> list[str]:
-    """Call `send` unless a tag of the run says that it was called for this content."""
+def _sync_lock(client, run_id: str, lock: str, replace: bool) -> bool:
+    return _once(
+        client, run_id, "dvc_lock", lock.encode(), replace,
+        lambda: client.log_text(run_id, lock, "dvc.lock.json"),
+    )  # fmt: skip
+
+
+def _once(client, run_id: str, name: str, content: bytes, replace: bool, send: Callable) -> bool:
+    """Call `send` unless a tag of the run says that it was called, for this content or, else, for any."""
     digest = hashlib.sha256(content).hexdigest()
-    if client.get_run(run_id).data.tags.get(runs.synced_tag(name)) == digest:
-        return []
+    sent = client.get_run(run_id).data.tags.get(runs.synced_tag(name))
+    if sent == digest or (sent and not replace):
+        return False
     send()
     client.set_tag(run_id, runs.synced_tag(name), digest)
-    return [name]
+    return True
 
 
 def _md5(path: Path, names: str = "*") -> str:

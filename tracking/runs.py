@@ -22,6 +22,7 @@ from params_schema import N_TRAIN
 from tracking.store import Store
 
 NEWEST = ["attributes.start_time DESC"]
+LIMIT = sys.float_info.max  # what MLflow keeps infinity as
 TRAIN_IMAGES = "train_images"  # a param of runs that is not one of params.yaml
 # Of runs in MLflow's charts and tables; without them, two of a few runs may have the same. Okabe and Ito's,
 # from those of the figures on.
@@ -64,10 +65,15 @@ def has_run(store: Store, run_id: str) -> bool:
     return bool(store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'"))
 
 
-def find_run(store: Store, **tags: str) -> str | None:
-    """The newest run with these tags."""
+def find_runs(store: Store, **tags: str) -> list:
+    """The runs with these tags, newest first: trainings by several machines may give the same weights."""
     query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-    found = store.client.search_runs(store.experiments, query, max_results=1, order_by=NEWEST)
+    return store.client.search_runs(store.experiments, query, order_by=NEWEST)
+
+
+def find_run(store: Store, **tags: str) -> str | None:
+    """The id of the newest run with these tags."""
+    found = find_runs(store, **tags)
     return found[0].info.run_id if found else None
 
 
@@ -101,10 +107,12 @@ def is_finished(client, run_id: str) -> bool:
     return run.info.status == "FINISHED" and "weights_sha256" in run.data.tags
 
 
-def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff: str | None) -> str:
+def stand_in(
+    store: Store, training: str, weights_sha256: str, tags: dict, diff: str | None, name: str = ""
+) -> str:
     """Make a finished run for weights that the store does not know; it says so.
 
-    `tags` and `diff` are those of the code that made them, where that is known.
+    `tags` and `diff` are those of the code that made them, where that is known; `name` is the stage if empty.
     """
     note = (
         "Made to hold results of weights that were not trained into this store: "
@@ -114,7 +122,7 @@ def stand_in(store: Store, training: str, weights_sha256: str, tags: dict, diff:
         "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
         "dvc_stage": training,
     }  # fmt: skip
-    run_id = create_run(store, training, training, tags)
+    run_id = create_run(store, training, name or training, tags)
     log_diff(store.client, run_id, diff)
     store.client.set_terminated(run_id)
     return run_id
@@ -173,11 +181,21 @@ def log_missing_epochs(client, run_id: str, rows: list[dict], when: int) -> int:
     return len(missing)
 
 
-def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> None:
-    """Log metrics without an epoch; a value that the run has already is left."""
+def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> bool:
+    """Log metrics without an epoch; a value that the run has already is left. Returns whether any was new."""
     has = client.get_run(run_id).data.metrics
-    new = {name: value for name, value in metrics.items() if has.get(name) != value}
+    new = {name: value for name, value in metrics.items() if not _is_kept_as(value, has.get(name))}
     log_rows(client, run_id, [{"epoch": 0, **new}], when)
+    return bool(new)
+
+
+def _is_kept_as(value: float, kept: float | None) -> bool:
+    """Whether a store that was given `value` says `kept`."""
+    if kept is None:
+        return False
+    if math.isnan(value):
+        return math.isnan(kept)
+    return np.clip(value, -LIMIT, LIMIT) == kept
 
 
 def log_report(client, run_id: str, stage: str, metrics: dict, files: list[Path], when: int) -> None:

@@ -223,13 +223,15 @@ class Delivery:
         import torch  # noqa: F401  (for the model: takes seconds, during which the stage trains)
 
     def report(self, event: dict) -> None:
-        """Write what a later stage says about the newest run of its training; make one if there is none."""
+        """Write what a later stage says about weights into all runs that trained them, or into a new one."""
         stage, training, weights = event["stage"], event["training"], event["weights_sha256"]
-        run_id = runs.find_run(self.mlflow, weights_sha256=weights, dvc_stage=training)
-        if run_id is None:
-            run_id = runs.stand_in(self.mlflow, training, weights, event["tags"], event["diff"])
+        found = runs.find_runs(self.mlflow, weights_sha256=weights, dvc_stage=training)
+        ids = [run.info.run_id for run in found]
+        if not ids:
+            ids = [runs.stand_in(self.mlflow, training, weights, event["tags"], event["diff"])]
         files = [self.folder / name for name in event["files"]]
-        runs.log_report(self.client, run_id, stage, event["metrics"], files, event["time"])
+        for run_id in ids:
+            runs.log_report(self.client, run_id, stage, event["metrics"], files, event["time"])
 
 
 if __name__ == "__main__":

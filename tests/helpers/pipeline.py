@@ -84,9 +84,8 @@ def outputs(project: Path) -> dict[str, str]:
 def tracked_runs(project: Path, query: str = "", store: str | None = None) -> list:
     """The project's MLflow runs, newest first; `store` where it is not the default one."""
     client = MlflowClient(store or f"sqlite:///{project / 'mlflow.db'}")
-    names = ("fashion-cnn", "fashion-cnn-toy")
-    experiments = [client.get_experiment_by_name(name).experiment_id for name in names]
-    return client.search_runs(experiments, query)
+    found = [client.get_experiment_by_name(name) for name in ("fashion-cnn", "fashion-cnn-toy")]
+    return client.search_runs([one.experiment_id for one in found if one], query)
 
 
 def run_queued(project: Path, workers: int, stage: str, changes: list[str]) -> list[str]:
