@@ -47,7 +47,7 @@ def reference(project: Path, name: str) -> str:
 def test_a_new_store_gets_the_runs_of_all_experiments(project):
     store = f"sqlite:///{project.parent / 'new.db'}"
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert told.count("made, params, curve, metrics") == 3  # "same" has the weights of HEAD
+    assert told.count(": made, params, curve, ") == 3  # "same" has the weights of HEAD
     found = {run.info.run_name: run for run in tracked_runs(project, store=store)}
     assert set(found) == {"train_toy_cnn", "train_toy_cnn seed", "train_toy_cnn code"}
     head = git(project, "rev-parse", "HEAD").strip()
@@ -72,16 +72,22 @@ def test_a_new_store_gets_the_runs_of_all_experiments(project):
     assert again.count("sync:") == again.count("up to date") == 1
 
 
+OTHER = f'{{"weights_sha256": ["{"ab" * 32}"]}}'
+
+
 @pytest.mark.parametrize(
-    ("path", "content", "what"),
+    ("files", "what"),
     [
-        (METRICS, f'{{"weights_sha256": ["{"ab" * 32}"]}}', f"{METRICS}: differs from dvc.lock"),
-        (METRICS, "{", f"{METRICS} of refs/exps/"),
-        ("dvc.lock", "stages:\n- cut", "dvc.lock: damaged, expected it as DVC writes it"),
+        ({METRICS: OTHER}, f"{METRICS}: differs from dvc.lock"),
+        ({METRICS: "{"}, f"{METRICS} of refs/exps/"),
+        ({METRICS: OTHER, "dvc.lock": "stages:\n- cut"}, "dvc.lock: damaged, expected it as DVC writes it"),
+        ({METRICS: OTHER, "dvc.lock": "schema: '2.0'"}, "dvc.lock: damaged, expected it as DVC writes it"),
     ],
+    ids=["other weights", "cut metrics", "cut lock", "empty lock"],
 )
-def test_an_experiment_that_is_damaged_is_named_and_the_others_are_made(project, path, content, what):
-    (project / path).write_text(content)
+def test_an_experiment_that_is_damaged_is_named_and_the_others_are_made(project, files, what):
+    for path, content in files.items():
+        (project / path).write_text(content)
     git(project, "commit", "--quiet", "--all", "--message", "damage")
     made = git(project, "rev-parse", "HEAD").strip()
     git(project, "reset", "--quiet", "--hard", "HEAD~1")
@@ -111,10 +117,8 @@ def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
     assert seed.outputs.model_outputs  # from the weights that are here
 
 
-def test_an_experiment_adds_what_another_one_of_the_same_weights_lacks(project):
-    """Only the first is older; the second has also verified the weights."""
-    store = f"sqlite:///{project.parent / 'new.db'}"
-    tool(project, "sync", MLFLOW_TRACKING_URI=store)
+def test_of_experiments_with_the_same_weights_the_newest_makes_the_run(project):
+    """Here, it has also verified them."""
     dvc(project, "exp", "run", "--name", "again", "-S", "train_toy_cnn.seed=1")
     lock = project / "dvc.lock"
     entries = YAML(typ="safe").load(lock.read_text())
@@ -131,10 +135,20 @@ def test_an_experiment_adds_what_another_one_of_the_same_weights_lacks(project):
     git(project, "reset", "--quiet", "--hard", "HEAD~1")
     git(project, "update-ref", reference(project, "again"), made)
     dvc(project, "checkout")
+    store = f"sqlite:///{project.parent / 'new.db'}"
+    tool(project, "sync", MLFLOW_TRACKING_URI=store)
+    found = {run.info.run_name: run for run in tracked_runs(project, store=store)}
+    assert set(found) == {"train_toy_cnn", "train_toy_cnn again", "train_toy_cnn code"}
+    run_id = found["train_toy_cnn again"].info.run_id
+    assert found["train_toy_cnn again"].data.metrics["max_error"] == 0.5
+    # A stage that verifies them later is right.
+    client = MlflowClient(store)
+    client.log_metric(run_id, "max_error", 0.7)
+    client.set_tag(run_id, "synced_verify_manual_conv", "reported")
+    client.delete_tag(run_id, "synced_dvc_lock")
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert told.count("verify_manual_conv of experiment again") == 1
-    [run] = [run for run in tracked_runs(project, store=store) if run.info.run_name == "train_toy_cnn seed"]
-    assert run.data.metrics["max_error"] == 0.5
+    assert f"train_toy_cnn, run {run_id}: dvc.lock of experiment again" in told
+    assert client.get_run(run_id).data.metrics["max_error"] == 0.7
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
     assert told.count("sync:") == told.count("up to date") == 1
 
@@ -149,9 +163,40 @@ def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_m
     tags = {name: older.data.tags[name] for name in ("weights_sha256", "dvc_stage")}
     newer = client.create_run(older.info.experiment_id, tags=tags).info.run_id
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert f"train_toy_cnn, run {newer}: params, curve, metrics, model, dvc_lock" in told
+    assert f"train_toy_cnn, run {newer}: params, curve, model, metrics, dvc.lock" in told
     kept = client.download_artifacts(older.info.run_id, "dvc.lock.json")
     assert Path(kept).read_text() == "of other code"
+
+
+def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
+    """A change of a comment: other code, the same bytes, and a run and an experiment of its own."""
+    store = f"sqlite:///{project.parent / 'new.db'}"
+    code = project / CODE
+    for name in ("one", "two"):
+        code.write_text(code.read_text() + f"# {name}\n")
+        dvc(project, "exp", "run", "--name", name, "-S", "train_toy_cnn.seed=2", MLFLOW_TRACKING_URI=store)
+    found = {run.data.tags["dvc_exp_name"]: run for run in tracked_runs(project, store=store)}
+    assert len({run.data.tags["weights_sha256"] for run in found.values()}) == 1
+
+    def held() -> dict[str, str]:
+        locks = {}
+        for name in ("one", "two"):
+            kept = MlflowClient(store).download_artifacts(found[name].info.run_id, "dvc.lock.json")
+            [locks[name]] = {
+                dep["md5"]
+                for dep in json.loads(Path(kept).read_text())["train_toy_cnn"]["deps"]
+                if dep["path"] == CODE
+            }
+        return locks
+
+    tool(project, "sync", MLFLOW_TRACKING_URI=store)
+    shown = {name: git(project, "show", f"{reference(project, name)}:{CODE}") for name in ("one", "two")}
+    expected = {name: hashlib.md5(text.encode()).hexdigest() for name, text in shown.items()}
+    assert held() == expected
+    dvc(project, "exp", "apply", "one")  # the tree is now as the older one
+    told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
+    assert told.count("sync:") == told.count("up to date") == 1
+    assert held() == expected
 
 
 def test_params_of_an_old_dvc_lock_are_paths():

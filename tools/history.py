@@ -1,6 +1,7 @@
 """Reading files of other commits, by paths from the project's folder."""
 
 import json
+import re
 from pathlib import Path
 
 from lib.reporting.provenance import git
@@ -24,7 +25,10 @@ def weights_at(reference: str, training: Training) -> str | None:
     if metrics is None:
         return None
     try:
-        return json.loads(metrics)["weights_sha256"][0]
-    except (ValueError, LookupError, TypeError):
-        what = f"{training.metrics} of {reference}: damaged, expected JSON with the SHA-256 of the weights"
-        raise StageError(what) from None
+        found = json.loads(metrics)
+    except ValueError:
+        found = None
+    match found:
+        case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    raise StageError(f"{training.metrics} of {reference}: damaged, expected JSON with weights_sha256")

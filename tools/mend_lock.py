@@ -73,7 +73,7 @@ def parse_lock(content: bytes) -> dict | None:
         COMPILED_LOCKFILE_SCHEMA(lock)
     except (YAMLError, UnicodeDecodeError, Invalid):
         return None
-    return lock
+    return lock if "stages" in lock else None  # which DVC would take, too
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import json
 import sys
 import tempfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mend_lock import LOCK, parse_lock
 
@@ -40,7 +41,7 @@ Origin = Callable[[], tuple[dict, str | None]]  # tags of a run, and the uncommi
 
 
 def main() -> None:
-    """Send what was missed, then compare every training in dvc.lock with its run."""
+    """Send what was missed, then compare the trainings of experiments and of dvc.lock with their runs."""
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
     stages = read_stages(LOCK.read_bytes())
@@ -52,9 +53,11 @@ def main() -> None:
             print(f"sync: {fault}")
         sync_experiments(store)  # first: runs of an experiment that is checked out are the experiment's
         for result in results:
-            origin = partial(_origin_of_tree, stages[result.training.stage])
-            for run_id, changes in sync_runs(store, result, origin).items():
-                print(f"sync: {result.training.stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
+            stage = result.training.stage
+            found = runs.find_runs(store, weights_sha256=result.weights_sha256, dvc_stage=stage)
+            target, origin = next(iter(found), None), partial(_origin_of_tree, stages[stage])
+            for run_id, changes in sync_runs(store, result, found, target, origin, replace=True).items():
+                print(f"sync: {stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
 
 
 class Results(NamedTuple):
@@ -66,7 +69,7 @@ class Results(NamedTuple):
     curve: list[dict]
     metrics: dict[str, float]  # beside the curve
     reports: dict[str, list[Path]]  # files by the later stage that wrote them
-    lock: str  # the entries of dvc.lock, as JSON
+    lock: dict  # the entries of dvc.lock
 
 
 def read_stages(content: bytes) -> dict:
@@ -76,8 +79,8 @@ def read_stages(content: bytes) -> dict:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
     for name, stage in lock["stages"].items():  # a file cut between two entries is one that DVC still reads
         expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
-        found = {out["path"] for out in stage.get("outs", []) if "md5" in out}
-        if not found or not expected <= found:
+        found = {out["path"]: out.get("md5") for out in stage.get("outs", [])}
+        if not found or not all(found.values()) or not expected <= found.keys():
             raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
     return lock["stages"]
 
@@ -102,38 +105,41 @@ def read_results(training: Training, stages: dict) -> Results:
         curve,
         {name: value for name, value in metrics.items() if name not in curve[0]},
         reports,
-        json.dumps({name: stages[name] for name in (training.stage, *names)}, indent=2),
+        {name: stages[name] for name in (training.stage, *names)},
     )
 
 
-def sync_runs(store: Store, results: Results, origin: Origin, replace: bool = True) -> dict[str, list[str]]:
-    """Complete the runs of a training's weights, or make one; returns what was added to each.
+def sync_runs(store: Store, results: Results, found: list, target, origin: Origin, replace: bool) -> dict:
+    """Complete the runs of a training's weights, or make one; returns what was added, by the runs' ids.
 
-    What a training made goes to the newest: the others may be of other code. What later stages wrote about
-    the weights goes to all. `replace`: whether it takes the place of what was sent earlier.
+    What the training made goes to `target`, one of `found`: the others may be of other code. What later
+    stages wrote goes to all. `replace`: whether it takes the place of what was sent earlier.
     """
     client, training = store.client, results.training
-    found = runs.find_runs(store, weights_sha256=results.weights_sha256, dvc_stage=training.stage)
-    ids = [run.info.run_id for run in found]
-    if not ids:
-        tags, diff = origin()
-        name = runs.run_name(training.stage, tags, results.params)
-        ids = [runs.stand_in(store, training.stage, results.weights_sha256, tags, diff, name)]
-    newest, when = ids[0], runs.now()
+    tags, diff = origin() if target is None or runs.lacks_origin(target) else ({}, None)
+    name = runs.run_name(training.stage, tags, results.params)
+    if target is None:
+        run_id = runs.stand_in(store, training.stage, results.weights_sha256, tags, diff, name)
+    else:
+        run_id = target.info.run_id
+        if tags:
+            runs.add_origin(client, run_id, tags, diff, name)
+    when = runs.now()
     sent = {
-        "made": not found,
-        "params": runs.log_params(client, newest, results.params),
-        "curve": runs.log_missing_epochs(client, newest, results.curve, when),
-        "metrics": runs.log_new_metrics(client, newest, results.metrics, when),
-        "model": _sync_model(client, newest, training),
+        "made": target is None,
+        "origin": target is not None and bool(tags),
+        "params": runs.log_params(client, run_id, results.params),
+        "curve": runs.log_missing_epochs(client, run_id, results.curve, when),
+        "model": _sync_model(client, run_id, training),
+        "metrics": runs.log_new_metrics(client, run_id, results.metrics, when),
     }
-    changes = {newest: [name for name, was_sent in sent.items() if was_sent]}
-    for run_id in ids:
-        added = [stage for stage in results.reports if _sync_report(client, run_id, stage, results, replace)]
+    changes = {run_id: [name for name, was_sent in sent.items() if was_sent]}
+    for one in {run_id, *(run.info.run_id for run in found)}:
+        added = [stage for stage in results.reports if _sync_report(client, one, stage, results, replace)]
         if added:
-            changes[run_id] = changes.get(run_id, []) + added
-    if _sync_lock(client, newest, results.lock, replace):
-        changes[newest].append("dvc_lock")
+            changes[one] = changes.get(one, []) + added
+    if _sync_lock(client, run_id, results, replace):
+        changes[run_id].append("dvc.lock")
     return changes
 
 
@@ -144,56 +150,70 @@ def sync_experiments(store: Store) -> None:
     except GitError as error:
         print(f"sync: did not look for experiments: {error}")
         return
+    known = defaultdict(list)
+    for run in runs.find_runs(store) if found else []:
+        known[run.data.tags.get("dvc_stage"), run.data.tags.get("weights_sha256")].append(run)
+    before = cache(_weights_before)
+    made: dict[Experiment, list] = {}
+    newest: dict[tuple, Experiment] = {}
     for experiment in found:
-        try:
-            _sync_experiment(store, experiment)
-        except StoreError:
-            raise
-        except StageError as error:
-            name, what = experiment.name, str(error).partition("; ")[0]
-            print(f"sync: left out experiment {name}: {what}; `dvc exp remove {name}` drops it")
+        with _left_out(experiment):
+            committed = before(experiment.baseline)
+            made[experiment] = [one for one in _weights_at(experiment.reference) if one not in committed]
+            newest |= dict.fromkeys(made[experiment], experiment)
+    for experiment, weights in made.items():
+        left = {}
+        for one in weights:
+            names = {run.info.run_id: run.data.tags.get("dvc_exp_name") for run in known[one]}
+            own = [run for run in known[one] if names[run.info.run_id] == experiment.name]
+            nobodys = [run for run in known[one] if names[run.info.run_id] is None]
+            target = next(iter(own + nobodys), None)
+            if target is None and (known[one] or newest[one] is not experiment):
+                continue  # that experiment's run will do
+            if target is None or runs.synced_tag("dvc_lock") not in target.data.tags:
+                left[TRAININGS[one[0]]] = known[one], target
+        if left:
+            with _left_out(experiment):
+                _sync_experiment(store, experiment, left)
 
 
-def _sync_experiment(store: Store, experiment: Experiment) -> None:
-    lock = file_at(experiment.reference, LOCK)
-    stages = read_stages(lock) if lock else {}
-    left = [
-        training
-        for name, training in TRAININGS.items()
-        if name in stages and not _is_synced(store, experiment, training, stages)
-    ]
-    if not left:
-        return
+def _weights_at(reference: str) -> list[tuple[str, str]]:
+    """The stages of all trainings that a commit has results of, each with the SHA-256 of its weights."""
+    found = {name: weights_at(reference, training) for name, training in TRAININGS.items()}
+    return [(name, weights) for name, weights in found.items() if weights]
+
+
+def _weights_before(baseline: str) -> list[tuple[str, str]]:
+    """Those of the commit of an experiment, or of HEAD if this clone does not have it, or it is damaged."""
+    try:
+        return _weights_at(baseline)
+    except StageError:
+        return _weights_at("HEAD")
+
+
+@contextmanager
+def _left_out(experiment: Experiment) -> Iterator[None]:
+    """Name an experiment that is damaged instead of stopping; a fault of the store stops."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except StageError as error:
+        name, what = experiment.name, str(error).partition("; ")[0]
+        print(f"sync: left out experiment {name}: {what}; `dvc exp remove {name}` drops it")
+
+
+def _sync_experiment(store: Store, experiment: Experiment, left: dict[Training, tuple[list, Any]]) -> None:
+    stages = read_stages(file_at(experiment.reference, LOCK) or b"")
     tags, diff = _origin_of(experiment)
     with _metrics_of(experiment):
-        for results in [read_results(training, stages) for training in left]:
-            changes = sync_runs(store, results, lambda: (tags, diff), replace=False)
+        for results in [read_results(training, stages) for training in left if training.stage in stages]:
+            known, target = left[results.training]
+            changes = sync_runs(store, results, known, target, lambda: (tags, diff), replace=False)
             for run_id, added in changes.items():
                 if added:
                     said = f"{', '.join(added)} of experiment {experiment.name}"
                     print(f"sync: {results.training.stage}, run {run_id}: {said}")
-
-
-def _is_synced(store: Store, experiment: Experiment, training: Training, stages: dict) -> bool:
-    """Whether the store has what git has of an experiment's training, or the experiment made no weights."""
-    weights_sha256 = weights_at(experiment.reference, training)
-    if weights_sha256 in (None, _weights_before(experiment, training)):
-        return True
-    reports = [name.split("@")[0] for name in _reports(training, stages) if name != PAGE]  # git has no page
-    found = runs.find_runs(store, weights_sha256=weights_sha256, dvc_stage=training.stage)
-    wanted = {runs.synced_tag(name) for name in reports}
-    return (
-        bool(found)
-        and runs.synced_tag("dvc_lock") in found[0].data.tags
-        and all(wanted <= run.data.tags.keys() for run in found)
-    )
-
-
-def _weights_before(experiment: Experiment, training: Training) -> str | None:
-    try:
-        return weights_at(experiment.baseline, training)
-    except GitError:  # a clone of few commits, which need not have it
-        return None
 
 
 def _origin_of(experiment: Experiment) -> tuple[dict, str | None]:
@@ -202,7 +222,7 @@ def _origin_of(experiment: Experiment) -> tuple[dict, str | None]:
     try:  # diff-tree, since the user's settings colour what `git diff` prints, or change its paths
         options = ("-p", "--binary", "--no-ext-diff")
         diff = git("diff-tree", *options, baseline, experiment.reference, "--", ".", *NOT_CODE)
-    except GitError:  # as above
+    except GitError:  # again a clone of few commits
         return name, None
     tags = name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}
     return tags, diff.decode("latin-1") if diff else None
@@ -210,7 +230,7 @@ def _origin_of(experiment: Experiment) -> tuple[dict, str | None]:
 
 def _origin_of_tree(stage: dict) -> tuple[dict, str | None]:
     """The same of the working tree, if it holds the code that made a stage's results."""
-    code = {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].startswith("stages/")}
+    code = {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"].startswith("stages/")}
     is_here = all(Path(path).exists() and _md5(Path(path), "*.py") == digest for path, digest in code.items())
     tags = git_tags() if is_here else {}
     return tags, git_diff() if tags.get("git_dirty") == "true" else None
@@ -240,7 +260,7 @@ def _reports(training: Training, stages: dict) -> list[str]:
 def _has_read(stage: dict, makers: list[dict]) -> bool:
     """Whether a stage ran with what others have made by now: dvc.lock keeps it until it runs again."""
     made = {out["path"]: out.get("md5") for maker in makers for out in maker.get("outs", [])}
-    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in stage["deps"])
+    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in stage.get("deps", []))
 
 
 def _params(training: Training, stages: dict) -> dict:
@@ -251,7 +271,7 @@ def _params(training: Training, stages: dict) -> dict:
         readers.append(copies)
     params: dict[str, object] = {}
     for reader in readers:
-        for name, section in reader["params"]["params.yaml"].items():
+        for name, section in reader.get("params", {}).get("params.yaml", {}).items():
             if isinstance(section, dict):
                 params |= {f"{name}.{leaf}": value for leaf, value in section.items()}
             else:  # dvc.yaml once named paths, not sections
@@ -281,15 +301,20 @@ def _sync_report(client, run_id: str, stage: str, results: Results, replace: boo
     )  # fmt: skip
 
 
-def _sync_lock(client, run_id: str, lock: str, replace: bool) -> bool:
+def _sync_lock(client, run_id: str, results: Results, replace: bool) -> bool:
+    """Attach the entries of dvc.lock, unless the run has those of another training to the same weights."""
+    name, stage, lock = "dvc.lock.json", results.training.stage, json.dumps(results.lock, indent=2)
+    if replace and name in [one.path for one in client.list_artifacts(run_id)]:
+        with tempfile.TemporaryDirectory() as folder:
+            has = read_json(Path(client.download_artifacts(run_id, name, folder)))
+            replace = has.get(stage) == results.lock[stage]
     return _once(
-        client, run_id, "dvc_lock", lock.encode(), replace,
-        lambda: client.log_text(run_id, lock, "dvc.lock.json"),
-    )  # fmt: skip
+        client, run_id, "dvc_lock", lock.encode(), replace, lambda: client.log_text(run_id, lock, name)
+    )
 
 
 def _once(client, run_id: str, name: str, content: bytes, replace: bool, send: Callable) -> bool:
-    """Call `send` unless a tag of the run says that it was called, for this content or, else, for any."""
+    """Call `send` if a tag of the run does not say that it was called; with `replace`, for this content."""
     digest = hashlib.sha256(content).hexdigest()
     sent = client.get_run(run_id).data.tags.get(runs.synced_tag(name))
     if sent == digest or (sent and not replace):

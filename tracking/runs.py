@@ -66,9 +66,14 @@ def has_run(store: Store, run_id: str) -> bool:
 
 
 def find_runs(store: Store, **tags: str) -> list:
-    """The runs with these tags, newest first: trainings by several machines may give the same weights."""
+    """The runs with these tags, newest first; several trainings may give the same weights."""
     query = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-    return store.client.search_runs(store.experiments, query, order_by=NEWEST)
+    found, token = [], None
+    while True:
+        page = store.client.search_runs(store.experiments, query, order_by=NEWEST, page_token=token)
+        found += page
+        if not (token := page.token):
+            return found
 
 
 def find_run(store: Store, **tags: str) -> str | None:
@@ -118,14 +123,26 @@ def stand_in(
         "Made to hold results of weights that were not trained into this store: "
         "they came from the DVC cache, or the store is new or was unreachable."
     )
-    tags = tags | {
+    own = {
         "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
         "dvc_stage": training,
     }  # fmt: skip
-    run_id = create_run(store, training, name or training, tags)
-    log_diff(store.client, run_id, diff)
-    store.client.set_terminated(run_id)
+    run_id = create_run(store, training, training, own)
+    add_origin(store.client, run_id, tags, diff, name or training)
     return run_id
+
+
+def add_origin(client, run_id: str, tags: dict, diff: str | None, name: str) -> None:
+    """End a stand-in, and say which code made its weights."""
+    client.set_terminated(run_id)
+    log_diff(client, run_id, diff)
+    for tag, value in {"mlflow.runName": name, **tags}.items():
+        client.set_tag(run_id, tag, value)
+
+
+def lacks_origin(run) -> bool:
+    """Whether a run is a stand-in that does not say which code made its weights."""
+    return "stand_in" in run.data.tags and not {"git_commit", "dvc_exp_name"} & run.data.tags.keys()
 
 
 def as_yaml(value: object) -> str:

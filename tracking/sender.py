@@ -220,7 +220,8 @@ class Delivery:
             client.set_tag(self.run_id, "mlflow.note.content", runs.NOTE.format(self.run_id))
         runs.log_params(client, self.run_id, event["params"])
         runs.log_diff(client, self.run_id, event["diff"])
-        import torch  # noqa: F401  (for the model: takes seconds, during which the stage trains)
+        # For the model: takes seconds, during which the stage trains; later, a trial's clone may be gone.
+        import lib.models.cnns  # noqa: F401
 
     def report(self, event: dict) -> None:
         """Write what a later stage says about weights into all runs that trained them, or into a new one."""
@@ -228,10 +229,15 @@ class Delivery:
         found = runs.find_runs(self.mlflow, weights_sha256=weights, dvc_stage=training)
         ids = [run.info.run_id for run in found]
         if not ids:
-            ids = [runs.stand_in(self.mlflow, training, weights, event["tags"], event["diff"])]
+            # An experiment may report on weights that its commit has; `make sync` finds out.
+            is_known = "dvc_exp_name" not in event["tags"]
+            origin = (event["tags"], event["diff"]) if is_known else ({}, None)
+            ids = [runs.stand_in(self.mlflow, training, weights, *origin)]
         files = [self.folder / name for name in event["files"]]
         for run_id in ids:
             runs.log_report(self.client, run_id, stage, event["metrics"], files, event["time"])
+            # So that no older experiment takes its place.
+            self.client.set_tag(run_id, runs.synced_tag(stage), "reported")
 
 
 if __name__ == "__main__":
