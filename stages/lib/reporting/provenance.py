@@ -22,8 +22,9 @@ class GitError(StageError):
 
 
 def repository_root() -> Path:
-    """The repository a stage belongs to; in DVC's temporary copies, the one they were made from."""
-    return Path(os.environ.get("DVC_ROOT") or Path(__file__).resolve().parents[3])
+    """The repository a stage belongs to; in a copy, made by DVC or for a trial, what it was made from."""
+    named = os.environ.get("FASHION_CNN_ROOT") or os.environ.get("DVC_ROOT")
+    return Path(named or Path(__file__).resolve().parents[3])
 
 
 def git_tags() -> dict[str, str]:
