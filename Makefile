@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro back baseline compare recipe promote predict check test committed seeds soak mutate page ui sync bench ladder clean
+.PHONY: help setup setup-team repro back baseline compare recipe promote predict check test test-team committed seeds soak mutate page ui sync bench ladder clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -13,9 +13,10 @@ ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv"
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18
 
 setup: .venv/ready ## make .venv and install the locked dependencies
+setup-team: .venv/team ## the same, and what searches need beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
 	@$(ACTIVATE) python -m dvc repro || \
 	    { $(ACTIVATE) python tools/mend_lock.py && $(ACTIVATE) python -m dvc repro; }
@@ -48,10 +49,15 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) mypy
-	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed'
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed and not team'
 
-test: .venv/browser check ## the same, then all other tests
+test: .venv/browser check ## the same, then all other tests but those of searches
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
+	@echo 'tests of searches were left out: make test-team'
+
+# One after the other: each keeps all cores at work.
+test-team: .venv/team ## the tests of searches
+	$(ACTIVATE) python -m pytest -m team
 
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages
@@ -101,6 +107,11 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements.lock
 	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements-imgaug.lock
 	touch .venv/ready
+
+# Apart, since a training alone needs nothing of it.
+.venv/team: requirements-team.lock .venv/ready
+	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team.lock
+	touch .venv/team
 
 # Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
 .venv/browser: requirements-browser.lock .venv/ready

@@ -1,0 +1,305 @@
+"""Searches on this machine: each trial is a DVC experiment and a run, and none is lost or run twice."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trial
+from crash import Started, wait_for_stage, wait_until_gone
+from lib.stage.errors import StageError
+from pipeline import SMALL, dvc, ran, set_params, tracked_runs, try_tool
+from project import ROOT, copy_of_project, git
+
+pytestmark = [
+    pytest.mark.team,
+    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+]
+
+STAGE, METRICS, WEIGHTS = (
+    "train_cnn@original",
+    "metrics/train_cnn/original.json",
+    "models/cnn_original.safetensors",
+)
+GRID = ["--sampler", "grid", "-S", "train_cnn.learning_rate=1e-5,0.002"]
+SIZES = ["-S", "train_cnn.batch_size=25,50"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A project with small params, after its first training."""
+    project = copy_of_project(tmp_path_factory.mktemp("a search") / "project")
+    set_params(project, SMALL | {"train_cnn": SMALL["train_cnn"] | {"threads": 1}})
+    (project / "dvc.lock").unlink()  # its other stages are not in the cache
+    dvc(project, "repro", STAGE)
+    git(project, "commit", "--quiet", "--all", "--message", "small params")
+    return project
+
+
+def trials_of(project: Path) -> dict[str, tuple[dict, dict]]:
+    """Params and metrics of the experiments of HEAD, by name, as git has them."""
+    head = git(project, "rev-parse", "HEAD").strip()
+    names = git(project, "for-each-ref", "--format=%(refname)", f"refs/exps/{head[:2]}/{head[2:]}/").split()
+    return {
+        name.rpartition("/")[2]: (
+            yaml.safe_load(git(project, "show", f"{name}:params.yaml"))["train_cnn"],
+            json.loads(git(project, "show", f"{name}:{METRICS}")),
+        )
+        for name in names
+    }
+
+
+def rates(project: Path) -> list[float]:
+    return sorted(float(params["learning_rate"]) for params, _ in trials_of(project).values())
+
+
+def clones(project: Path) -> list[Path]:
+    return [path for path in (project / ".dvc/tmp/trials").iterdir() if path.is_dir()]
+
+
+def table_of(printed: str) -> list[list[str]]:
+    _, head, rest = printed.partition("trial ")
+    return [line.split() for line in (head + rest).partition("\n\n")[0].splitlines()]
+
+
+def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
+    done = try_tool(project, "search", *GRID, *SIZES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = trials_of(project)
+    values = {name: metrics["val_accuracy"] for name, (_, metrics) in found.items()}
+    points = sorted((float(one["learning_rate"]), one["batch_size"]) for one, _ in found.values())
+    assert points == [(1e-5, 25), (1e-5, 50), (0.002, 25), (0.002, 50)]
+    assert f"4 of 4 done, 0 running, 0 failed; best {max(values.values()):.4f}; 0 minutes left" in done.stdout
+    head, *rows = table_of(done.stdout)
+    assert head == ["trial", "val_accuracy", "learning_rate", "batch_size"]
+    assert {row[0]: row[1] for row in rows} == {name: f"{value:.4f}" for name, value in values.items()}
+    assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
+    assert (project / "search.png").read_bytes().startswith(b"\x89PNG")
+    # A run each, of the same weights.
+    tracked = tracked_runs(project, "tags.dvc_exp_name LIKE 'trial-%'")
+    assert [run.info.status for run in tracked] == ["FINISHED"] * 4
+    weights = {run.data.tags["dvc_exp_name"]: [run.data.tags["weights_sha256"]] for run in tracked}
+    assert weights == {name: metrics["weights_sha256"] for name, (_, metrics) in found.items()}
+    assert clones(project) == []
+    assert not list((project / ".outbox").iterdir())
+    assert git(project, "status", "--porcelain") == ""
+    # The same command again trains nothing.
+    again = try_tool(project, "search", *GRID, *SIZES)
+    assert again.returncode == 0
+    assert table_of(again.stdout) == table_of(done.stdout)
+    assert "done," not in again.stdout
+    # The best comes from the cache, and is what a training without a search gives.
+    best, command = re.search(r"take the best +dvc (?:exp apply (\S+)), then (.*)", done.stdout).groups()
+    assert (values[best], command) == (max(values.values()), "make repro")
+    dvc(project, "exp", "apply", best, check=False)  # the other stages' results are nowhere
+    assert ran(dvc(project, "repro", STAGE).stdout) == []
+    bytes_ = (project / WEIGHTS).read_bytes()
+    dvc(project, "repro", "--force", "--single-item", STAGE)
+    assert (project / WEIGHTS).read_bytes() == bytes_
+
+
+def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
+    command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
+    done = try_tool(project, "search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [params["batch_size"] for params, _ in trials_of(project).values()] == [50]
+    assert re.search(
+        r"^MLflow store http://127.0.0.1:9: .* and `make sync` sends them later$", done.stdout, re.M
+    )
+    assert re.search(r"^  failed: params.yaml: train_cnn.batch_size is 0, expected .*$", done.stdout, re.M)
+    assert "1 of 2 done, 0 running, 1 failed" in done.stdout
+    assert table_of(done.stdout)[2][1:] == ["failed", "0"]
+    alone = try_tool(project, "search", "-S", "train_cnn.batch_size=-1,0", "--trials", "1")
+    assert alone.returncode == 1
+    assert alone.stderr == "error: no trial has succeeded of 1; the lines above say why\n"
+
+
+def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
+    command = ["-S", "train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))", "-S", "train_cnn.epochs=1"]
+    assert try_tool(project, "search", *command, "--trials", "1").returncode == 0
+    [first] = trials_of(project)
+    done = try_tool(project, "search", *command, "--trials", "3", "--metric", "val_loss")
+    assert done.returncode == 0
+    found = trials_of(project)
+    assert first in found
+    assert len(found) == len(set(rates(project))) == 3
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates(project))
+    assert {params["epochs"] for params, _ in found.values()} == {1}
+    losses = sorted(metrics["val_loss"] for _, metrics in found.values())
+    assert [row[1] for row in table_of(done.stdout)[1:]] == [f"{loss:.4f}" for loss in losses]
+
+
+def search(project: Path, number: int = 0, **more: str) -> Started:
+    log = project.parent / f"search-{number}.log"
+    return Started(project, log, "tools/search.py", *GRID, "--jobs", "1", **more)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_search_that_is_stopped_leaves_nothing_at_work_and_goes_on(project, kind, code):
+    started = search(project)
+    while not (before := trials_of(project)) and not started.ended():
+        time.sleep(0.05)
+    at_work = wait_for_stage(started)
+    assert at_work
+    started.process.send_signal(kind)
+    assert started.process.wait() == code
+    assert wait_until_gone(at_work, timeout=10)
+    assert trials_of(project) == before
+    if kind == signal.SIGINT:
+        [(name, (_, metrics))] = before.items()
+        assert table_of(started.printed())[1][:2] == [name, f"{metrics['val_accuracy']:.4f}"]
+        assert started.printed().endswith("stopped on request\n")
+    again = search(project, 1)
+    assert again.process.wait() == 0, again.printed()
+    assert rates(project) == [1e-5, 0.002]
+    assert before.items() <= trials_of(project).items()
+    assert clones(project) == []
+
+
+def test_two_searches_at_once_share_their_trials(project, tmp_path):
+    audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(tmp_path)}
+    both = [search(project, number, **audit) for number in range(2)]
+    assert [one.process.wait() for one in both] == [0, 0], both[0].printed() + both[1].printed()
+    assert rates(project) == [1e-5, 0.002]
+    assert [one.printed().count("2 of 2 done, 0 running, 0 failed") for one in both] == [1, 1]
+    written = [line for line in (tmp_path / STAGE).read_text().splitlines() if line.startswith("w models/")]
+    assert len(written) == 2  # each was trained once
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("a.b=1,2", [1, 2]),
+        ("a.b=1e-5,0.1", [1e-5, 0.1]),
+        ("a.b='lesson',\"residual\"", ["lesson", "residual"]),
+        ("a.b=true,false", [True, False]),
+        ("a.b=null,100", [None, 100]),
+        ("a.b=range(1,4)", [1, 2, 3]),
+    ],
+)
+def test_values_are_those_that_dvc_would_take(setting, values):
+    from search import read_space
+
+    varied, fixed = read_space([setting, "c.d=residual"])
+    assert [(type(one), one) for one in varied["a.b"].choices] == [(type(one), one) for one in values]
+    assert fixed == {"c.d": "residual"}
+
+
+def test_intervals_are_optunas():
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    from search import read_space
+
+    settings = ["a.a=interval(0.5,2)", "a.b=tag(int,interval(1,5))", "a.c=tag(log,interval(1e-4,1e-2))"]
+    assert read_space(settings)[0] == {
+        "a.a": FloatDistribution(0.5, 2.0),
+        "a.b": IntDistribution(1, 5),
+        "a.c": FloatDistribution(1e-4, 1e-2, log=True),
+    }
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "a.b=[1",
+        "a.b=1",
+        "a.b=interval(5,2)",
+        "a.b=range(5,1)",
+        "a.b=range(1,5,0)",
+        "a.b=glob(*)",
+        "a.b=[1],[2]",
+        "a.b=tag(int,interval(1,inf))",
+        "a.b=${c},1",
+        "+a.b=1,2",
+        "~a.b",
+    ],
+)
+def test_what_is_no_space_is_one_line(setting):
+    from search import read_space
+
+    with pytest.raises(StageError, match=re.escape(f"-S {setting}: ") + r".*expected .*$"):
+        read_space([setting])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["-S", "train_cnn.epoch=1,2"], "-S train_cnn.epoch: no param of this name, expected one of "),
+        (
+            ["-S", "split.seed=interval(1,2)", "--sampler", "grid"],
+            "-S split.seed: an interval, expected values",
+        ),
+        (
+            ["-S", "train_cnn.epochs=1,2", "--metric", "weights_sha256"],
+            "--metric weights_sha256: expected one of ",
+        ),
+        (
+            ["-S", "train_cnn.epochs=1,2", "--metric", "test_accuracy"],
+            "--metric test_accuracy: expected one of ",
+        ),
+        (
+            ["-S", "train_cnn.epochs=1,2", "-S", "train_cnn.threads=0"],
+            "with what -S fixes: train_cnn.threads is 0, expected ",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(finished, arguments, line):
+    done = try_tool(finished, "search", *arguments)
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert trials_of(finished) == {}
+
+
+def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(project, tmp_path):
+    origin, remote, node = tmp_path / "origin.git", tmp_path / "remote", tmp_path / "node"
+    dvc(project, "remote", "add", "--default", "shared", str(remote))
+    git(project, "commit", "--quiet", "--all", "--message", "a remote")
+    dvc(project, "push")
+    git(project, "clone", "--quiet", "--bare", ".", str(origin))
+    git(project, "remote", "add", "origin", str(origin))
+    commit = git(project, "rev-parse", "HEAD").strip()
+    audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(tmp_path)}
+    settings = {"FASHION_CNN_ROOT": str(node), **audit}
+    command = [os.path.relpath(origin, project), commit, "by-hand", STAGE, "train_cnn.seed=5"]
+    done = try_tool(project, "trial", *command, **settings)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (node / "trials").iterdir() if path.is_dir()]
+    assert [path.name for path in tmp_path.iterdir() if "@" in path.name] == [STAGE]  # the data were there
+    before = (tmp_path / STAGE).read_text()
+    assert try_tool(project, "trial", *command, **settings).returncode == 0
+    assert (tmp_path / STAGE).read_text() == before  # no second training
+    [run] = tracked_runs(node, store=f"sqlite:///{node / 'mlflow.db'}")
+    dvc(project, "exp", "pull", "origin", "by-hand")
+    dvc(project, "exp", "apply", "by-hand", check=False)  # as above
+    metrics = json.loads((project / METRICS).read_text())
+    assert [run.data.tags["weights_sha256"]] == metrics["weights_sha256"]
+    weights = (project / WEIGHTS).read_bytes()
+    dvc(project, "repro", "--force", "--single-item", STAGE)
+    assert (project / WEIGHTS).read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("commit", "name", "words"),
+    [
+        ("HEAD", "by-hand", "COMMIT: HEAD, expected its 40 digits"),
+        ("ab" * 20, "", "NAME: '', expected letters"),
+        ("ab" * 20, "../..", "NAME: '../..', expected letters"),
+    ],
+)
+def test_a_trial_that_is_called_wrongly_touches_nothing(finished, commit, name, words):
+    before = sorted((finished / ".dvc/tmp").iterdir())
+    done = try_tool(finished, "trial", ".", commit, name, STAGE)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {words}")
+    assert sorted((finished / ".dvc/tmp").iterdir()) == before
+
+
+def test_no_line_of_a_trial_has_a_token():
+    fault = trial.TrialError("fatal: unable to access 'https://me:secret@host.example/x.git/': refused")
+    assert str(fault) == "fatal: unable to access 'https://host.example/x.git/': refused"

@@ -1,0 +1,349 @@
+"""Search for better params: Optuna proposes, trials run beside each other, DVC keeps each as an experiment.
+
+Usage, after `make setup-team`:
+
+    python tools/search.py --trials 12 -S 'train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))' \\
+        -S train_cnn.batch_size=16,32,64
+
+-S takes what `dvc exp run -S` takes: values, range(1,5), and one value alone for all trials; and
+interval(a,b), tag(int,interval(a,b)), tag(log,interval(a,b)). Each trial is a DVC experiment of HEAD, named
+by a digest of its params. Those that exist count and do not run again, so the same command goes on with a
+search that was stopped.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
+
+from compare import table
+from dvc_experiments import experiments
+from history import file_at
+from lib.params import PARAMS_PATH, Params, explain
+from lib.reporting.provenance import git
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
+from lib.trainings import CNNS
+from tracking.runs import as_yaml, params_in
+from workers import Submit, here
+
+PICTURE = Path("search.png")
+SAME = 200  # proposals in a row that are no new trial: then there are no more
+STAGES = {training.stage: training for training in CNNS.values()}
+EXAMPLE = "train_cnn.epochs=2,4"
+
+
+def main() -> None:
+    """Run the trials that are missing, then print the table and draw the picture."""
+    arguments = parse()
+    if find_spec("optuna") is None:
+        raise StageError("optuna: not installed, expected what `make setup-team` installs")
+    search = Search(arguments)
+    if changed := git("status", "--porcelain", "--untracked-files=no").decode().splitlines():
+        print(f"trials are of the last commit; what is not committed does not count: {', '.join(changed)}")
+    try:
+        with here(search.jobs) as submit:
+            search.run(submit)
+    finally:  # also of a search that is stopped
+        search.report()
+    if not search.known:
+        raise StageError(f"no trial has succeeded of {len(search.failed)}; the lines above say why")
+
+
+def parse() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-S", "--set", action="append", required=True, metavar="PATH=VALUES")
+    parser.add_argument(
+        "--trials", type=positive, help="with those that exist; default: 20, or the whole grid"
+    )
+    parser.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="default: tpe")
+    parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="what is trained")
+    parser.add_argument("--metric", default="val_accuracy", help="of the training; a loss is minimized")
+    parser.add_argument("--jobs", type=positive, help="trials at once; default: as many as the cores allow")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """A number of the command line, 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected 1 or more")
+    return number
+
+
+def read_space(settings: list[str]) -> tuple[dict, dict]:
+    """Optuna's distributions of the params that vary, and the values of those that do not.
+
+    Raises StageError for what is not Hydra's syntax, and if nothing varies.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from optuna.distributions import CategoricalDistribution
+
+    varied: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
+    for setting in settings:
+        try:
+            override = OverridesParser.create().parse_override(setting)
+            name, value = override.key_or_group, override.value()
+            if name in varied | fixed or setting.startswith(("+", "~")):
+                raise ValueError("a param is named once, without + or ~")
+            if override.is_interval_sweep():
+                varied[name] = interval(value)
+            elif override.is_sweep_override():
+                varied[name] = CategoricalDistribution([plain(one) for one in override.sweep_iterator()])
+            else:
+                fixed[name] = plain(value)
+        except (HydraException, ValueError, OverflowError) as error:
+            fault = str(error).splitlines()[0]
+            raise StageError(f"-S {setting}: {fault}; expected PATH=VALUES, as {EXAMPLE}") from None
+    if not varied:
+        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, expected several values, as {EXAMPLE}")
+    return varied, fixed
+
+
+def interval(sweep):
+    """Optuna's distribution of Hydra's interval, which may have the tags int and log."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    if "int" in sweep.tags:
+        return IntDistribution(int(sweep.start), int(sweep.end), log="log" in sweep.tags)
+    return FloatDistribution(sweep.start, sweep.end, log="log" in sweep.tags)
+
+
+def plain(value: Any) -> str | int | float | None:
+    """A value as params.yaml may have it, from one of Hydra's. Raises ValueError for lists and the like."""
+    value = getattr(value, "text", value)  # of a quoted string
+    if not isinstance(value, str | int | float | None) or "${" in str(value):
+        raise ValueError(f"{value} is no value of a param")
+    return value
+
+
+class Search:
+    """The trials of a space: those that are done, running, failed."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.training, self.metric = STAGES[arguments.stage], arguments.metric
+        self.minimizes = "loss" in self.metric
+        self.varied, self.fixed = read_space(arguments.set)
+        self.commit = git("rev-parse", "HEAD").decode().strip()
+        self.base = params_in(file_at(self.commit, PARAMS_PATH) or b"")
+        for name in (*self.varied, *self.fixed):
+            if name not in self.base:
+                raise StageError(f"-S {name}: no param of this name, expected one of {PARAMS_PATH}")
+        check(self.base | self.fixed)
+        self.value_of(self.commit)  # a wrong --metric is told before hours of training
+        threads = (self.base | self.fixed)["train_cnn.threads"]
+        self.jobs = arguments.jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+        self.known: dict[str, float] = {}  # values by the names of trials
+        self.failed: dict[str, str] = {}  # and lines that say why
+        self.params: dict[str, dict] = {}  # what varies
+        self.running: dict[Future, str] = {}
+        self.asked: dict[str, optuna.trial.Trial] = {}  # of which the study awaits the end
+        self.others: set[str] = set()  # experiments of HEAD outside the space
+        samplers = optuna.samplers
+        self.study = optuna.create_study(
+            sampler=samplers.TPESampler() if arguments.sampler == "tpe" else samplers.RandomSampler(),
+            direction="minimize" if self.minimizes else "maximize",
+        )
+        self.note_known()
+        if arguments.sampler == "grid":
+            points = grid(self.varied)
+            self.trials = arguments.trials or len(points)
+            self.proposals = iter([point for point in points if self.name_of(point) not in self.known])
+        else:
+            self.trials = arguments.trials or 20
+            self.proposals = self.ask()
+
+    def note_known(self) -> None:
+        """Take up the trials of HEAD that lie in the space, also those of another search since."""
+        import optuna
+
+        for one in experiments():
+            if one.baseline != self.commit or one.name in self.known or one.name in self.others:
+                continue
+            has = params_in(file_at(one.reference, PARAMS_PATH) or b"")
+            varied = {name: has.get(name) for name in self.varied}
+            if one.name != self.name_of(varied) or (value := self.value_of(one.reference)) is None:
+                self.others.add(one.name)  # other values of what does not vary; or diverged
+                continue
+            if one.name in self.asked:
+                self.study.tell(self.asked.pop(one.name), value)
+            else:
+                try:
+                    self.study.add_trial(
+                        optuna.trial.create_trial(params=varied, distributions=self.varied, value=value)
+                    )
+                except ValueError:  # of a wider space
+                    self.others.add(one.name)
+                    continue
+            self.known[one.name], self.params[one.name] = value, varied
+
+    def value_of(self, reference: str) -> float | None:
+        """The metric at a commit; None if it is absent or no number. Raises StageError for a wrong name."""
+        content = file_at(reference, self.training.metrics)
+        if content is None:
+            return None
+        metrics = json.loads(content)
+        numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
+        if self.metric not in numbers:
+            raise StageError(f"--metric {self.metric}: expected one of {', '.join(numbers)}")
+        return metrics[self.metric] if math.isfinite(metrics[self.metric]) else None
+
+    def name_of(self, varied: dict) -> str:
+        """The name of a trial: a digest of its stage and of all params."""
+        facts = json.dumps([self.training.stage, self.base | self.fixed | varied], sort_keys=True)
+        return f"trial-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+
+    def ask(self) -> Iterator[dict]:
+        """What Optuna proposes, without end."""
+        while True:
+            trial = self.study.ask(self.varied)
+            name = self.name_of(trial.params)
+            if name in self.asked | self.known | self.failed:
+                self.drop(trial)
+            else:
+                self.asked[name] = trial
+            yield trial.params
+
+    def drop(self, trial) -> None:
+        """Tell the study that a proposal came to nothing."""
+        from optuna.trial import TrialState
+
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def propose(self) -> str | None:
+        """The name of the next trial, which is new; None if there are enough, or no more."""
+        for params in itertools.islice(self.proposals, SAME):
+            name = self.name_of(params)
+            if name not in self.known | self.failed and name not in self.running.values():
+                self.params[name] = params
+                return name
+        return None
+
+    def run(self, submit: Submit) -> None:
+        """Keep `jobs` trials running until there are enough."""
+        began, ended = time.monotonic(), 0
+        while True:
+            while len(self.running) < self.jobs and self.left() > len(self.running):
+                if (name := self.propose()) is None:
+                    self.trials = len(self.known | self.failed) + len(self.running)
+                    print(f"no new values were proposed: the search ends after {self.trials} trials")
+                    break
+                changes = self.fixed | self.params[name]
+                settings = {path: as_yaml(value) for path, value in changes.items()}
+                self.running[submit(self.commit, name, self.training.stage, settings)] = name
+            if not self.running:
+                return
+            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                self.note_known()
+                self.finish(future)
+                ended += 1
+                print(self.progress((time.monotonic() - began) / ended), flush=True)
+
+    def left(self) -> int:
+        """How many trials have not ended."""
+        return self.trials - len(self.known | self.failed)
+
+    def finish(self, future: Future) -> None:
+        """Take up how a trial has ended."""
+        name = self.running.pop(future)
+        if name in self.known:
+            said = f"{self.metric} {self.known[name]:.4f}"
+        else:
+            self.failed[name] = future.result() or f"{self.metric} is no number"
+            said = f"failed: {self.failed[name]}"
+            if name in self.asked:
+                self.drop(self.asked.pop(name))
+        print(f"{name}  {', '.join(f'{path}={short(value)}' for path, value in self.params[name].items())}")
+        print(f"  {said}")
+
+    def progress(self, seconds: float) -> str:
+        """One line: how many are done, running and failed, the best, and how long the rest will take."""
+        counts = f"{len(self.known)} of {self.trials} done"
+        counts += f", {len(self.running)} running, {len(self.failed)} failed"
+        best = f"best {self.known[self.ranked()[0]]:.4f}" if self.known else "none yet"
+        return f"  {counts}; {best}; {seconds * self.left() / 60:.0f} minutes left"
+
+    def ranked(self) -> list[str]:
+        """The trials that are done, the best first."""
+        return sorted(self.known, key=self.known.__getitem__, reverse=not self.minimizes)
+
+    def report(self) -> None:
+        """Print the table and the command for the best, and draw the metric against each param."""
+        self.note_known()  # also what has ended since a stop
+        rows = [("trial", self.metric, *(name.rpartition(".")[2] for name in self.varied))]
+        for name in [*self.ranked(), *self.failed]:
+            value = f"{self.known[name]:.4f}" if name in self.known else "failed"
+            rows.append((name, value, *(short(self.params[name][one]) for one in self.varied)))
+        print("\n" + "\n".join(table(rows)))
+        if self.known:
+            print(f"\ntake the best    dvc exp apply {self.ranked()[0]}, then make repro")
+            draw(self.study, [*self.varied], self.metric)
+            print(f"the picture      {PICTURE}")
+
+
+def check(params: dict[str, object]) -> None:
+    """Raise StageError if params, under their paths, are not what params_schema.py allows."""
+    sections: dict[str, dict] = {}
+    for path, value in params.items():
+        section, _, name = path.partition(".")
+        sections.setdefault(section, {})[name] = value
+    try:
+        Params.model_validate(sections)
+    except ValidationError as error:
+        raise StageError(f"{PARAMS_PATH} of the last commit, with what -S fixes: {explain(error)}") from None
+
+
+def grid(varied: dict) -> list[dict]:
+    """Every combination of values. Raises StageError if a param has an interval."""
+    for name, values in varied.items():
+        if not hasattr(values, "choices"):
+            raise StageError(f"-S {name}: an interval, expected values, as 16,32,64, for a grid")
+    choices = itertools.product(*(values.choices for values in varied.values()))
+    return [dict(zip(varied, point, strict=True)) for point in choices]
+
+
+def draw(study, names: list[str], metric: str) -> None:
+    """Optuna's own picture: the metric against each param."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.visualization.matplotlib import plot_slice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of an axis with one value
+        axes = plot_slice(study, params=names, target_name=metric)
+    figure = getattr(axes, "flat", [axes])[0].figure
+    figure.savefig(PICTURE, dpi=120, bbox_inches="tight", metadata={"Software": None})
+
+
+def short(value: object) -> str:
+    """A value of a param in a few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else as_yaml(value)
+
+
+if __name__ == "__main__":
+    run_stage(main)
