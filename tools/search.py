@@ -253,13 +253,14 @@ class Search:
                 changes = self.fixed | self.params[name]
                 settings = {path: as_yaml(value) for path, value in changes.items()}
                 self.running[submit(self.commit, name, self.training.stage, settings)] = name
+            if ended:
+                print(self.progress((time.monotonic() - began) / ended), flush=True)
             if not self.running:
                 return
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                 self.note_known()
                 self.finish(future)
                 ended += 1
-                print(self.progress((time.monotonic() - began) / ended), flush=True)
 
     def left(self) -> int:
         """How many trials have not ended."""
@@ -329,6 +330,7 @@ def draw(study, names: list[str], metric: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib.ticker import LogLocator, NullLocator
     from optuna.exceptions import ExperimentalWarning
     from optuna.visualization.matplotlib import plot_slice
 
@@ -336,7 +338,18 @@ def draw(study, names: list[str], metric: str) -> None:
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # of an axis with one value
         axes = plot_slice(study, params=names, target_name=metric)
-    figure = getattr(axes, "flat", [axes])[0].figure
+    panels = list(getattr(axes, "flat", [axes]))
+    for panel in panels:
+        if panel.get_xscale() == "log":  # else its labels cover each other
+            low, high = panel.get_xlim()
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
+        panel.tick_params("x", rotation=30)
+    figure = panels[0].figure
+    figure.set_size_inches(3.2 * len(panels) + 1.5, 4)
+    done = sum(trial.value is not None for trial in study.trials)
+    figure.suptitle(f"{done} trials, the later the darker" if len(panels) > 1 else "")
     figure.savefig(PICTURE, dpi=120, bbox_inches="tight", metadata={"Software": None})
 
 
