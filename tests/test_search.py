@@ -166,7 +166,8 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
     both = [search(project, number, **audit) for number in range(2)]
     assert [one.process.wait() for one in both] == [0, 0], both[0].printed() + both[1].printed()
     assert rates(project) == [1e-5, 0.002]
-    assert [one.printed().count("2 of 2 done, 0 running, 0 failed") for one in both] == [1, 1]
+    assert [len(table_of(one.printed())) for one in both] == [3, 3]  # the first is the head
+    assert "failed" not in both[0].printed().partition("trial ")[2] + both[1].printed().partition("trial ")[2]
     written = [line for line in (tmp_path / STAGE).read_text().splitlines() if line.startswith("w models/")]
     assert len(written) == 2  # each was trained once
 
@@ -215,6 +216,9 @@ def test_intervals_are_optunas():
         "a.b=[1],[2]",
         "a.b=tag(int,interval(1,inf))",
         "a.b=${c},1",
+        "a.b='true','false'",
+        "a.b=tag(lgo,interval(1,5))",
+        "a.b=tag(int,interval(0.5,5))",
         "+a.b=1,2",
         "~a.b",
     ],
@@ -243,8 +247,16 @@ def test_what_is_no_space_is_one_line(setting):
             "--metric test_accuracy: expected one of ",
         ),
         (
+            ["-S", "train_cnn.batch_size=interval(16,128)"],
+            "with -S: train_cnn.batch_size is ",
+        ),
+        (
+            ["-S", "train_cnn.epochs=1,2", "--metric", "train_loss"],
+            "--metric train_loss: expected one of val_",
+        ),
+        (
             ["-S", "train_cnn.epochs=1,2", "-S", "train_cnn.threads=0"],
-            "with what -S fixes: train_cnn.threads is 0, expected ",
+            "with -S: train_cnn.threads is 0, expected ",
         ),
     ],
 )
@@ -265,14 +277,16 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
     git(project, "remote", "add", "origin", str(origin))
     commit = git(project, "rev-parse", "HEAD").strip()
     audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(tmp_path)}
-    settings = {"FASHION_CNN_ROOT": str(node), **audit}
+    settings = {"FASHION_CNN_TRIALS": str(node), **audit}
     command = [os.path.relpath(origin, project), commit, "by-hand", STAGE, "train_cnn.seed=5"]
     done = try_tool(project, "trial", *command, **settings)
     assert done.returncode == 0, done.stderr
-    assert not [path for path in (node / "trials").iterdir() if path.is_dir()]
+    assert done.stdout == "by-hand: done\n"
+    assert not [path for path in (node / "clones").glob("*/*") if path.is_dir()]
     assert [path.name for path in tmp_path.iterdir() if "@" in path.name] == [STAGE]  # the data were there
     before = (tmp_path / STAGE).read_text()
-    assert try_tool(project, "trial", *command, **settings).returncode == 0
+    again = try_tool(project, "trial", *command, **settings)
+    assert (again.returncode, again.stdout) == (0, "by-hand: there already, so it does not run again\n")
     assert (tmp_path / STAGE).read_text() == before  # no second training
     [run] = tracked_runs(node, store=f"sqlite:///{node / 'mlflow.db'}")
     dvc(project, "exp", "pull", "origin", "by-hand")
@@ -300,6 +314,24 @@ def test_a_trial_that_is_called_wrongly_touches_nothing(finished, commit, name, 
     assert sorted((finished / ".dvc/tmp").iterdir()) == before
 
 
-def test_no_line_of_a_trial_has_a_token():
-    fault = trial.TrialError("fatal: unable to access 'https://me:secret@host.example/x.git/': refused")
-    assert str(fault) == "fatal: unable to access 'https://host.example/x.git/': refused"
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:secret@host.example/x",
+        "s3://a:se@cret/@host.example/x",
+        "https://host.example/x?sig=secret",
+    ],
+)
+def test_no_line_of_a_trial_has_a_secret(address):
+    scheme = address.partition(":")[0]
+    fault = trial.TrialError(f"fatal: unable to access {address} : refused")
+    assert str(fault) == f"fatal: unable to access {scheme}://host.example/x : refused"
+
+
+def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
+    git(finished, "clone", "--quiet", "--bare", ".", str(tmp_path / "origin.git"))
+    commit = git(finished, "rev-parse", "HEAD").strip()
+    command = [str(tmp_path / "origin.git"), commit, "by-hand", STAGE]
+    done = try_tool(finished, "trial", *command, FASHION_CNN_TRIALS=str(tmp_path / "node"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: .dvc/config of {commit[:10]}: no default remote, expected one ")

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
@@ -51,6 +53,8 @@ EXAMPLE = "train_cnn.epochs=2,4"
 def main() -> None:
     """Run the trials that are missing, then print the table and draw the picture."""
     arguments = parse()
+    if not PARAMS_PATH.exists():
+        raise StageError(f"{PARAMS_PATH}: not found; run from the repository root")
     if find_spec("optuna") is None:
         raise StageError("optuna: not installed, expected what `make setup-team` installs")
     search = Search(arguments)
@@ -123,7 +127,11 @@ def interval(sweep):
     """Optuna's distribution of Hydra's interval, which may have the tags int and log."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
+    if wrong := sorted(sweep.tags - {"int", "log"}):
+        raise ValueError(f"tag {wrong[0]}, which is not int or log")
     if "int" in sweep.tags:
+        if sweep.start != int(sweep.start) or sweep.end != int(sweep.end):
+            raise ValueError("an interval of integers has integers at its ends")
         return IntDistribution(int(sweep.start), int(sweep.end), log="log" in sweep.tags)
     return FloatDistribution(sweep.start, sweep.end, log="log" in sweep.tags)
 
@@ -133,6 +141,8 @@ def plain(value: Any) -> str | int | float | None:
     value = getattr(value, "text", value)  # of a quoted string
     if not isinstance(value, str | int | float | None) or "${" in str(value):
         raise ValueError(f"{value} is no value of a param")
+    if isinstance(value, str) and YAML(typ="safe").load(value) != value:
+        raise ValueError(f"'{value}' in quotes, which {PARAMS_PATH} reads as another value without them")
     return value
 
 
@@ -152,6 +162,10 @@ class Search:
             if name not in self.base:
                 raise StageError(f"-S {name}: no param of this name, expected one of {PARAMS_PATH}")
         check(self.base | self.fixed)
+        for name, values in self.varied.items():
+            if hasattr(values, "low"):  # also one between, which need not be an integer
+                for value in (values.low, values.high, *values_between(values)):
+                    check(self.base | self.fixed | {name: value})
         self.value_of(self.commit)  # a wrong --metric is told before hours of training
         threads = (self.base | self.fixed)["train_cnn.threads"]
         self.jobs = arguments.jobs or max(1, len(os.sched_getaffinity(0)) // threads)
@@ -169,6 +183,7 @@ class Search:
         self.note_known()
         if arguments.sampler == "grid":
             points = grid(self.varied)
+            random.shuffle(points)  # two searches at once begin at different ends
             self.trials = arguments.trials or len(points)
             self.proposals = iter([point for point in points if self.name_of(point) not in self.known])
         else:
@@ -198,6 +213,7 @@ class Search:
                     self.others.add(one.name)
                     continue
             self.known[one.name], self.params[one.name] = value, varied
+            self.failed.pop(one.name, None)  # here, and not in another search
 
     def value_of(self, reference: str) -> float | None:
         """The metric at a commit; None if it is absent or no number. Raises StageError for a wrong name."""
@@ -205,9 +221,9 @@ class Search:
         if content is None:
             return None
         metrics = json.loads(content)
-        numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-        if self.metric not in numbers:
-            raise StageError(f"--metric {self.metric}: expected one of {', '.join(numbers)}")
+        allowed = [name for name in metrics if name.startswith("val_")]
+        if self.metric not in allowed:
+            raise StageError(f"--metric {self.metric}: expected one of {', '.join(allowed)}")
         return metrics[self.metric] if math.isfinite(metrics[self.metric]) else None
 
     def name_of(self, varied: dict) -> str:
@@ -244,6 +260,7 @@ class Search:
     def run(self, submit: Submit) -> None:
         """Keep `jobs` trials running until there are enough."""
         began, ended = time.monotonic(), 0
+        print(f"{self.trials} trials, {self.jobs} at once; done already: {len(self.known)}", flush=True)
         while True:
             while len(self.running) < self.jobs and self.left() > len(self.running):
                 if (name := self.propose()) is None:
@@ -264,7 +281,7 @@ class Search:
 
     def left(self) -> int:
         """How many trials have not ended."""
-        return self.trials - len(self.known | self.failed)
+        return max(0, self.trials - len(self.known | self.failed))
 
     def finish(self, future: Future) -> None:
         """Take up how a trial has ended."""
@@ -313,7 +330,13 @@ def check(params: dict[str, object]) -> None:
     try:
         Params.model_validate(sections)
     except ValidationError as error:
-        raise StageError(f"{PARAMS_PATH} of the last commit, with what -S fixes: {explain(error)}") from None
+        raise StageError(f"{PARAMS_PATH} of the last commit, with -S: {explain(error)}") from None
+
+
+def values_between(interval) -> list[float]:
+    """One value of an interval of numbers that is no integer."""
+    between = interval.low + (interval.high - interval.low) / math.e
+    return [] if isinstance(interval.low, int) else [between]
 
 
 def grid(varied: dict) -> list[dict]:

@@ -3,9 +3,9 @@
 Usage: python tools/trial.py REPOSITORY COMMIT NAME STAGE [PATH=VALUE …], on any machine that has the
 project's environment: by hand, under Slurm, in a Kubernetes job. REPOSITORY is what `git clone` takes. If it
 is a folder of the project, the trial uses that folder's cache, checkpoints and MLflow store. Else, data come
-from DVC's remote and results go there; FASHION_CNN_ROOT names the folder for what the trials of a machine
-share (default: ~/.cache/fashion-cnn). A trial that REPOSITORY has does not run again, and one that was
-killed goes on after its last epoch.
+from DVC's remote and results go there; FASHION_CNN_TRIALS names the folder for what trials share (default:
+~/.cache/fashion-cnn). A trial that REPOSITORY has does not run again, and one that was killed goes on after
+its last epoch.
 """
 
 import os
@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,8 @@ class TrialError(Exception):
     """A trial that failed; its message is the line that says why."""
 
     def __init__(self, line: str):
-        super().__init__(re.sub(r"(\w+://)[^/@\s]*@", r"\1", line))  # an address may hold a token
+        line = re.sub(r"(\w+://)\S*@", r"\1", line)  # an address may hold a password, or a token
+        super().__init__(re.sub(r"(\w+://[^\s?]*)\?\S*", r"\1", line))
 
 
 def main() -> None:
@@ -74,42 +76,62 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
         raise TrialError(f"NAME: {name!r}, expected letters, digits, _ and -")
     repository = str(Path(repository).resolve()) if Path(repository).exists() else repository
     is_here = Path(repository, ".dvc").is_dir()
-    home = Path(repository if is_here else os.environ.get("FASHION_CNN_ROOT", "~/.cache/fashion-cnn"))
+    home = Path(repository if is_here else os.environ.get("FASHION_CNN_TRIALS", "~/.cache/fashion-cnn"))
     home = home.expanduser().resolve()
-    clones = home / (".dvc/tmp/trials" if is_here else "trials")
+    # Of this host, since locks may not reach others that share the folder.
+    clones = home / (".dvc/tmp/trials" if is_here else f"clones/{socket.gethostname()}")
     clones.mkdir(parents=True, exist_ok=True)
     sweep(clones)
     clone, reference = clones / name, f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
     with FileLock(f"{clone}.lock"):  # another search on this machine may run the same
-        if steadily(home, "git", "ls-remote", repository, reference):
+        if has(home, repository, reference):
+            print(f"{name}: there already, so it does not run again")
             return
         shutil.rmtree(clone, ignore_errors=True)  # what a kill has left
         try:
-            steadily(home, "git", "clone", "--quiet", "--no-checkout", repository, clone)
+            steadily(
+                home, "git", "clone", "--quiet", "--no-checkout", "--origin", "origin", repository, clone
+            )
             run(clone, "git", "checkout", "--quiet", "--detach", commit)
             cache = run(home, *DVC, "cache", "dir").strip() if is_here else home / "cache"
             run(clone, *DVC, "cache", "dir", "--local", cache)
             if not is_here:
+                if not run(clone, *DVC, "config", "--project", "core.remote", check=False):
+                    what = "no default remote, expected one for data and results"
+                    raise TrialError(
+                        f".dvc/config of {commit[:10]}: {what} (`dvc remote add --default NAME URL`)"
+                    )
                 steadily(clone, *DVC, "pull", "--with-deps", "--allow-missing", stage)
             changes = [word for path, value in settings.items() for word in ("-S", f"{path}={value}")]
             run(clone, *DVC, "exp", "run", "--name", name, *changes, stage, FASHION_CNN_ROOT=str(home))
             if not is_here:
                 steadily(clone, *DVC, "push", "--with-deps", stage)
-            # Last, since a trial counts as done when the repository has it. As `dvc exp push`, which does
-            # not fail if the repository has another of this name.
-            steadily(clone, "git", "push", "--quiet", "origin", f"{reference}:{reference}")
+            # Last, since a trial counts as done when the repository has it. Not by `dvc exp push`, which
+            # succeeds, too, if the repository has another experiment of this name.
+            try:
+                steadily(clone, "git", "push", "--quiet", "origin", f"{reference}:{reference}")
+            except TrialError:
+                if not has(home, repository, reference):  # which another machine may have sent meanwhile
+                    raise
+            print(f"{name}: done")
         finally:
             shutil.rmtree(clone, ignore_errors=True)
 
 
 def sweep(clones: Path) -> None:
     """Delete the clones that killed trials have left."""
-    for clone in (path for path in clones.iterdir() if path.is_dir()):
+    for clone in (path.with_suffix("") for path in clones.glob("*.lock")):
         try:
             with FileLock(f"{clone}.lock", timeout=0):
                 shutil.rmtree(clone, ignore_errors=True)
         except Timeout:  # at work
             pass
+
+
+def has(home: Path, repository: str, reference: str) -> bool:
+    """Whether a repository has a reference."""
+    ask = run if Path(repository).exists() else steadily
+    return bool(ask(home, "git", "ls-remote", repository, reference))
 
 
 def steadily(folder: Path, *command: str | Path) -> str:
@@ -122,10 +144,10 @@ def steadily(folder: Path, *command: str | Path) -> str:
     return run(folder, *command)
 
 
-def run(folder: Path, *command: str | Path, **more: str) -> str:
+def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> str:
     """What a command prints in `folder`, with `more` in its environment; it dies with this process.
 
-    Raises TrialError if it fails.
+    Raises TrialError if it fails, if `check`.
     """
     settings = {name: value for name, value in os.environ.items() if name not in OTHERS}
     # The first: DVC's files about a project, which would otherwise stay in /var/tmp when the clone is gone.
@@ -136,7 +158,7 @@ def run(folder: Path, *command: str | Path, **more: str) -> str:
         ["setpriv", "--pdeathsig", "KILL", *command], cwd=folder, env=settings, check=False, text=True,
         stdin=subprocess.DEVNULL, capture_output=True,
     )  # fmt: skip
-    if done.returncode:
+    if check and done.returncode:
         words = shlex.join(map(str, command))
         raise TrialError(fault_in(f"{done.stdout}\n{done.stderr}") or f"{words}: exit code {done.returncode}")
     return done.stdout
@@ -145,9 +167,9 @@ def run(folder: Path, *command: str | Path, **more: str) -> str:
 def fault_in(output: str) -> str:
     """What an output says went wrong: a stage's own line, else the last one of DVC or git."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for start in ("error: ", "ERROR: ", "fatal: ", ""):
+    for start, place in (("error: ", -1), ("ERROR: ", -1), ("fatal: ", 0), ("", -1)):
         if found := [line.removeprefix(start) for line in lines if line.startswith(start)]:
-            return found[-1]
+            return found[place]
     return ""
 
 
