@@ -235,7 +235,7 @@ def test_what_is_no_space_is_one_line(setting):
     [
         (["-S", "train_cnn.epoch=1,2"], "-S train_cnn.epoch: no param of this name, expected one of "),
         (
-            ["-S", "split.seed=interval(1,2)", "--sampler", "grid"],
+            ["-S", "split.seed=tag(int,interval(1,2))", "--sampler", "grid"],
             "-S split.seed: an interval, expected values",
         ),
         (
