@@ -78,7 +78,7 @@ mutate: .venv/ready ## put small faults into stages/lib and list those that no f
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
 
-bench: .venv/ready ## measure beside the lesson's own loops (40 minutes, quiet machine): benchmarks/results.md
+bench: .venv/ready ## measure beside the lesson's own loops (one to two hours, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
 ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/ladder.csv, docs/pictures

@@ -1,6 +1,6 @@
 """Measure the project beside the lesson's own loops, and write benchmarks/results.md.
 
-Usage, after `make repro`: make bench. Takes about 40 minutes; the two sides run in turn, A B A B,
+Usage, after `make repro`: make bench. Takes one to two hours; the two sides run in turn, A B A B,
 so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
 """
 
