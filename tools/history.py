@@ -31,4 +31,6 @@ def weights_at(reference: str, training: Training) -> str | None:
     match found:
         case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
             return digest
-    raise StageError(f"{training.metrics} of {reference}: damaged, expected JSON with weights_sha256")
+    raise StageError(
+        f"{training.metrics} of {reference}: no weights_sha256, expected it as a stage writes it"
+    )

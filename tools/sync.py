@@ -122,12 +122,12 @@ def sync_runs(store: Store, results: Results, found: list, target, origin: Origi
         run_id = runs.stand_in(store, training.stage, results.weights_sha256, tags, diff, name)
     else:
         run_id = target.info.run_id
-        if tags:
+        if tags or (runs.lacks_origin(target) and target.info.status == "RUNNING"):  # left by a kill
             runs.add_origin(client, run_id, tags, diff, name)
     when = runs.now()
     sent = {
         "made": target is None,
-        "origin": target is not None and bool(tags),
+        "commit": target is not None and bool(tags),
         "params": runs.log_params(client, run_id, results.params),
         "curve": runs.log_missing_epochs(client, run_id, results.curve, when),
         "model": _sync_model(client, run_id, training),
@@ -164,12 +164,12 @@ def sync_experiments(store: Store) -> None:
     for experiment, weights in made.items():
         left = {}
         for one in weights:
-            names = {run.info.run_id: run.data.tags.get("dvc_exp_name") for run in known[one]}
-            own = [run for run in known[one] if names[run.info.run_id] == experiment.name]
-            nobodys = [run for run in known[one] if names[run.info.run_id] is None]
-            target = next(iter(own + nobodys), None)
-            if target is None and (known[one] or newest[one] is not experiment):
-                continue  # that experiment's run will do
+            own = [run for run in known[one] if run.data.tags.get("dvc_exp_name") == experiment.name]
+            own.sort(key=lambda run: run.data.tags.get("git_commit") != experiment.baseline)
+            nobodys = [run for run in known[one] if runs.lacks_origin(run)]
+            target = next(iter(own or nobodys), None)
+            if not own and (newest[one] is not experiment or (known[one] and not nobodys)):
+                continue  # another training's run will do
             if target is None or runs.synced_tag("dvc_lock") not in target.data.tags:
                 left[TRAININGS[one[0]]] = known[one], target
         if left:
@@ -204,7 +204,10 @@ def _left_out(experiment: Experiment) -> Iterator[None]:
 
 
 def _sync_experiment(store: Store, experiment: Experiment, left: dict[Training, tuple[list, Any]]) -> None:
-    stages = read_stages(file_at(experiment.reference, LOCK) or b"")
+    lock = file_at(experiment.reference, LOCK)
+    if lock is None:
+        raise StageError(f"{LOCK}: not in the experiment, expected beside its metrics")
+    stages = read_stages(lock)
     tags, diff = _origin_of(experiment)
     with _metrics_of(experiment):
         for results in [read_results(training, stages) for training in left if training.stage in stages]:
@@ -296,7 +299,7 @@ def _sync_report(client, run_id: str, stage: str, results: Results, replace: boo
             metrics |= numbers(read_json(file))
     content = b"".join(file.read_bytes() for file in files)
     return _once(
-        client, run_id, stage, content, replace,
+        client, run_id, stage, content, lambda: replace,
         lambda: runs.log_report(client, run_id, stage, metrics, files, runs.now()),
     )  # fmt: skip
 
@@ -304,20 +307,28 @@ def _sync_report(client, run_id: str, stage: str, results: Results, replace: boo
 def _sync_lock(client, run_id: str, results: Results, replace: bool) -> bool:
     """Attach the entries of dvc.lock, unless the run has those of another training to the same weights."""
     name, stage, lock = "dvc.lock.json", results.training.stage, json.dumps(results.lock, indent=2)
-    if replace and name in [one.path for one in client.list_artifacts(run_id)]:
+
+    def is_ours() -> bool:
+        if name not in [one.path for one in client.list_artifacts(run_id)]:
+            return True
         with tempfile.TemporaryDirectory() as folder:
-            has = read_json(Path(client.download_artifacts(run_id, name, folder)))
-            replace = has.get(stage) == results.lock[stage]
+            has = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+        try:
+            return json.loads(has)[stage] == results.lock[stage]
+        except (ValueError, LookupError, TypeError):  # none that make sync wrote
+            return True
+
     return _once(
-        client, run_id, "dvc_lock", lock.encode(), replace, lambda: client.log_text(run_id, lock, name)
-    )
+        client, run_id, "dvc_lock", lock.encode(), lambda: replace and is_ours(),
+        lambda: client.log_text(run_id, lock, name),
+    )  # fmt: skip
 
 
-def _once(client, run_id: str, name: str, content: bytes, replace: bool, send: Callable) -> bool:
-    """Call `send` if a tag of the run does not say that it was called; with `replace`, for this content."""
+def _once(client, run_id: str, name: str, content: bytes, may_replace: Callable, send: Callable) -> bool:
+    """Call `send` unless a tag of the run says that it was called: for this content, or for any other."""
     digest = hashlib.sha256(content).hexdigest()
     sent = client.get_run(run_id).data.tags.get(runs.synced_tag(name))
-    if sent == digest or (sent and not replace):
+    if sent == digest or (sent and not may_replace()):
         return False
     send()
     client.set_tag(run_id, runs.synced_tag(name), digest)
