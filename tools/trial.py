@@ -12,17 +12,18 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-# No import of the project's own modules: a search may send these functions to machines that do not have them.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+
+from lib.stage.errors import StageError
+from lib.stage.process import run_stage
 
 DVC = (sys.executable, "-m", "dvc")
 PAUSES = (5, 20, 60)  # seconds after which a repository or a remote that did not answer is tried again
@@ -30,7 +31,7 @@ PAUSES = (5, 20, 60)  # seconds after which a repository or a remote that did no
 OTHERS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 
-class TrialError(Exception):
+class TrialError(StageError):
     """A trial that failed; its message is the line that says why."""
 
     def __init__(self, line: str):
@@ -40,29 +41,11 @@ class TrialError(Exception):
 
 def main() -> None:
     """Run the trial that the command line names."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
     if len(sys.argv) < 5 or not all("=" in setting for setting in sys.argv[5:]):
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     repository, commit, name, stage, *settings = sys.argv[1:]
-    try:
-        fault = attempt(repository, commit, name, stage, dict(setting.split("=", 1) for setting in settings))
-    except KeyboardInterrupt:
-        fault = "stopped on request"
-    if fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(130 if fault == "stopped on request" else 1)
-
-
-def attempt(*trial: Any) -> str:
-    """Run a trial; returns the line that says why it failed, or nothing."""
-    try:
-        run_trial(*trial)
-    except TrialError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.filename or 'output'}: {error.strerror}"
-    return ""
+    run_trial(repository, commit, name, stage, dict(setting.split("=", 1) for setting in settings))
 
 
 def run_trial(repository: str, commit: str, name: str, stage: str, settings: dict[str, str]) -> None:
@@ -174,4 +157,4 @@ def fault_in(output: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
