@@ -16,7 +16,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18
 
 setup: .venv/ready ## make .venv and install the locked dependencies
-setup-team: .venv/team ## the same, and what searches need beside it
+setup-team: .venv/team ## the same, and what searches, a shared cache and a cluster need beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
 	@$(ACTIVATE) python -m dvc repro || \
 	    { $(ACTIVATE) python tools/mend_lock.py && $(ACTIVATE) python -m dvc repro; }
@@ -53,10 +53,10 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 
 test: .venv/browser check ## the same, then all other tests but those of searches
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
-	@echo 'tests of searches were left out: make test-team'
+	@echo 'tests of searches and of what a team shares were left out: make test-team'
 
 # One after the other: each keeps all cores at work.
-test-team: .venv/team ## the tests of searches
+test-team: .venv/team-tests ## the tests of searches and of what a team shares, with servers on 127.0.0.1
 	$(ACTIVATE) python -m pytest -m team
 
 # For maintainers, and in CI: users' trees may hold any params and results.
@@ -112,6 +112,10 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 .venv/team: requirements-team.lock .venv/ready
 	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team.lock
 	touch .venv/team
+
+.venv/team-tests: requirements-team-tests.lock .venv/team
+	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team-tests.lock
+	touch .venv/team-tests
 
 # Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
 .venv/browser: requirements-browser.lock .venv/ready

@@ -8,24 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 import trial
 from crash import Started, wait_for_stage, wait_until_gone
 from lib.stage.errors import StageError
-from pipeline import SMALL, dvc, ran, set_params, tracked_runs, try_tool
-from project import ROOT, copy_of_project, git
+from pipeline import dvc, ran, tracked_runs, try_tool
+from project import ROOT, git
+from searching import METRICS, STAGE, WEIGHTS, rates, table_of, trained, trials_of
 
 pytestmark = [
     pytest.mark.team,
     pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
 ]
 
-STAGE, METRICS, WEIGHTS = (
-    "train_cnn@original",
-    "metrics/train_cnn/original.json",
-    "models/cnn_original.safetensors",
-)
 GRID = ["--sampler", "grid", "-S", "train_cnn.learning_rate=1e-5,0.002"]
 SIZES = ["-S", "train_cnn.batch_size=25,50"]
 
@@ -33,38 +28,11 @@ SIZES = ["-S", "train_cnn.batch_size=25,50"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A project with small params, after its first training."""
-    project = copy_of_project(tmp_path_factory.mktemp("a search") / "project")
-    set_params(project, SMALL | {"train_cnn": SMALL["train_cnn"] | {"threads": 1}})
-    (project / "dvc.lock").unlink()  # its other stages are not in the cache
-    dvc(project, "repro", STAGE)
-    git(project, "commit", "--quiet", "--all", "--message", "small params")
-    return project
-
-
-def trials_of(project: Path) -> dict[str, tuple[dict, dict]]:
-    """Params and metrics of the experiments of HEAD, by name, as git has them."""
-    head = git(project, "rev-parse", "HEAD").strip()
-    names = git(project, "for-each-ref", "--format=%(refname)", f"refs/exps/{head[:2]}/{head[2:]}/").split()
-    return {
-        name.rpartition("/")[2]: (
-            yaml.safe_load(git(project, "show", f"{name}:params.yaml"))["train_cnn"],
-            json.loads(git(project, "show", f"{name}:{METRICS}")),
-        )
-        for name in names
-    }
-
-
-def rates(project: Path) -> list[float]:
-    return sorted(float(params["learning_rate"]) for params, _ in trials_of(project).values())
+    return trained(tmp_path_factory.mktemp("a search") / "project")
 
 
 def clones(project: Path) -> list[Path]:
     return [path for path in (project / ".dvc/tmp/trials").iterdir() if path.is_dir()]
-
-
-def table_of(printed: str) -> list[list[str]]:
-    _, head, rest = printed.partition("trial ")
-    return [line.split() for line in (head + rest).partition("\n\n")[0].splitlines()]
 
 
 def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):

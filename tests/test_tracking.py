@@ -689,6 +689,17 @@ def test_a_relative_address_of_sqlite_is_below_the_root(workspace, monkeypatch, 
     assert shown(store_url()) == f"{workspace}/runs.db"
 
 
+def test_a_teams_file_names_the_store_unless_the_environment_does(workspace, monkeypatch):
+    Path("team.env").write_text("# of all of us\nMLFLOW_TRACKING_URI=https://runs.example\nRAY_ADDRESS=\n")
+    assert store_url() == "https://runs.example"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    assert shown(store_url()) == f"{workspace}/mine.db"
+    Path("team.env").write_text("MLFLOW_TRACKING_URI=https://me:secret@runs.example\n")
+    with pytest.raises(StoreError, match="^team.env: MLFLOW_TRACKING_URI has a user or a password") as fault:
+        store_url()
+    assert "secret" not in str(fault.value)
+
+
 def test_addresses_are_shown_without_passwords():
     assert shown("http://me:s%40e@cret@host:5000/a@b") == "http://host:5000/a@b"
     assert shown("postgresql://me:secret@host/runs") == "postgresql://host/runs"

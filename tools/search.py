@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,11 @@ from lib.stage.errors import StageError
 from lib.stage.process import run_stage
 from lib.trainings import CNNS
 from tracking.runs import as_yaml, params_in
-from workers import Submit, here
+from tracking.store import address
+from workers import Workers, here, on_ray
 
 PICTURE = Path("search.png")
+LOOK = 5  # seconds after which a search looks again how many trials there is room for
 SAME = 200  # proposals in a row that are no new trial: then there are no more
 STAGES = {training.stage: training for training in CNNS.values()}
 EXAMPLE = "train_cnn.epochs=2,4"
@@ -61,8 +64,8 @@ def main() -> None:
     if changed := git("status", "--porcelain", "--untracked-files=no").decode().splitlines():
         print(f"trials are of the last commit; what is not committed does not count: {', '.join(changed)}")
     try:
-        with here(search.jobs) as submit:
-            search.run(submit)
+        with search.workers() as workers:
+            search.run(workers)
     finally:  # also of a search that is stopped
         search.report()
     if not search.known:
@@ -82,6 +85,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="what is trained")
     parser.add_argument("--metric", default="val_accuracy", help="of the training; a loss is minimized")
     parser.add_argument("--jobs", type=positive, help="trials at once; default: as many as the cores allow")
+    parser.add_argument(
+        "--workers", choices=("local", "ray"), help="default: ray, if RAY_ADDRESS names a cluster"
+    )
+    parser.add_argument("--gpus", type=float, default=0, help="that Ray gives to each trial; default: 0")
     return parser.parse_args()
 
 
@@ -167,8 +174,11 @@ class Search:
                 for value in (values.low, values.high, *values_between(values)):
                     check(self.base | self.fixed | {name: value})
         self.value_of(self.commit)  # a wrong --metric is told before hours of training
-        threads = (self.base | self.fixed)["train_cnn.threads"]
-        self.jobs = arguments.jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+        self.threads = (self.base | self.fixed)["train_cnn.threads"]
+        self.jobs, self.gpus = arguments.jobs, arguments.gpus
+        self.cluster = None if arguments.workers == "local" else address("RAY_ADDRESS")
+        if arguments.workers == "ray" and not self.cluster:
+            raise StageError("RAY_ADDRESS: not set, expected a cluster's address, as 10.0.0.1:6379")
         self.known: dict[str, float] = {}  # values by the names of trials
         self.failed: dict[str, str] = {}  # and lines that say why
         self.params: dict[str, dict] = {}  # what varies
@@ -180,15 +190,23 @@ class Search:
             sampler=samplers.TPESampler() if arguments.sampler == "tpe" else samplers.RandomSampler(),
             direction="minimize" if self.minimizes else "maximize",
         )
-        self.note_known()
         if arguments.sampler == "grid":
             points = grid(self.varied)
             random.shuffle(points)  # two searches at once begin at different ends
             self.trials = arguments.trials or len(points)
-            self.proposals = iter([point for point in points if self.name_of(point) not in self.known])
+            self.proposals: Iterator[dict] = (
+                point for point in points if self.name_of(point) not in self.known
+            )
         else:
             self.trials = arguments.trials or 20
             self.proposals = self.ask()
+
+    def workers(self) -> AbstractContextManager[Workers]:
+        """What runs the trials."""
+        if self.cluster:
+            return on_ray(self.commit, self.training.stage, self.cluster, self.threads, self.gpus)
+        jobs = self.jobs or max(1, len(os.sched_getaffinity(0)) // self.threads)
+        return here(self.commit, self.training.stage, jobs)
 
     def note_known(self) -> None:
         """Take up the trials of HEAD that lie in the space, also those of another search since."""
@@ -257,27 +275,37 @@ class Search:
                 return name
         return None
 
-    def run(self, submit: Submit) -> None:
-        """Keep `jobs` trials running until there are enough."""
-        began, ended = time.monotonic(), 0
-        print(f"{self.trials} trials, {self.jobs} at once; done already: {len(self.known)}", flush=True)
+    def run(self, workers: Workers) -> None:
+        """Keep as many trials running as there is room for, until there are enough."""
+        workers.fetch()
+        self.note_known()
+        began, ended, told, room = time.monotonic(), 0, 0, -1
         while True:
-            while len(self.running) < self.jobs and self.left() > len(self.running):
+            if (now := min(workers.room(), self.jobs or sys.maxsize)) != room:
+                room = now
+                print(f"{self.trials} trials, {room} at once; done already: {len(self.known)}", flush=True)
+            while len(self.running) < room and self.left() > len(self.running):
                 if (name := self.propose()) is None:
                     self.trials = len(self.known | self.failed) + len(self.running)
                     print(f"no new values were proposed: the search ends after {self.trials} trials")
                     break
                 changes = self.fixed | self.params[name]
                 settings = {path: as_yaml(value) for path, value in changes.items()}
-                self.running[submit(self.commit, name, self.training.stage, settings)] = name
-            if ended:
+                self.running[workers.submit(name, settings)] = name
+            if ended > told:
                 print(self.progress((time.monotonic() - began) / ended), flush=True)
+                told = ended
             if not self.running:
-                return
-            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                if room or not self.left():
+                    return
+                time.sleep(LOOK)  # until a node has room
+                continue
+            if done := wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED).done:
+                workers.fetch()
                 self.note_known()
-                self.finish(future)
-                ended += 1
+                for future in done:
+                    self.finish(future)
+                    ended += 1
 
     def left(self) -> int:
         """How many trials have not ended."""
@@ -289,7 +317,9 @@ class Search:
         if name in self.known:
             said = f"{self.metric} {self.known[name]:.4f}"
         else:
-            self.failed[name] = future.result() or f"{self.metric} is no number"
+            lost = future.exception()  # of a node
+            said = str(lost).splitlines()[0] if lost else future.result()
+            self.failed[name] = said or f"{self.metric} is no number"
             said = f"failed: {self.failed[name]}"
             if name in self.asked:
                 self.drop(self.asked.pop(name))
@@ -316,7 +346,9 @@ class Search:
             rows.append((name, value, *(short(self.params[name][one]) for one in self.varied)))
         print("\n" + "\n".join(table(rows)))
         if self.known:
-            print(f"\ntake the best    dvc exp apply {self.ranked()[0]}, then make repro")
+            best = self.ranked()[0]
+            pull = f"dvc exp pull origin {best}, " if self.cluster else ""
+            print(f"\ntake the best    {pull}dvc exp apply {best}, then make repro")
             draw(self.study, [*self.varied], self.metric)
             print(f"the picture      {PICTURE}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from dotenv import dotenv_values
 from filelock import FileLock
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -24,6 +25,7 @@ from lib.trainings import TOY
 
 # Apart, since the toy's metrics and charts are others.
 CNNS, TOYS = "fashion-cnn", "fashion-cnn-toy"
+TEAM = Path("team.env")  # a team's addresses, which git keeps: hence no secret may be in it
 CONNECT = 30  # seconds in which a store must answer
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
 # Columns that hold a path of artifacts, which MLflow keeps absolute.
@@ -97,12 +99,23 @@ def prepare_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+def address(name: str) -> str | None:
+    """An address from the environment, or else from team.env. Raises StoreError if that has a password."""
+    found = dotenv_values(TEAM).get(name) if TEAM.exists() else None
+    if found and "@" in found and not is_sqlite(found):
+        raise StoreError(
+            f"{TEAM}: {name} has a user or a password, expected an address alone, since git keeps the file; "
+            "MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return os.environ.get(name) or found
+
+
 def store_url() -> str:
     """MLFLOW_TRACKING_URI, or SQLite in the repository root; a relative path of SQLite is below the root.
 
     The root, since DVC's temporary copies are deleted when their experiment ends.
     """
-    named = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    named = address("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if not is_sqlite(named):
         return named
     try:

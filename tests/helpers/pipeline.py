@@ -44,8 +44,9 @@ def two_stages(folder: Path, training: str | None = None) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment with its Python first, and without settings for DVC and MLflow."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    """This process's environment with its Python first, and without settings for DVC, MLflow and Ray."""
+    others = ("DVC_", "MLFLOW_", "RAY_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**kept, "PATH": path, **more}
 

@@ -67,13 +67,13 @@ def sections_read(stage: str) -> list[str]:
 
 
 def copy_of_project(folder: Path) -> Path:
-    """The working tree as git sees it, committed in a repository of its own at `folder`."""
+    """The working tree as git sees it, but a team's addresses, committed in a repository of its own."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, listed):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name != "team.env":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     git(folder, "init", "--quiet")

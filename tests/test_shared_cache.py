@@ -1,0 +1,115 @@
+"""Several machines share DVC's cache through a real S3 server on this machine."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crash import Started
+from pipeline import SMALL, dvc, outputs, ran, set_params, tool, tracked_runs
+from project import copy_of_project, git
+from team import ADMIN, READER, client, free_ports, make_bucket, s3_server, share, steadily, stored
+
+pytestmark = [
+    pytest.mark.team,
+    pytest.mark.filterwarnings("ignore"),  # boto warns about itself
+]
+
+WRONG = {"AWS_ACCESS_KEY_ID": "admin", "AWS_SECRET_ACCESS_KEY": "wrong-secret"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A project whose first CNN is trained and evaluated."""
+    project = copy_of_project(tmp_path_factory.mktemp("team") / "first")
+    set_params(project, SMALL)
+    (project / "dvc.lock").unlink()
+    dvc(project, "repro", "evaluate_cnn@original")
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "results")
+    return project
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory) -> Iterator[int]:
+    """Of a server that is there for all tests."""
+    [number] = free_ports(1)
+    with s3_server(tmp_path_factory.mktemp("s3"), number):
+        yield number
+
+
+@pytest.fixture
+def bucket(project, port, request) -> str:
+    """One that is new, and the project's remote."""
+    name = f"bucket-{hashlib.md5(request.node.name.encode()).hexdigest()}"
+    make_bucket(port, name)
+    share(project, port, name)
+    git(project, "commit", "--quiet", "--all", "--message", "a remote")
+    return name
+
+
+def test_what_one_machine_trained_another_evaluates(project, port, bucket, tmp_path):
+    dvc(project, "push", "--run-cache", **ADMIN)
+    second = tmp_path / "second"
+    git(tmp_path, "clone", "--quiet", str(project), str(second))
+    share(second, port, bucket)
+    dvc(second, "pull", "--run-cache", "--allow-missing", **READER)  # of the stages that never ran
+    assert ran(dvc(second, "repro", "evaluate_cnn@original").stdout) == []
+    assert outputs(second) == outputs(project)
+    assert tool(second, "sync").count(": made, params, curve, model") == 1
+    [here], [there] = tracked_runs(project), tracked_runs(second)
+    assert there.data.tags["weights_sha256"] == here.data.tags["weights_sha256"]
+    assert there.data.metrics["test_accuracy"] == here.data.metrics["test_accuracy"]
+    set_params(second, {"evaluate_cnn": {"mistakes": 3}})
+    assert ran(dvc(second, "repro", "evaluate_cnn@original").stdout) == ["evaluate_cnn@original"]
+    # What the second has run, the first need not.
+    dvc(second, "push", "--run-cache", **ADMIN)
+    dvc(project, "fetch", "--run-cache", **READER)
+    set_params(project, {"evaluate_cnn": {"mistakes": 3}})
+    assert ran(dvc(project, "repro", "--pull", "evaluate_cnn@original", **READER).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("who", "is_up", "is_there", "words"),
+    [
+        (WRONG, True, True, "Forbidden"),
+        (READER, True, True, "Access Denied"),
+        (ADMIN, True, False, "bucket does not exist"),
+        (ADMIN, False, True, "Could not connect to the endpoint URL"),
+    ],
+    ids=["wrong key", "read-only key", "no bucket", "dead server"],
+)
+def test_a_push_that_cannot_be_done_is_a_line_and_stores_nothing(
+    project, port, bucket, who, is_up, is_there, words
+):
+    [dead] = free_ports(1)
+    share(project, port if is_up else dead, bucket if is_there else "absent")
+    done = dvc(project, "push", check=False, **who)
+    assert done.returncode != 0
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout
+    assert stored(port, bucket) == {}
+    assert "absent" not in [one["Name"] for one in client(port).list_buckets()["Buckets"]]
+
+
+def test_an_upload_that_was_cut_leaves_whole_objects_and_the_next_push_the_rest(project, tmp_path):
+    [port] = free_ports(1)
+    share(project, port, "cut")
+    with s3_server(tmp_path / "s3", port) as server:
+        make_bucket(port, "cut")
+        push = Started(project, tmp_path / "push.log", "-m", "dvc", "push", **ADMIN)
+        while not stored(port, "cut") and not push.ended():
+            time.sleep(0.02)
+        os.killpg(server.pid, signal.SIGKILL)
+        assert push.process.wait() != 0
+    with s3_server(tmp_path / "s3", port):
+        before = steadily(lambda: stored(port, "cut"))
+        assert all(hashlib.md5(content).hexdigest() == name for name, content in before.items())
+        steadily(lambda: client(port).put_object(Bucket="cut", Key="second", Body=b"there"))
+        dvc(project, "push", **ADMIN)
+        assert len(stored(port, "cut")) > len(before)
+        assert "in sync" in dvc(project, "status", "--cloud", **READER).stdout
