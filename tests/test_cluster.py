@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crash import Started, stage_processes
+from crash import Started, stage_processes, wait_until_gone
 from pipeline import dvc, ran, tool, tracked_runs
 from project import git
 from searching import STAGE, WEIGHTS, rates, table_of, trained, trials_of
@@ -51,6 +51,7 @@ class Team:
         git(self.project, "clone", "--quiet", "--bare", ".", str(folder / "origin.git"))
         git(self.project, "remote", "add", "origin", str(folder / "origin.git"))
         git(self.project, "fetch", "--quiet", "origin")
+        self.commit = git(self.project, "rev-parse", "HEAD").strip()
         [self.s3_port], self.mlflow_port = free_ports(1), free_port()
         self.store = f"http://127.0.0.1:{self.mlflow_port}"
         self.settings = ADMIN | {
@@ -72,7 +73,9 @@ class Team:
     def search(self, number: int, *arguments: str) -> Started:
         log = self.folder / f"search-{number}.log"
         command = ["tools/search.py", *arguments]
-        return Started(self.project, log, *command, **self.settings, **TOKEN)
+        started = Started(self.project, log, *command, **self.settings, **TOKEN)
+        self.stack.callback(started.process.kill)
+        return started
 
 
 @pytest.fixture
@@ -101,8 +104,10 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
         wait_for(lambda: stages_of(tmp_path / "third"), search)
         kill_node[1]()
         os.killpg(team.s3.pid, signal.SIGKILL)
+    (tmp_path / "origin.git").rename(tmp_path / "away")
     time.sleep(10)
     team.start_s3()
+    (tmp_path / "away").rename(tmp_path / "origin.git")
     assert search.process.wait(timeout=400) == 0, search.printed()
     assert "3 of 4 done, 0 running, 1 failed" in search.printed()
     assert "  failed: params.yaml: train_cnn.learning_rate is -1, expected " in search.printed()
@@ -124,11 +129,23 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     assert {run.data.tags["weights_sha256"] for run in runs} == found
 
 
-def test_two_searches_at_once_share_a_cluster(team):
+def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_with_it(team, tmp_path):
     team.add_node("second")
-    values = "train_cnn.learning_rate=1e-5,1e-4,0.002"
-    both = [team.search(number, *RATES, values, "--jobs", "1") for number in range(2)]
+    values = (*RATES, "train_cnn.learning_rate=1e-5,1e-4,0.002", "--jobs", "1")
+    reference = f"refs/exps/{team.commit[:2]}/{team.commit[2:]}/trial-of-this-machine"
+    git(team.project, "update-ref", reference, team.commit)
+    git(team.project, "config", "fetch.prune", "true")  # may not take what origin lacks
+    stopped = team.search(0, *values)
+    wait_for(lambda: stages_of(tmp_path / "head") + stages_of(tmp_path / "second"), stopped)
+    at_work = stages_of(tmp_path / "head") + stages_of(tmp_path / "second")
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.process.wait(timeout=100) == 130, stopped.printed()
+    assert stopped.printed().endswith("stopped on request\n")
+    assert wait_until_gone(at_work, timeout=30)
+    both = [team.search(number, *values) for number in (1, 2)]
     assert [one.process.wait(timeout=300) for one in both] == [0, 0], both[0].printed() + both[1].printed()
+    assert git(team.project, "rev-parse", reference).strip() == team.commit
+    git(team.project, "update-ref", "-d", reference)
     assert rates(team.project) == [1e-5, 1e-4, 0.002]
     assert all("3 of 3 done, 0 running, 0 failed" in one.printed() for one in both)
     assert table_of(both[0].printed()) == table_of(both[1].printed())
@@ -140,14 +157,19 @@ def test_a_cluster_that_cannot_be_used_is_one_line(team, tmp_path):
             team.project, tmp_path / "log", "tools/search.py", *RATES, "split.seed=1,2", *arguments,
             **(team.settings | TOKEN | more),
         )  # fmt: skip
-        assert started.process.wait(timeout=100) == 1, started.printed()
+        try:
+            assert started.process.wait(timeout=100) == 1, started.printed()
+        finally:
+            started.process.kill()
         [line] = [line for line in started.printed().splitlines() if line.startswith("error: ")]
         return line
 
     nowhere = f"127.0.0.1:{free_port()}"
     assert said(RAY_ADDRESS=nowhere).startswith(f"error: RAY_ADDRESS {nowhere}: ")
     assert said(RAY_ADDRESS="nonsense").startswith("error: RAY_ADDRESS nonsense: ")
-    assert "and its token in RAY_AUTH_TOKEN" in said(RAY_AUTH_TOKEN="of-another-cluster-than-this-one")
+    assert "of which this machine is a node, and that has its token" in said(
+        RAY_AUTH_TOKEN="of-another-cluster-than-this-one"
+    )
     assert said("--workers", "ray", RAY_ADDRESS="").startswith("error: RAY_ADDRESS: not set, expected ")
     git(team.project, "commit", "--quiet", "--allow-empty", "--message", "here alone")
     assert "not in origin" in said()

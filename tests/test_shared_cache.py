@@ -36,7 +36,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory) -> Iterator[int]:
-    """Of a server that is there for all tests."""
+    """The port of a server that is there for all tests."""
     [number] = free_ports(1)
     with s3_server(tmp_path_factory.mktemp("s3"), number):
         yield number
@@ -44,7 +44,7 @@ def port(tmp_path_factory) -> Iterator[int]:
 
 @pytest.fixture
 def bucket(project, port, request) -> str:
-    """One that is new, and the project's remote."""
+    """A new bucket, which is the project's remote."""
     name = f"bucket-{hashlib.md5(request.node.name.encode()).hexdigest()}"
     make_bucket(port, name)
     share(project, port, name)
@@ -102,12 +102,13 @@ def test_an_upload_that_was_cut_leaves_whole_objects_and_the_next_push_the_rest(
     with s3_server(tmp_path / "s3", port) as server:
         make_bucket(port, "cut")
         push = Started(project, tmp_path / "push.log", "-m", "dvc", "push", **ADMIN)
-        while not stored(port, "cut") and not push.ended():
+        while not steadily(lambda: stored(port, "cut")) and not push.ended():
             time.sleep(0.02)
         os.killpg(server.pid, signal.SIGKILL)
         assert push.process.wait() != 0
     with s3_server(tmp_path / "s3", port):
         before = steadily(lambda: stored(port, "cut"))
+        assert before
         assert all(hashlib.md5(content).hexdigest() == name for name, content in before.items())
         steadily(lambda: client(port).put_object(Bucket="cut", Key="second", Body=b"there"))
         dvc(project, "push", **ADMIN)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import statistics
 import sys
 import time
 import warnings
@@ -58,8 +59,9 @@ def main() -> None:
     arguments = parse()
     if not PARAMS_PATH.exists():
         raise StageError(f"{PARAMS_PATH}: not found; run from the repository root")
-    if find_spec("optuna") is None:
-        raise StageError("optuna: not installed, expected what `make setup-team` installs")
+    for package in ("optuna", "ray"):
+        if find_spec(package) is None:
+            raise StageError(f"{package}: not installed, expected what `make setup-team` installs")
     search = Search(arguments)
     if changed := git("status", "--porcelain", "--untracked-files=no").decode().splitlines():
         print(f"trials are of the last commit; what is not committed does not count: {', '.join(changed)}")
@@ -67,7 +69,8 @@ def main() -> None:
         with search.workers() as workers:
             search.run(workers)
     finally:  # also of a search that is stopped
-        search.report()
+        if search.began:
+            search.report()
     if not search.known:
         raise StageError(f"no trial has succeeded of {len(search.failed)}; the lines above say why")
 
@@ -84,11 +87,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="default: tpe")
     parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="what is trained")
     parser.add_argument("--metric", default="val_accuracy", help="of the training; a loss is minimized")
-    parser.add_argument("--jobs", type=positive, help="trials at once; default: as many as the cores allow")
+    parser.add_argument("--jobs", type=positive, help="trials at once; default: what all cores can take")
     parser.add_argument(
         "--workers", choices=("local", "ray"), help="default: ray, if RAY_ADDRESS names a cluster"
     )
-    parser.add_argument("--gpus", type=float, default=0, help="that Ray gives to each trial; default: 0")
+    parser.add_argument("--gpus", type=share, default=0, help="that Ray gives to each trial; default: 0")
     return parser.parse_args()
 
 
@@ -96,6 +99,14 @@ def positive(text: str) -> int:
     """A number of the command line, 1 or more."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number}, expected 1 or more")
+    return number
+
+
+def share(text: str) -> float:
+    """A number of GPUs: 0, a part of one, or whole ones."""
+    number = float(text)
+    if not (0 <= number <= 1 or (number > 0 and number.is_integer())):
+        raise argparse.ArgumentTypeError(f"{text}, expected 0 to 1, or a whole number")
     return number
 
 
@@ -179,10 +190,15 @@ class Search:
         self.cluster = None if arguments.workers == "local" else address("RAY_ADDRESS")
         if arguments.workers == "ray" and not self.cluster:
             raise StageError("RAY_ADDRESS: not set, expected a cluster's address, as 10.0.0.1:6379")
+        if self.gpus and not self.cluster:
+            raise StageError(f"--gpus {self.gpus:g}: there is no cluster, expected one in RAY_ADDRESS")
         self.known: dict[str, float] = {}  # values by the names of trials
         self.failed: dict[str, str] = {}  # and lines that say why
         self.params: dict[str, dict] = {}  # what varies
         self.running: dict[Future, str] = {}
+        self.starts: dict[str, float] = {}  # of trials, in seconds of the clock
+        self.seconds: list[float] = []  # that trials took
+        self.began = False
         self.asked: dict[str, optuna.trial.Trial] = {}  # of which the study awaits the end
         self.others: set[str] = set()  # experiments of HEAD outside the space
         samplers = optuna.samplers
@@ -279,11 +295,13 @@ class Search:
         """Keep as many trials running as there is room for, until there are enough."""
         workers.fetch()
         self.note_known()
-        began, ended, told, room = time.monotonic(), 0, 0, -1
+        self.began, room, told = True, -1, 0
+        print(f"{self.trials} trials; done already: {len(self.known)}", flush=True)
         while True:
-            if (now := min(workers.room(), self.jobs or sys.maxsize)) != room:
+            if (now := self.jobs or workers.room()) != room:
                 room = now
-                print(f"{self.trials} trials, {room} at once; done already: {len(self.known)}", flush=True)
+                waits = "" if room else f": no node has {self.threads} CPUs and {self.gpus:g} GPUs for one"
+                print(f"{room} trials at once{waits}", flush=True)
             while len(self.running) < room and self.left() > len(self.running):
                 if (name := self.propose()) is None:
                     self.trials = len(self.known | self.failed) + len(self.running)
@@ -292,20 +310,25 @@ class Search:
                 changes = self.fixed | self.params[name]
                 settings = {path: as_yaml(value) for path, value in changes.items()}
                 self.running[workers.submit(name, settings)] = name
-            if ended > told:
-                print(self.progress((time.monotonic() - began) / ended), flush=True)
-                told = ended
+                self.starts[name] = time.monotonic()
+            if len(self.seconds) > told:
+                print(self.progress(room), flush=True)
+                told = len(self.seconds)
             if not self.running:
                 if room or not self.left():
                     return
                 time.sleep(LOOK)  # until a node has room
                 continue
             if done := wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED).done:
-                workers.fetch()
+                try:
+                    workers.fetch()
+                except StageError as error:
+                    print(f"{error}; the search tries again", flush=True)
+                    continue
                 self.note_known()
                 for future in done:
+                    self.seconds.append(time.monotonic() - self.starts[self.running[future]])
                     self.finish(future)
-                    ended += 1
 
     def left(self) -> int:
         """How many trials have not ended."""
@@ -317,25 +340,24 @@ class Search:
         if name in self.known:
             said = f"{self.metric} {self.known[name]:.4f}"
         else:
-            lost = future.exception()  # of a node
-            said = str(lost).splitlines()[0] if lost else future.result()
-            self.failed[name] = said or f"{self.metric} is no number"
+            self.failed[name] = fault_of(future) or f"{self.metric} is no number"
             said = f"failed: {self.failed[name]}"
             if name in self.asked:
                 self.drop(self.asked.pop(name))
         print(f"{name}  {', '.join(f'{path}={short(value)}' for path, value in self.params[name].items())}")
         print(f"  {said}")
 
-    def progress(self, seconds: float) -> str:
+    def progress(self, room: int) -> str:
         """One line: how many are done, running and failed, the best, and how long the rest will take."""
         counts = f"{len(self.known)} of {self.trials} done"
         counts += f", {len(self.running)} running, {len(self.failed)} failed"
         best = f"best {self.known[self.ranked()[0]]:.4f}" if self.known else "none yet"
-        return f"  {counts}; {best}; {seconds * self.left() / 60:.0f} minutes left"
+        minutes = statistics.fmean(self.seconds) * math.ceil(self.left() / max(1, room)) / 60
+        return f"  {counts}; {best}; {minutes:.0f} minutes left"
 
     def ranked(self) -> list[str]:
         """The trials that are done, the best first."""
-        return sorted(self.known, key=self.known.__getitem__, reverse=not self.minimizes)
+        return sorted(sorted(self.known), key=self.known.__getitem__, reverse=not self.minimizes)
 
     def report(self) -> None:
         """Print the table and the command for the best, and draw the metric against each param."""
@@ -351,6 +373,15 @@ class Search:
             print(f"\ntake the best    {pull}dvc exp apply {best}, then make repro")
             draw(self.study, [*self.varied], self.metric)
             print(f"the picture      {PICTURE}")
+
+
+def fault_of(future: Future) -> str:
+    """The line that says why a trial failed; empty if it did not."""
+    lost = future.exception()  # its node, for example
+    if lost is None:
+        return future.result()
+    cause = getattr(lost, "cause", None) or lost  # of an error on a node, whose own text is a traceback
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def check(params: dict[str, object]) -> None:

@@ -135,6 +135,8 @@ def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> 
     settings = {name: value for name, value in os.environ.items() if name not in OTHERS}
     # The first: DVC's files about a project, which would otherwise stay in /var/tmp when the clone is gone.
     settings |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "GIT_TERMINAL_PROMPT": "0", **more}
+    # A transfer that stands still for a minute has failed.
+    settings |= {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "60"}
     path = settings.get("PATH", os.defpath)
     settings["PATH"] = f"{Path(sys.executable).parent}:{path}"  # stages call python
     done = subprocess.run(

@@ -3,6 +3,9 @@
 import io
 import logging
 import math
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +24,7 @@ sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
 from lib.reporting.provenance import git
 from lib.stage.errors import StageError
 from tracking.store import CONNECT, StoreError, connect
-from trial import steadily
+from trial import run, steadily
 
 CODE = ("tools/trial.py", "stages/lib")
 RETRIES = 3  # of a trial whose node was lost
@@ -77,14 +80,15 @@ def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Ite
 
     Raises StageError if the cluster cannot be used, or `origin` lacks the commit.
     """
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else without end
     import ray
 
-    repository = git("remote", "get-url", "origin").decode().strip()
+    repository = address_of_origin()
     if not git("branch", "--remotes", "--list", "origin/*", "--contains", commit):
         raise StageError(
             f"{commit[:10]}: not in origin, from which the nodes clone; `git push` brings it there"
         )
-    # Sent with each trial, so that a node needs the environment alone.
+    # Sent with each trial, so that a node needs only the project's environment.
     code = git("archive", commit, *CODE)
 
     def attempt(name: str, settings: dict[str, str]) -> str:
@@ -99,35 +103,47 @@ def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Ite
 
     def room() -> int:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        enough = 1e-9  # 1 / 0.2 may be a little less than 5
         return sum(
-            int(min(one.get("CPU", 0) // cpus, one.get("GPU", 0) // gpus if gpus else math.inf))
+            int(min(one.get("CPU", 0) / cpus, one.get("GPU", 0) / gpus + enough if gpus else math.inf))
             for one in nodes
         )
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    expected = "expected a cluster's HOST:PORT, and its token in RAY_AUTH_TOKEN"
+    expected = "expected HOST:PORT of a cluster of which this machine is a node, and that has its token"
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=CONNECT).close()  # Ray takes minutes to say no
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise StageError(f"RAY_ADDRESS {address}: {said}; {expected}") from None
+        raise StageError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}; {expected}") from None
+    signal.signal(signal.SIGTERM, stop)  # which Ray has taken
     # Ray runs a trial again if its node or its process is lost.
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(attempt)
     names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"
+    # No pruning, whatever git's settings are: trials that ran here alone are kept.
+    fetch = ("git", "fetch", "--quiet", "--no-prune", "--no-tags", "origin", f"+{names}:{names}")
     try:
-        yield Workers(
-            lambda *trial: task.remote(*trial).future(),
-            room,
-            lambda: steadily(Path.cwd(), "git", "fetch", "--quiet", "origin", f"+{names}:{names}"),
-        )
+        yield Workers(lambda *trial: task.remote(*trial).future(), room, lambda: steadily(Path.cwd(), *fetch))
     finally:
         ray.shutdown()  # ends the trials, too
+        run(Path.cwd(), *fetch, check=False)  # what has ended since the search looked
+
+
+def address_of_origin() -> str:
+    """What nodes clone. Raises StageError if it is no address for them, or would show them a password."""
+    found = git("config", "--default", "", "--get", "remote.origin.url").decode().strip()
+    if not found:
+        raise StageError("git has no remote origin, expected the repository that nodes clone")
+    if re.match(r"https?://[^/]*@", found):
+        what = "has a user or a password, expected none, since it is sent to all nodes"
+        raise StageError(f"the address of origin {what}; a node's git takes them from a credential helper")
+    return str(Path(found).resolve()) if Path(found).exists() else found
 
 
 def command(script: Path, repository: str, commit: str, name: str, stage: str, settings: dict) -> list[str]:
-    """That of a trial, which the kernel ends when the process that waits for it ends."""
+    """The command of a trial. The kernel ends it when the process that waits for it ends."""
     changes = [f"{path}={value}" for path, value in settings.items()]
     trial = [sys.executable, str(script), repository, commit, name, stage, *changes]
     return ["setpriv", "--pdeathsig", "KILL", *trial]
@@ -135,4 +151,4 @@ def command(script: Path, repository: str, commit: str, name: str, stage: str, s
 
 def fault(code: int, said: str) -> str:
     """The line that says why a trial failed; empty if it did not."""
-    return "" if code == 0 else said.strip().removeprefix("error: ") or "killed"
+    return "" if code == 0 else ("killed", *said.strip().splitlines())[-1].removeprefix("error: ")

@@ -100,12 +100,12 @@ def prepare_mlflow() -> None:
 
 
 def address(name: str) -> str | None:
-    """An address from the environment, or else from team.env. Raises StoreError if that has a password."""
+    """An address from the environment, or else from team.env. Raises StoreError if that may have a secret."""
     found = dotenv_values(TEAM).get(name) if TEAM.exists() else None
-    if found and "@" in found and not is_sqlite(found):
+    if found and not is_sqlite(found) and found != shown(found):
         raise StoreError(
-            f"{TEAM}: {name} has a user or a password, expected an address alone, since git keeps the file; "
-            "MLflow takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"{TEAM}: {name} has a user, a password or a query, expected an address alone, since git keeps "
+            "the file; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return os.environ.get(name) or found
 

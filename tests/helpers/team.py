@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nothing uses now, and neither those 10,000 above, which SeaweedFS takes."""
+    """Ports that nothing uses now, as those 10,000 above them, which SeaweedFS takes, too."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(20_000, 30_000)
@@ -176,15 +176,16 @@ def ray_node(folder: Path, *, is_head: bool = False, **more: str) -> Iterator[Ca
             def kill() -> None:
                 node = psutil.Process(started.pid)
                 for one in [node, *node.children(recursive=True)]:
-                    one.kill()
+                    with suppress(psutil.NoSuchProcess):  # it ended with another
+                        one.kill()
                 started.wait()
 
-            deadline = time.monotonic() + 120
-            while "Ray runtime started" not in (folder / "log").read_text():
-                assert started.poll() is None, (folder / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
             try:
+                deadline = time.monotonic() + 120
+                while "Ray runtime started" not in (folder / "log").read_text():
+                    assert started.poll() is None, (folder / "log").read_text()[-2000:]
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
                 yield kill
             finally:
                 if started.poll() is None:
