@@ -51,12 +51,12 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) mypy
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed and not team'
 
-test: .venv/browser check ## the same, then all other tests but those of searches
+test: .venv/browser check ## the same, then all other tests but those of test-team
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 	@echo 'tests of searches and of what a team shares were left out: make test-team'
 
 # One after the other: each keeps all cores at work.
-test-team: .venv/team-tests ## the tests of searches and of what a team shares, with servers on 127.0.0.1
+test-team: .venv/team .venv/servers ## the tests of searches and of what a team shares, with servers on 127.0.0.1
 	$(ACTIVATE) python -m pytest -m team
 
 # For maintainers, and in CI: users' trees may hold any params and results.
@@ -113,9 +113,12 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team.lock
 	touch .venv/team
 
-.venv/team-tests: requirements-team-tests.lock .venv/team
-	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team-tests.lock
-	touch .venv/team-tests
+# Apart, since only tests start a team's servers here; they also need Debian's postgresql and caddy, and skip
+# without them.
+.venv/servers: requirements-servers.lock deploy/requirements.lock .venv/ready
+	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock \
+	    -r requirements-servers.lock -r deploy/requirements.lock
+	touch .venv/servers
 
 # Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
 .venv/browser: requirements-browser.lock .venv/ready

@@ -80,7 +80,7 @@ def s3_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     command = [
         str(Path(sys.executable).parent / "weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-dir={folder}", *ports, "-filer", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=100",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=100", "-master.telemetry=false",
     ]  # fmt: skip
     with process(folder / "log", *command) as server:
         deadline = time.monotonic() + 60

@@ -1,0 +1,296 @@
+"""A team's server: Compose takes deploy/, and its commands, run here, keep and protect the runs."""
+
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from deployment import CADDY, COMPOSE, Deployment, needs_proxy, needs_servers, read_compose, read_settings
+from pipeline import dvc, environment, set_params, tool, tracked_runs, try_tool, two_stages
+from project import ROOT, git
+from tracking.runs import ready_models
+
+pytestmark = [
+    pytest.mark.team,
+    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+]
+
+PAGE = (ROOT / "docs/server.md").read_text()
+PASSWORDS = {"ana": "ana's long password", "ben": "ben's long password"}
+STAGE, METRICS = "train_toy_cnn", "metrics/train_toy_cnn.json"
+
+
+def command(start: str) -> str:
+    """The command of docs/server.md that starts so."""
+    [found] = [line[2:] for line in PAGE.splitlines() if line.startswith(f"$ {start}")]
+    return found
+
+
+def make_settings(folder: Path) -> subprocess.CompletedProcess:
+    """Run the page's command that writes .env."""
+
+    return subprocess.run(
+        ["bash", "-c", command("(umask")], cwd=folder, check=False, text=True, capture_output=True
+    )
+
+
+def test_compose_takes_the_file():
+    subprocess.run(["check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE], check=True,
+                   env=environment())  # fmt: skip
+
+
+def test_the_page_makes_all_settings_and_git_none_of_them(tmp_path):
+    done = make_settings(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    file = tmp_path / ".env"
+    settings = read_settings(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert set(settings) == set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
+    secrets = [value for name, value in settings.items() if name not in ("SERVER_NAME", "TLS")]
+    assert len(set(secrets)) == 4
+    assert all(re.fullmatch("[0-9a-f]{48}", one) for one in secrets)
+    # A second time would lose the password of the database that there is.
+    assert make_settings(tmp_path).returncode != 0
+    assert read_settings(file) == settings
+    assert git(ROOT, "check-ignore", "deploy/.env") == "deploy/.env\n"
+
+
+def test_only_the_proxy_can_be_reached_and_every_image_is_pinned(tmp_path):
+    make_settings(tmp_path)
+    compose = read_compose(read_settings(tmp_path / ".env"))
+    services = compose["services"]
+    assert [name for name, one in services.items() if "ports" in one] == ["proxy"]
+    assert compose["networks"]["inside"] == {"internal": True}
+    assert {name for name, one in services.items() if one["networks"] == ["inside"]} == {
+        "postgres",
+        "storage",
+    }
+    images = [one["image"] for one in services.values() if "image" in one]
+    images += re.findall("^FROM (.*)$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    assert len(images) == 4
+    assert all(re.fullmatch(r"[\w/-]+:\d+\.\d+[\w.-]*", image) for image in images)
+
+
+def test_the_image_is_made_of_files_that_exist_and_runs_as_no_root():
+    text = (ROOT / "deploy/Dockerfile").read_text()
+    copied = re.findall(r"^COPY (\S+) \S+$", text, re.MULTILINE)
+    let_through = re.findall("^!(.*)$", (ROOT / "deploy/Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert sorted(copied) == sorted(let_through)
+    assert all((ROOT / path).is_file() for path in copied)
+    assert re.findall("^USER (.*)$", text, re.MULTILINE) == ["mlflow"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Deployment]:
+    """All servers, with the members ana and ben."""
+    # Not in pytest's folders, which PostgreSQL's user may not enter.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        make_settings(folder)
+        deployment = Deployment(folder, read_settings(folder / ".env"))
+        deployment.start()
+        try:
+            for member in PASSWORDS:
+                add_member(deployment, member)
+            yield deployment
+        finally:
+            deployment.stop()
+
+
+def add_member(server: Deployment, name: str) -> None:
+    """Run the page's command that adds a member."""
+    changes = {
+        "--user admin": f"--user admin:{server.settings['MLFLOW_AUTH_ADMIN_PASSWORD']} --fail-with-body",
+        "--cacert root.crt": f"--cacert {server.certificate}" if CADDY else "",
+        "https://mlflow.example.com": server.address,
+    }
+    text = command("curl ")
+    for there, here in changes.items():
+        assert there in text
+        text = text.replace(there, here)
+    words = shlex.split(text)
+    body = words.index("--json") + 1
+    assert set(json.loads(words[body])) == {"username", "password"}
+    words[body] = json.dumps({"username": name, "password": PASSWORDS[name]})
+    done = subprocess.run(words, check=False, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def as_member(server: Deployment, name: str) -> dict[str, str]:
+    """The variables that the page tells members to set."""
+    values = {
+        "MLFLOW_TRACKING_URI": server.address,
+        "MLFLOW_TRACKING_USERNAME": name,
+        "MLFLOW_TRACKING_PASSWORD": PASSWORDS[name],
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": str(server.certificate),
+    }
+    assert set(values) == set(
+        re.findall(r"(MLFLOW_\w+)=", "".join(re.findall(r"^\$ export .*$", PAGE, re.M)))
+    )
+    return values if CADDY else {name: value for name, value in values.items() if "CERT" not in name}
+
+
+def runs_of(server: Deployment, name: str, monkeypatch) -> list:
+    """The runs that a member sees."""
+    for variable, value in as_member(server, name).items():
+        monkeypatch.setenv(variable, value)
+    return tracked_runs(Path(), store=server.address)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A project with one training, whose run is in a store of its own."""
+    return two_stages(tmp_path_factory.mktemp("a member") / "project")
+
+
+def ask(server: Deployment, path: str, who: tuple[str, str] | None, **more) -> requests.Response:
+    method = "POST" if "json" in more else "GET"
+    verify = str(server.certificate) if CADDY else True
+    return requests.request(method, server.address + path, auth=who, verify=verify, timeout=30, **more)
+
+
+DELETE = "/api/2.0/mlflow/runs/delete"
+SEARCH = "/api/2.0/mlflow/experiments/search"
+
+
+@needs_servers
+def test_who_has_no_password_gets_nothing(server):
+    query = {"max_results": 10}
+    assert ask(server, SEARCH, ("ana", PASSWORDS["ana"]), json=query).status_code == 200
+    for who in (None, ("ana", PASSWORDS["ben"]), ("admin", "password"), ("admin", "password1234")):
+        for path, more in (("/", {}), (SEARCH, {"json": query}), ("/api/2.0/mlflow-artifacts/artifacts", {})):
+            assert ask(server, path, who, **more).status_code == 401, (who, path)
+    new = {"username": "eve", "password": "eve's long password"}
+    assert ask(server, "/api/2.0/mlflow/users/create", ("ana", PASSWORDS["ana"]), json=new).status_code == 403
+    assert [name for (name,) in server.query("SELECT username FROM users ORDER BY 1")] == [
+        "admin",
+        "ana",
+        "ben",
+    ]
+    assert not [row for row in server.query("SELECT password_hash FROM users") if "long password" in row[0]]
+
+
+@needs_servers
+def test_pages_of_other_hosts_are_refused(server):
+    ana, query = ("ana", PASSWORDS["ana"]), {"max_results": 10}
+    direct = f"http://127.0.0.1:{server.mlflow_port}{SEARCH}"
+    for host, status in ((server.host, 200), ("attacker.example", 403), ("127.0.0.1", 403)):
+        done = requests.post(direct, auth=ana, json=query, headers={"Host": host}, timeout=30)
+        assert done.status_code == status, host
+    for origin, status in ((f"https://{server.host}", 200), ("https://attacker.example", 403)):
+        assert ask(server, SEARCH, ana, json=query, headers={"Origin": origin}).status_code == status, origin
+
+
+@needs_servers
+@needs_proxy
+def test_the_proxy_talks_tls_alone(server):
+    with pytest.raises(requests.exceptions.SSLError):
+        requests.get(server.address, timeout=30)  # an authority that this machine does not know
+    plain = requests.get(server.address.replace("https", "http"), timeout=30)
+    assert (plain.status_code, plain.text) == (400, "Client sent an HTTP request to an HTTPS server.\n")
+
+
+@needs_servers
+def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatch, tmp_path):
+    [own] = tracked_runs(project)
+    assert runs_of(server, "ana", monkeypatch) == []
+    ana, ben = as_member(server, "ana"), as_member(server, "ben")
+    # Ana trains.
+    printed = dvc(project, "repro", "--force", "--single-item", STAGE, **ana).stdout
+    assert f"MLflow: sent to {server.address}" in printed
+    [run] = runs_of(server, "ben", monkeypatch)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == own.data.metrics
+    assert run.data.params == own.data.params
+    assert run.data.tags["weights_sha256"] == own.data.tags["weights_sha256"]
+    assert server.query("SELECT run_uuid, status FROM runs") == [(run.info.run_id, "FINISHED")]
+    [model] = ready_models(MlflowClient(server.address), run)
+    folder = model.artifact_location.removeprefix("mlflow-artifacts:/")
+    assert {f"{folder}/MLmodel", f"{folder}/data/model.pt2"} <= set(server.objects())
+    # Ben has trained without the server, and brings what dvc.lock has of it.
+    set_params(project, {STAGE: {"seed": 5}})
+    dvc(project, "repro", STAGE)
+    [weights] = json.loads((project / METRICS).read_text())["weights_sha256"]
+    assert weights != run.data.tags["weights_sha256"]
+    assert "made" in tool(project, "sync", **ben)
+    brought, first = runs_of(server, "ana", monkeypatch)
+    assert first.info.run_id == run.info.run_id
+    assert brought.data.tags["weights_sha256"] == weights
+    assert brought.data.params[f"{STAGE}.seed"] == "5"
+    assert brought.data.metrics == tracked_runs(project)[0].data.metrics
+    # A second time, with the page's file instead of the variables, there is nothing to bring.
+    (tmp_path / ".mlflow").mkdir()
+    [user, secret] = re.findall(r"`(mlflow_tracking_\w+ = )[\w…]+`", PAGE)
+    (tmp_path / ".mlflow/credentials").write_text(f"[mlflow]\n{user}ben\n{secret}{PASSWORDS['ben']}\n")
+    address = {name: value for name, value in ben.items() if not name.endswith(("USERNAME", "PASSWORD"))}
+    assert tool(project, "sync", HOME=str(tmp_path), **address).count("up to date") == 1
+    # He adds to Ana's experiment, but does not delete in it.
+    for who, status in (("ben", 403), ("ana", 200)):
+        done = ask(server, DELETE, (who, PASSWORDS[who]), json={"run_id": brought.info.run_id})
+        assert done.status_code == status
+    assert [one.info.run_id for one in runs_of(server, "ben", monkeypatch)] == [run.info.run_id]
+    # All of it is there after a restart.
+    before = server.objects()
+    server.stop()
+    server.start()
+    [again] = runs_of(server, "ben", monkeypatch)
+    assert again.to_dictionary() == run.to_dictionary()
+    assert server.objects() == before
+
+
+@needs_servers
+def test_a_backup_brings_the_runs_to_another_machine(server, project, monkeypatch, tmp_path):
+    before, objects = runs_of(server, "ana", monkeypatch), server.objects()
+    assert before
+    assert objects
+    server.run(in_container("exec -T postgres", "pg_dump"), tmp_path)
+    server.stop()
+    server.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "cz"), tmp_path)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        other = Deployment(folder, server.settings)
+        try:
+            other.start("postgres")
+            other.run(in_container("exec -T postgres", "pg_restore"), tmp_path)
+            other.run(in_container("run --rm --no-deps mlflow", "mlflow db upgrade"), tmp_path)
+            other.stop()
+            other.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "xz"), tmp_path)
+            other.start()
+            found = runs_of(other, "ana", monkeypatch)
+            assert [run.to_dictionary() for run in found] == [run.to_dictionary() for run in before]
+            assert other.objects() == objects
+        finally:
+            other.stop()
+    server.start()
+
+
+def in_container(prefix: str, start: str) -> str:
+    """The command that the page runs in a container and that starts so."""
+    [found] = [line for line in PAGE.splitlines() if line.startswith(f"$ docker compose {prefix} {start}")]
+    words = found.removeprefix(f"$ docker compose {prefix} ")
+    return f"tar {words}" if "entrypoint tar" in prefix else words
+
+
+@needs_servers
+@pytest.mark.parametrize("user", ["ana", "nobody"])
+def test_a_wrong_password_is_one_line_without_it(server, project, user):
+    password = "some other password"
+    wrong = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    done = try_tool(project, "sync", **as_member(server, "ana") | wrong)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: MLflow store {server.address}: ")
+    assert "401" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert password not in done.stdout + done.stderr
+    trained = dvc(project, "repro", "--force", "--single-item", STAGE, **as_member(server, "ana") | wrong)
+    assert "`make sync` sends the rest" in trained.stdout
+    assert password not in trained.stdout
