@@ -55,9 +55,8 @@ test: .venv/browser check ## the same, then all other tests but those of test-te
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 	@echo 'tests of searches and of what a team shares were left out: make test-team'
 
-# One after the other: each keeps all cores at work.
 test-team: .venv/team .venv/servers ## the tests of searches and of what a team shares, with servers on 127.0.0.1
-	$(ACTIVATE) python -m pytest -m team
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m team
 
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages

@@ -108,7 +108,7 @@ def server() -> Iterator[Deployment]:
 def add_member(server: Deployment, name: str) -> None:
     """Run the page's command that adds a member."""
     changes = {
-        "--user admin": f"--user admin:{server.settings['MLFLOW_AUTH_ADMIN_PASSWORD']} --fail-with-body",
+        "--user admin": f"--user admin:{server.settings['MLFLOW_AUTH_ADMIN_PASSWORD']}",
         "--cacert root.crt": f"--cacert {server.certificate}" if CADDY else "",
         "https://mlflow.example.com": server.address,
     }
@@ -253,24 +253,31 @@ def test_a_backup_brings_the_runs_to_another_machine(server, project, monkeypatc
     assert objects
     server.run(in_container("exec -T postgres", "pg_dump"), tmp_path)
     server.stop()
-    server.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "cz"), tmp_path)
+    try:
+        server.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "cz"), tmp_path)
+        found, restored = restore(server.settings, tmp_path, monkeypatch)
+    finally:
+        server.start()
+    assert [run.to_dictionary() for run in found] == [run.to_dictionary() for run in before]
+    assert restored == objects
+
+
+def restore(settings: dict[str, str], backup: Path, monkeypatch) -> tuple[list, dict]:
+    """Runs and objects on another machine that is made from a backup."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o711)
-        other = Deployment(folder, server.settings)
+        other = Deployment(folder, settings)
         try:
             other.start("postgres")
-            other.run(in_container("exec -T postgres", "pg_restore"), tmp_path)
-            other.run(in_container("run --rm --no-deps mlflow", "mlflow db upgrade"), tmp_path)
+            other.run(in_container("exec -T postgres", "pg_restore"), backup)
+            other.run(in_container("run --rm --no-deps mlflow", "mlflow db upgrade"), backup)
             other.stop()
-            other.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "xz"), tmp_path)
+            other.run(in_container("run --rm --no-deps -T --entrypoint tar storage", "xz"), backup)
             other.start()
-            found = runs_of(other, "ana", monkeypatch)
-            assert [run.to_dictionary() for run in found] == [run.to_dictionary() for run in before]
-            assert other.objects() == objects
+            return runs_of(other, "ana", monkeypatch), other.objects()
         finally:
             other.stop()
-    server.start()
 
 
 def in_container(prefix: str, start: str) -> str:

@@ -7,8 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import yaml
 
 from pipeline import environment
 from project import ROOT
-from team import free_ports, process
+from team import SECONDS, free_ports, process, wait_for
 
 COMPOSE = ROOT / "deploy/compose.yaml"
-POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+POSTGRES = max(
+    Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: float(path.parent.name)
+)
 CADDY = shutil.which("caddy")
 MISSING = (
     "needs PostgreSQL: apt-get install postgresql" if not POSTGRES
@@ -29,7 +30,6 @@ MISSING = (
 )  # fmt: skip
 needs_servers = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 needs_proxy = pytest.mark.skipif(not CADDY, reason="needs Caddy: apt-get install caddy")
-SECONDS = 120  # in which each server must be healthy
 
 
 def read_settings(file: Path) -> dict[str, str]:
@@ -69,20 +69,22 @@ class Deployment:
             "/etc/caddy/": f"{folder}/",
         }
         (folder / "storage").mkdir()
-        self._running = ExitStack()
+        self._running, self.is_stopped = ExitStack(), True
 
     def start(self, *names: str) -> None:
         """Start some services, or all, in their order, each when the one before it is healthy."""
         ways = {"postgres": self._postgres, "storage": self._storage, "mlflow": self._mlflow}
         ways |= {"proxy": self._proxy} if CADDY else {}
+        assert self.is_stopped
         with ExitStack() as starting:
             for name in names or ways:
                 self._wait(name, starting.enter_context(ways[name]()))
-            self._running = starting.pop_all()
+            self._running, self.is_stopped = starting.pop_all(), False
 
     def stop(self) -> None:
         """Stop all services, the last one first."""
         self._running.close()
+        self.is_stopped = True
 
     def query(self, sql: str) -> list[tuple]:
         """What the database of the runs answers."""
@@ -202,12 +204,3 @@ class Deployment:
             ).returncode  # fmt: skip
 
         wait_for(is_healthy, server, self.folder / f"{service}.log")
-
-
-def wait_for(is_there: Callable[[], bool], server: subprocess.Popen, log: Path) -> None:
-    """Wait until something is so; an error if the server ends, or it takes too long."""
-    deadline = time.monotonic() + SECONDS
-    while not is_there():
-        gave_up = server.poll() is not None or time.monotonic() > deadline
-        assert not gave_up, log.read_text()[-3000:]
-        time.sleep(0.2)

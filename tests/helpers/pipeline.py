@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from project import copy_of_project, git
 
+LIMIT = 900  # seconds; nothing here takes so long on a slow machine
 SMALL = yaml.safe_load((Path(__file__).parent / "params.yaml").read_text())
 
 
@@ -55,14 +56,20 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=project, check=check, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=environment(**more),
+        env=environment(**more), timeout=LIMIT,
     )  # fmt: skip
 
 
 def try_tool(project: Path, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, f"tools/{name}.py", *arguments]
     return subprocess.run(
-        command, cwd=project, text=True, capture_output=True, env=environment(**more), check=False
+        command,
+        cwd=project,
+        text=True,
+        capture_output=True,
+        env=environment(**more),
+        check=False,
+        timeout=LIMIT,
     )
 
 

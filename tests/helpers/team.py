@@ -26,6 +26,7 @@ READER = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "only-for-tests-of-this-machine"}
 HEAD = "127.0.0.1:6379"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # from Linux's headers
+SECONDS = 120  # in which each server must be there
 T = TypeVar("T")
 
 
@@ -33,7 +34,7 @@ def free_ports(count: int) -> list[int]:
     """Ports that nothing uses now, as those 10,000 above them, which SeaweedFS takes, too."""
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 30_000)
+        port = random.randrange(10_000, 22_000)  # below those that the kernel gives out, also 10,000 above
         if port not in found and all(is_free(one) for one in (port, port + 10_000)):
             found.append(port)
     return found
@@ -55,9 +56,18 @@ def process(log: Path, *command: str, **more: str) -> Iterator[subprocess.Popen]
         try:
             yield started
         finally:
-            if started.poll() is None:
+            with suppress(ProcessLookupError):  # children may have outlived it
                 os.killpg(started.pid, signal.SIGKILL)
             started.wait()
+
+
+def wait_for(is_there: Callable[[], bool], server: subprocess.Popen, log: Path) -> None:
+    """Wait until something is so; an error if the server ends, or it takes too long."""
+    deadline = time.monotonic() + SECONDS
+    while not is_there():
+        gave_up = server.poll() is not None or time.monotonic() > deadline
+        assert not gave_up, log.read_text()[-3000:]
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -76,18 +86,15 @@ def s3_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     names = ("master", "volume", "filer")
-    ports = [f"-{name}.port={one}" for name, one in zip(names, free_ports(3), strict=True)]
+    others = [one for one in free_ports(4) if one != port][:3]
+    ports = [f"-{name}.port={one}" for name, one in zip(names, others, strict=True)]
     command = [
         str(Path(sys.executable).parent / "weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-dir={folder}", *ports, "-filer", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=100", "-master.telemetry=false",
     ]  # fmt: skip
     with process(folder / "log", *command) as server:
-        deadline = time.monotonic() + 60
-        while is_free(port):
-            assert server.poll() is None, (folder / "log").read_text()[-2000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: not is_free(port), server, folder / "log")
         yield server
 
 
@@ -181,11 +188,8 @@ def ray_node(folder: Path, *, is_head: bool = False, **more: str) -> Iterator[Ca
                 started.wait()
 
             try:
-                deadline = time.monotonic() + 120
-                while "Ray runtime started" not in (folder / "log").read_text():
-                    assert started.poll() is None, (folder / "log").read_text()[-2000:]
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
+                log = folder / "log"
+                wait_for(lambda: "Ray runtime started" in log.read_text(), started, log)
                 yield kill
             finally:
                 if started.poll() is None:
