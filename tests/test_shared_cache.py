@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # boto warns about itself
 ]
 
+EVALUATE = "evaluate_cnn@original"
 WRONG = {"AWS_ACCESS_KEY_ID": "admin", "AWS_SECRET_ACCESS_KEY": "wrong-secret"}
 
 
@@ -28,7 +29,7 @@ def finished(tmp_path_factory) -> Path:
     project = copy_of_project(tmp_path_factory.mktemp("team") / "first")
     set_params(project, SMALL)
     (project / "dvc.lock").unlink()
-    dvc(project, "repro", "evaluate_cnn@original")
+    dvc(project, "repro", EVALUATE)
     git(project, "add", "--all")
     git(project, "commit", "--quiet", "--message", "results")
     return project
@@ -53,24 +54,31 @@ def bucket(project, port, request) -> str:
 
 
 def test_what_one_machine_trained_another_evaluates(project, port, bucket, tmp_path):
-    dvc(project, "push", "--run-cache", **ADMIN)
+    dvc(project, "push", **ADMIN)
     second = tmp_path / "second"
     git(tmp_path, "clone", "--quiet", str(project), str(second))
     share(second, port, bucket)
-    dvc(second, "pull", "--run-cache", "--allow-missing", **READER)  # of the stages that never ran
-    assert ran(dvc(second, "repro", "evaluate_cnn@original").stdout) == []
+    dvc(second, "pull", "--allow-missing", **READER)  # other stages never ran
+    assert ran(dvc(second, "repro", EVALUATE).stdout) == []
     assert outputs(second) == outputs(project)
     assert tool(second, "sync").count(": made, params, curve, model") == 1
     [here], [there] = tracked_runs(project), tracked_runs(second)
     assert there.data.tags["weights_sha256"] == here.data.tags["weights_sha256"]
     assert there.data.metrics["test_accuracy"] == here.data.metrics["test_accuracy"]
+    # What the second evaluates and trains, the first need not.
     set_params(second, {"evaluate_cnn": {"mistakes": 3}})
-    assert ran(dvc(second, "repro", "evaluate_cnn@original").stdout) == ["evaluate_cnn@original"]
-    # What the second has run, the first need not.
-    dvc(second, "push", "--run-cache", **ADMIN)
-    dvc(project, "fetch", "--run-cache", **READER)
-    set_params(project, {"evaluate_cnn": {"mistakes": 3}})
-    assert ran(dvc(project, "repro", "--pull", "evaluate_cnn@original", **READER).stdout) == []
+    assert ran(dvc(second, "repro", EVALUATE).stdout) == [EVALUATE]
+    git(second, "commit", "--quiet", "--all", "--message", "fewer mistakes")
+    dvc(second, "exp", "run", "--name", "slower", "-S", "train_cnn.learning_rate=1e-5", EVALUATE)
+    dvc(second, "push", **ADMIN)
+    dvc(second, "exp", "push", "origin", "slower", **ADMIN)
+    git(project, "pull", "--quiet", str(second))
+    dvc(project, "pull", "--allow-missing", **READER)
+    assert ran(dvc(project, "repro", EVALUATE).stdout) == []
+    dvc(project, "exp", "pull", str(second), "slower", **READER)
+    dvc(project, "exp", "apply", "slower", check=False)  # as above, some stages never ran
+    assert ran(dvc(project, "repro", EVALUATE).stdout) == []
+    assert outputs(project) == outputs(second)
 
 
 @pytest.mark.parametrize(
