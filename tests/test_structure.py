@@ -130,7 +130,8 @@ def test_what_a_page_names_exists(page):
     for path in re.findall(r"`((?:stages|tracking|tools|tests|benchmarks|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
     for anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
-        headings = re.findall(r"^#+ (.+)$", (page.parent / anchor[0]).read_text(), re.MULTILINE)
+        named = page.parent / anchor[0] if anchor[0] else page
+        headings = re.findall(r"^#+ (.+)$", named.read_text(), re.MULTILINE)
         assert anchor[1] in [
             re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
         ]
