@@ -301,7 +301,7 @@ class Search:
             if (now := self.jobs or workers.room()) != room:
                 room = now
                 waits = "" if room else f": no node has {self.threads} CPUs and {self.gpus:g} GPUs for one"
-                print(f"{room} trials at once{waits}", flush=True)
+                print(f"trials at once: {room}{waits}", flush=True)
             while len(self.running) < room and self.left() > len(self.running):
                 if (name := self.propose()) is None:
                     self.trials = len(self.known | self.failed) + len(self.running)
