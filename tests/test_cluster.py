@@ -14,7 +14,7 @@ from pipeline import dvc, ran, tool, tracked_runs
 from project import git
 from searching import STAGE, WEIGHTS, rates, table_of, trained, trials_of
 from servers import free_port, mlflow_server
-from team import ADMIN, HEAD, TOKEN, free_ports, make_bucket, own_network, ray_node, s3_server
+from team import ADMIN, HEAD, TOKEN, free_ports, make_bucket, own_network, ray_node, s3_server, wait_for
 
 pytestmark = [
     pytest.mark.team,
@@ -82,14 +82,6 @@ def team(project, tmp_path) -> Iterator[Team]:
         yield Team(tmp_path, stack)
 
 
-def wait_for(condition, started: Started, seconds: int = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert not started.ended(), started.printed()
-        assert time.monotonic() < deadline, started.printed()
-        time.sleep(0.1)
-
-
 def stages_of(node: Path) -> list:
     """The stages at work in a node's clones."""
     return [one for clone in node.glob("clones/*/*") if clone.is_dir() for one in stage_processes(clone)]
@@ -99,7 +91,7 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     kill_node = team.add_node("second"), team.add_node("third")
     with mlflow_server(tmp_path, team.mlflow_port):
         search = team.search(0, *RATES, "train_cnn.learning_rate=-1,1e-5,1e-4,0.002")
-        wait_for(lambda: stages_of(tmp_path / "third"), search)
+        wait_for(lambda: stages_of(tmp_path / "third"), search.process, search.log)
         kill_node[1]()
         os.killpg(team.s3.pid, signal.SIGKILL)
     (tmp_path / "origin.git").rename(tmp_path / "away")
@@ -134,12 +126,16 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_w
     git(team.project, "update-ref", reference, team.commit)
     git(team.project, "config", "fetch.prune", "true")  # may not take what origin lacks
     stopped = team.search(0, *values)
-    wait_for(lambda: stages_of(tmp_path / "head") + stages_of(tmp_path / "second"), stopped)
-    at_work = stages_of(tmp_path / "head") + stages_of(tmp_path / "second")
+
+    def at_work() -> list:
+        return stages_of(tmp_path / "head") + stages_of(tmp_path / "second")
+
+    wait_for(at_work, stopped.process, stopped.log)
+    stages = at_work()
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.process.wait(timeout=100) == 130, stopped.printed()
     assert stopped.printed().endswith("stopped on request\n")
-    assert wait_until_gone(at_work, timeout=30)
+    assert wait_until_gone(stages, timeout=30)
     both = [team.search(number, *values) for number in (1, 2)]
     assert [one.process.wait(timeout=300) for one in both] == [0, 0], both[0].printed() + both[1].printed()
     assert git(team.project, "rev-parse", reference).strip() == team.commit

@@ -16,7 +16,8 @@ import yaml
 
 from pipeline import environment
 from project import ROOT
-from team import SECONDS, free_ports, process, wait_for
+from servers import process
+from team import SECONDS, free_ports, wait_for
 
 COMPOSE = ROOT / "deploy/compose.yaml"
 POSTGRES = max(

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
@@ -36,6 +37,21 @@ def wait_until_up(address: str) -> None:
 
 
 @contextmanager
+def process(log: Path, *command: str, **more: str) -> Iterator[subprocess.Popen]:
+    """A server and its children, killed at the end."""
+    with log.open("a") as file:
+        started = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=environment(**more)
+        )
+        try:
+            yield started
+        finally:
+            with suppress(ProcessLookupError):  # children may have outlived it
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+
+
+@contextmanager
 def mlflow_server(folder: Path, port: int):
     """An MLflow server on this machine, with its store in `folder`."""
     command = [
@@ -43,15 +59,10 @@ def mlflow_server(folder: Path, port: int):
         "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db",
         "--artifacts-destination", f"{folder}/artifacts",
     ]  # fmt: skip
-    with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
-        try:
-            wait_until_up(f"http://127.0.0.1:{port}/health")
-            MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
-            yield
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    with process(folder / "server.log", *command):
+        wait_until_up(f"http://127.0.0.1:{port}/health")
+        MlflowClient(f"http://127.0.0.1:{port}").search_experiments()  # the first answer takes longer
+        yield
 
 
 def lose_server(project: Path, epoch: int) -> str:

@@ -3,9 +3,7 @@
 import ctypes
 import fcntl
 import json
-import os
 import random
-import signal
 import socket
 import struct
 import subprocess
@@ -19,14 +17,15 @@ from typing import TypeVar
 
 import psutil
 
-from pipeline import dvc, environment
+from pipeline import dvc
+from servers import process
 
 ADMIN = {"AWS_ACCESS_KEY_ID": "admin", "AWS_SECRET_ACCESS_KEY": "admin-secret"}
 READER = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret"}
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "only-for-tests-of-this-machine"}
 HEAD = "127.0.0.1:6379"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # from Linux's headers
-SECONDS = 120  # in which each server must be there
+SECONDS = 120  # in which what is waited for must be there
 T = TypeVar("T")
 
 
@@ -46,23 +45,8 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@contextmanager
-def process(log: Path, *command: str, **more: str) -> Iterator[subprocess.Popen]:
-    """A server and its children, killed at the end."""
-    with log.open("a") as file:
-        started = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, env=environment(**more)
-        )
-        try:
-            yield started
-        finally:
-            with suppress(ProcessLookupError):  # children may have outlived it
-                os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
-
-
 def wait_for(is_there: Callable[[], bool], server: subprocess.Popen, log: Path) -> None:
-    """Wait until something is so; an error if the server ends, or it takes too long."""
+    """Wait until something is so; an error if what writes the log ends, or it takes too long."""
     deadline = time.monotonic() + SECONDS
     while not is_there():
         gave_up = server.poll() is not None or time.monotonic() > deadline
