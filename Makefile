@@ -10,7 +10,13 @@ export PYTHON
 # since the shell, not make, puts it in.
 ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv"
 
-PIP_FLAGS := --quiet --disable-pip-version-check
+# Installs into .venv. uv takes seconds where pip takes minutes; the user's own is used, or one in .venv. Where
+# it cannot be had, or fails (it does not read pip's settings, which may name a mirror), pip does the same.
+PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
+INSTALL := @export $(ACTIVATE); install() { \
+	    { command -v uv && uv pip install --quiet "$$@"; } >/dev/null || $(PIP_INSTALL) "$$@" || { \
+	        echo "error: cannot install $$*: expected a network that reaches a package index, or a mirror" \
+	            "in UV_DEFAULT_INDEX or pip's settings; then run make again" >&2; exit 1; }; }; install
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18
@@ -72,7 +78,7 @@ soak: .venv/ready ## kill, spoil and repeat for half an hour or more, and print 
 # beside the locked packages changes none of them. MUTANTS="'lib.toy*'" takes those of one module, and
 # `mutmut show NAME` prints one.
 mutate: .venv/ready ## put small faults into stages/lib and list those that no fast test notices (an hour)
-	$(ACTIVATE) python -m pip install $(PIP_FLAGS) --constraint requirements.lock mutmut==3.8.1
+	$(INSTALL) --constraint requirements.lock mutmut==3.8.1
 	mkdir -p mutants && ln -sfn src mutants/stages && ln -sfn stages src
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
@@ -103,23 +109,25 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	    % (os.environ["PYTHON"], sys.version.split()[0]))'
 	rm -rf .venv
 	"$$PYTHON" -m venv .venv
-	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements.lock
-	.venv/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements-imgaug.lock
-	touch .venv/ready
+	@command -v uv >/dev/null || $(ACTIVATE) $(PIP_INSTALL) uv==0.13.9 || \
+	    echo 'uv cannot be installed: the set-up takes minutes instead of seconds'
+	@echo 'installing the packages of requirements.lock into .venv'
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-deps -r requirements-imgaug.lock
+	@touch .venv/ready
 
 # Apart, since a training alone needs nothing of it.
 .venv/team: requirements-team.lock .venv/ready
-	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock -r requirements-team.lock
-	touch .venv/team
+	$(INSTALL) --constraint requirements.lock -r requirements-team.lock
+	@touch .venv/team
 
 # Apart, since only tests start a team's servers here; they also need Debian's postgresql and caddy, and skip
 # without them.
 .venv/servers: requirements-servers.lock deploy/requirements.lock .venv/ready
-	.venv/bin/python -m pip install $(PIP_FLAGS) --constraint requirements.lock \
-	    -r requirements-servers.lock -r deploy/requirements.lock
-	touch .venv/servers
+	$(INSTALL) --constraint requirements.lock -r requirements-servers.lock -r deploy/requirements.lock
+	@touch .venv/servers
 
 # Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
 .venv/browser: requirements-browser.lock .venv/ready
-	.venv/bin/python -m pip install $(PIP_FLAGS) -r requirements-browser.lock
-	touch .venv/browser
+	$(INSTALL) -r requirements-browser.lock
+	@touch .venv/browser
