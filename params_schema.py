@@ -40,13 +40,11 @@ def _views(value: int) -> int:
 
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Threads = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 # No Literal, which takes true for 1.
 Views = Annotated[int, AfterValidator(_views), Field(json_schema_extra={"enum": list(VIEWS)})]
 Device = Literal["auto", "cpu", "cuda"]
-Numerics = Literal["portable", "native"]
 
 
 class Section(BaseModel):
@@ -121,16 +119,12 @@ class TrainCnn(Section):
     easy: Annotated[float, Field(ge=0, le=1), AsWritten]
     views: Views
     device: Device
-    threads: Threads
-    numerics: Numerics
 
 
 class EvaluateCnn(Section):
     """What evaluate_cnn measures."""
 
     device: Device
-    threads: Threads
-    numerics: Numerics
     robustness_images: Annotated[int, Field(ge=1, le=10_000)]
     mistakes: Annotated[int, Field(ge=1, le=100)]
 

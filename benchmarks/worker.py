@@ -5,6 +5,7 @@ Two processes, since the project's side sets up OpenMP and malloc for all that r
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -74,9 +75,7 @@ class Project:
 
     def __init__(self):
         from lib.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
-        from lib.models.device import prepare_torch
 
-        self.device = prepare_torch("cpu", THREADS)
         self.images = read_idx(TRAIN_IMAGES, ROOT / RAW_DIR)
         self.labels = read_idx(TRAIN_LABELS, ROOT / RAW_DIR)
 
@@ -90,15 +89,13 @@ class Project:
 
     def toy(self, epochs):
         """`epochs` of the toy."""
-        import torch
-
+        from lib.models.device import prepare_torch
         from lib.stage.files import read_tensors
         from lib.toy import train_toy
 
+        prepare_torch("cpu", one_thread=True)
         toy = read_tensors(ROOT / "data/toy.safetensors")
-        torch.set_num_threads(1)
         losses = train_toy(toy["images"], toy["labels"], epochs=epochs, learning_rate=0.01, seed=0)[1]
-        torch.set_num_threads(THREADS)
         return losses[-1]
 
     def augment(self, count):
@@ -134,6 +131,7 @@ class Project:
 
         from lib.inference import to_device
         from lib.models.cnns import build_cnn, fresh
+        from lib.models.device import prepare_torch
         from lib.params import read_yaml
         from lib.training.batches import draw_epoch
         from lib.training.loop import TrainStep, train_epoch
@@ -141,8 +139,9 @@ class Project:
 
         # The lesson's, whatever the user's params.yaml holds.
         params = SimpleNamespace(**read_yaml(ROOT / "tests/helpers/params.yaml")["train_cnn"])
-        model = to_device(fresh(build_cnn, 0), self.device)
-        optimizer = build_optimizer(model, params, self.device)
+        device = prepare_torch("cpu")
+        model = to_device(fresh(build_cnn, 0), device)
+        optimizer = build_optimizer(model, params, device)
         step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long(), params)
         takes = draw_epoch(np.arange(pool.shape[1]), 1, params, 1)[:count]
         batches = torch.from_numpy(takes).split(32)
@@ -151,6 +150,7 @@ class Project:
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    os.environ["FASHION_CNN_THREADS"] = str(THREADS)
     side = {"lesson": Lesson, "project": Project}[sys.argv[1]]()
     print("ready", flush=True)
     for line in sys.stdin:

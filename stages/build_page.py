@@ -20,7 +20,7 @@ TENSORS = Path("data/toy.safetensors")
 def main() -> None:
     split = load_params("split").split
     outbox = Outbox()
-    prepare_torch("cpu", threads=1)
+    prepare_torch("cpu")
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
     _, val = split_indices(len(labels), split.val_size, split.train_size, split.seed)

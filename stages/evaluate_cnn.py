@@ -19,7 +19,7 @@ def main() -> None:
     training = named_cnn()
     params = load_params("evaluate_cnn").evaluate_cnn
     outbox = Outbox()
-    device = prepare_torch(params.device, params.threads, params.numerics)
+    device = prepare_torch(params.device)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     model = to_device(load_cnn(training.weights), device)
 

@@ -19,7 +19,7 @@ from lib.trainings import named_cnn
 def main() -> None:
     training = named_cnn()
     params = load_params("split", "train_cnn")
-    device = prepare_torch(params.train_cnn.device, params.train_cnn.threads, params.train_cnn.numerics)
+    device = prepare_torch(params.train_cnn.device)
     data = load_train_data(training.images, params.split.val_size, params.split.train_size, params.split.seed)
 
     # The params that made the copies, too, so that runs on other copies can be compared.

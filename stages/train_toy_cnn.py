@@ -17,7 +17,7 @@ TENSORS = Path("data/toy.safetensors")
 
 def main() -> None:
     params = load_params("train_toy_cnn")
-    prepare_torch("cpu", threads=1)  # for 4×4 images a second thread costs more than it computes
+    prepare_torch("cpu", one_thread=True)
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 

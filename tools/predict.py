@@ -40,7 +40,7 @@ def main() -> None:
     names = [path.name for path in arguments.pictures]
     if arguments.show and (twice := {name for name in names if names.count(name) > 1}):
         raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
-    prepare_torch("cpu", threads=2)
+    prepare_torch("cpu")
     classify = load_classifier(arguments.model) if arguments.model else load_default()
     answers = [answer(path, classify, arguments.show) for path in arguments.pictures]
     if arguments.json:

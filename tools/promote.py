@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 < arguments.level < 1:
         raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
-    prepare_torch("cpu", threads=2)
+    prepare_torch("cpu")
     if not re.fullmatch(RUN, arguments.model):
         load_cnn(Path(arguments.model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -41,7 +40,7 @@ from history import file_at
 from lib.params import PARAMS_PATH, Params, explain
 from lib.reporting.provenance import git
 from lib.stage.errors import StageError
-from lib.stage.process import run_stage
+from lib.stage.process import run_stage, usable_threads
 from lib.trainings import CNNS
 from tracking.runs import as_yaml, params_in
 from tracking.store import address
@@ -88,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="what is trained")
     parser.add_argument("--metric", default="val_accuracy", help="of the training; a loss is minimized")
     parser.add_argument("--jobs", type=positive, help="trials at once; default: what all cores can take")
+    parser.add_argument("--threads", type=positive, default=1, help="of each trial; default: 1")
     parser.add_argument(
         "--workers", choices=("local", "ray"), help="default: ray, if RAY_ADDRESS names a cluster"
     )
@@ -185,8 +185,7 @@ class Search:
                 for value in (values.low, values.high, *values_between(values)):
                     check(self.base | self.fixed | {name: value})
         self.value_of(self.commit)  # a wrong --metric is told before hours of training
-        self.threads = (self.base | self.fixed)["train_cnn.threads"]
-        self.jobs, self.gpus = arguments.jobs, arguments.gpus
+        self.jobs, self.threads, self.gpus = arguments.jobs, arguments.threads, arguments.gpus
         self.cluster = None if arguments.workers == "local" else address("RAY_ADDRESS")
         if arguments.workers == "ray" and not self.cluster:
             raise StageError("RAY_ADDRESS: not set, expected a cluster's address, as 10.0.0.1:6379")
@@ -221,8 +220,8 @@ class Search:
         """What runs the trials."""
         if self.cluster:
             return on_ray(self.commit, self.training.stage, self.cluster, self.threads, self.gpus)
-        jobs = self.jobs or max(1, len(os.sched_getaffinity(0)) // self.threads)
-        return here(self.commit, self.training.stage, jobs)
+        jobs = self.jobs or max(1, usable_threads() // self.threads)
+        return here(self.commit, self.training.stage, jobs, self.threads)
 
     def note_known(self) -> None:
         """Take up the trials of HEAD that lie in the space, also those of another search since."""

@@ -37,7 +37,7 @@ class Workers(NamedTuple):
 
 
 @contextmanager
-def here(commit: str, stage: str, jobs: int) -> Iterator[Workers]:
+def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
     """Run trials on this machine, `jobs` at once; those that still run at the end are stopped."""
     try:
         connect()
@@ -54,7 +54,7 @@ def here(commit: str, stage: str, jobs: int) -> Iterator[Workers]:
             # that Ctrl-C comes once, from here.
             process = subprocess.Popen(
                 command(ROOT / "tools/trial.py", str(ROOT), commit, name, stage, settings),
-                start_new_session=True, text=True,
+                start_new_session=True, text=True, env=environment(threads),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip
             processes.append(process)
@@ -73,7 +73,7 @@ def here(commit: str, stage: str, jobs: int) -> Iterator[Workers]:
 
 
 @contextmanager
-def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Iterator[Workers]:
+def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> Iterator[Workers]:
     """Run trials on a Ray cluster, each of whose nodes clones `origin`; those at work at the end are stopped.
 
     Raises StageError if the cluster cannot be used, or `origin` lacks the commit.
@@ -95,6 +95,7 @@ def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Ite
             done = subprocess.run(
                 command(Path(folder, CODE[0]), repository, commit, name, stage, settings),
                 check=False, text=True, stdin=subprocess.DEVNULL, capture_output=True,
+                env=environment(threads),
             )  # fmt: skip
         return fault(done.returncode, done.stderr)
 
@@ -102,7 +103,7 @@ def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Ite
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         enough = 1e-9  # 1 / 0.2 may be a little less than 5
         return sum(
-            int(min(one.get("CPU", 0) / cpus, one.get("GPU", 0) / gpus + enough if gpus else math.inf))
+            int(min(one.get("CPU", 0) / threads, one.get("GPU", 0) / gpus + enough if gpus else math.inf))
             for one in nodes
         )
 
@@ -117,7 +118,7 @@ def on_ray(commit: str, stage: str, address: str, cpus: int, gpus: float) -> Ite
         raise StageError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}; {expected}") from None
     signal.signal(signal.SIGTERM, stop)  # which Ray has taken
     # Ray runs a trial again if its node or its process is lost.
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(attempt)
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(attempt)
     names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"
     # No pruning, whatever git's settings are: trials that ran here alone are kept.
     fetch = ("git", "fetch", "--quiet", "--no-prune", "--no-tags", "origin", f"+{names}:{names}")
@@ -144,6 +145,11 @@ def command(script: Path, repository: str, commit: str, name: str, stage: str, s
     changes = [f"{path}={value}" for path, value in settings.items()]
     trial = [sys.executable, str(script), repository, commit, name, stage, *changes]
     return ["setpriv", "--pdeathsig", "KILL", *trial]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """This process's, for a trial of so many threads."""
+    return os.environ | {"FASHION_CNN_THREADS": str(threads)}
 
 
 def fault(code: int, said: str) -> str:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from lib.stage.process import die_with_parent
+from lib.stage.process import die_with_parent, usable_threads
 
 BLOCK = 1000  # images a task; each block has its own seed, so that the number of workers changes no byte
 
@@ -37,7 +37,7 @@ def augment(
     blocks = [images[start : start + BLOCK] for start in starts]
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     with (
-        ProcessPoolExecutor(workers or usable_cores(), context, initializer=_start_worker) as pool,
+        ProcessPoolExecutor(workers or usable_threads(), context, initializer=_start_worker) as pool,
         tqdm(total=copies * len(images), unit=" images", desc="augment", disable=None) as bar,
     ):
         for copy in range(copies):
@@ -46,11 +46,6 @@ def augment(
                 rows.append(augmented)
                 bar.update(len(augmented))
             yield np.concatenate(rows)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:

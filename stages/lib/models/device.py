@@ -6,23 +6,26 @@ import platform
 import sys
 
 from lib.stage.errors import StageError
+from lib.stage.process import usable_threads
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 KEEP_BYTES = 1 << 30
 
 
-# ATen, oneDNN (convolutions) and MKL (linear layers) each choose code by CPU, and so the last bits of
-# their sums. Held to AVX2, and MKL to the one mode that it promises to be equal on Intel's and other
-# makers' CPUs, they give the same bytes on every x86-64 CPU with AVX2. They read this when they first
-# compute; lib.stage.process removes what the user's environment says.
-PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+# ATen and MKL choose code by CPU, and so the last bits of their sums. Held to AVX2, and to the one mode that
+# MKL promises to be equal on Intel's and other makers' CPUs, they sum alike on every x86-64 CPU with AVX2;
+# what they and oneDNN sum otherwise, fixed_order.py replaces. Read when they first compute;
+# lib.stage.process removes what the user's environment says.
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
+MOST_THREADS = 16  # unless asked for: a batch of 32 images has little work for more
 
 
-def prepare_torch(device: str, threads: int, numerics: str = "portable"):
+def prepare_torch(device: str, one_thread: bool = False):
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
-    `numerics` is "portable", the same bytes on every CPU with AVX2, or "native", the fastest code for
-    this CPU. Call this before torch computes anything. Raises StageError if there is no "cuda".
+    On an x86-64 CPU with AVX2, results have the same bytes for any number of threads. `one_thread` is for
+    models so small that other threads, or kernels in Python, would cost more than the computation.
+    Call this before torch computes anything. Raises StageError if there is no "cuda".
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
     import torch
@@ -31,9 +34,8 @@ def prepare_torch(device: str, threads: int, numerics: str = "portable"):
         raise StageError("device is cuda, but torch finds no CUDA device here; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if numerics == "portable":
-        _hold_to_portable_code(device, torch)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if one_thread else usable_threads(MOST_THREADS))
+    _make_portable(device, one_thread, torch)
     # Warns on CUDA: torch knows its pooling gradient as not deterministic, which it is only for
     # windows that overlap.
     torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
@@ -48,15 +50,13 @@ def why_not_portable(device: str = "auto") -> str | None:
     import torch
 
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return "portable numerics hold on CPUs, and this is a GPU"
+        return "the order of sums is fixed on CPUs, and this is a GPU"
     if not torch.cpu._is_avx2_supported():
-        return (
-            f"portable numerics hold on x86-64 CPUs with AVX2, and this CPU ({platform.machine()}) has none"
-        )
+        return f"the order of sums is fixed with AVX2, and this CPU ({platform.machine()}) has none"
     return None
 
 
-def _hold_to_portable_code(device: str, torch) -> None:
+def _make_portable(device: str, one_thread: bool, torch) -> None:
     # ATen runs what it is told to, so a CPU without AVX2 would meet an illegal instruction.
     if reason := why_not_portable(device):
         print(f"the last digits of results differ from those of other machines: {reason}")
@@ -65,6 +65,12 @@ def _hold_to_portable_code(device: str, torch) -> None:
     used = torch.backends.cpu.get_cpu_capability()
     if used != PORTABLE["ATEN_CPU_CAPABILITY"].upper():
         raise RuntimeError(f"torch computed before prepare_torch: it uses {used}, expected AVX2")
+    if one_thread:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # no other than oneDNN's own order on one thread
+    else:
+        from lib.models.fixed_order import use_fixed_order
+
+        use_fixed_order()
 
 
 def _keep_freed_memory() -> None:

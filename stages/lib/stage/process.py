@@ -34,6 +34,21 @@ def start() -> None:
     gc.set_threshold(50_000)
 
 
+def usable_threads(most: int | None = None) -> int:
+    """As many as FASHION_CNN_THREADS says, or else as the cores this process may use, at most `most`.
+
+    Affinity and a cgroup's CPU limit count. Raises StageError if the variable is not a whole number.
+    """
+    if wanted := os.environ.get("FASHION_CNN_THREADS"):
+        if not wanted.isascii() or not wanted.isdecimal() or not int(wanted):
+            raise StageError(f"FASHION_CNN_THREADS is {wanted}, expected a whole number of 1 or more")
+        return int(wanted)
+    from joblib import cpu_count  # here, since it takes 0.3 s that most stages need not spend
+
+    cores = cpu_count(only_physical_cores=True)
+    return min(cores, most) if most else cores
+
+
 def die_with_parent() -> None:
     """Have Linux kill this process when its parent dies.
 
