@@ -24,9 +24,7 @@ help: ## list the targets
 setup: .venv/ready ## make .venv and install the locked dependencies
 setup-team: .venv/team ## the same, and what searches, a shared cache and a cluster need beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
-	@$(ACTIVATE) python -m dvc repro || \
-	    { $(ACTIVATE) python tools/mend_lock.py && $(ACTIVATE) python -m dvc repro; }
-	@$(ACTIVATE) python tools/summary.py
+	@$(ACTIVATE) python tools/repro.py
 
 back: .venv/ready ## return from experiments to the committed params and results
 	@$(ACTIVATE) python tools/back.py

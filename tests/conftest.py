@@ -9,7 +9,7 @@ import pytest
 from lib.models.device import prepare_torch
 from project import ROOT
 
-prepare_torch("cpu", threads=2)  # as every stage does before torch computes
+prepare_torch("cpu")  # as every stage does before torch computes
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def table(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Trial]]
         "DVC killed while it writes dvc.lock, which is not the committed one": lock_kills(
             first, rng, arguments.lock_kills
         ),
-        "`dvc repro` of everything killed at random moments": pipeline_kills(
+        "`make repro` of everything killed at random moments": pipeline_kills(
             folder, expected, sum(seconds.values()), rng, arguments.pipeline_kills
         ),
         "MLflow servers killed during a training": lost_servers(first, arguments.servers),

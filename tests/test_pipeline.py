@@ -17,7 +17,7 @@ import yaml
 from mlflow import MlflowClient
 from torchvision import datasets
 
-from crash import after_seconds, after_text
+from crash import Started, after_seconds, after_text, kill, stage_processes, wait_until_gone
 from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.stage.files import numbers
 from pipeline import (
@@ -33,7 +33,7 @@ from pipeline import (
     try_tool,
 )
 from project import ROOT, copy_of_project, git, stage_definitions
-from recovery import kill_stage
+from recovery import contents, forget, kill_stage, lock_entries
 from servers import lose_server
 from tracking.runs import ready_models
 
@@ -475,3 +475,89 @@ def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
     resumed = outputs(project)
     dvc(project, "repro", "--force", "--single-item", "train_cnn@original")
     assert outputs(project) == resumed
+
+
+AT_ONCE = ("train_cnn@original", "train_cnn@augmented")
+
+
+def start_both(project: Path) -> Started:
+    """Begin `make repro` with both trainings to do, and wait until each has finished an epoch."""
+    log = project.parent / "logs" / f"both-{time.time_ns()}.log"
+    started = Started(project, log, "tools/repro.py", FASHION_CNN_THREADS="2")
+    while not all(f"{images}: epoch " in started.printed() for images in ("original", "augmented")):
+        assert not started.ended(), started.printed()
+        time.sleep(0.05)
+    return started
+
+
+@pytest.fixture(scope="module")
+def both(project) -> dict[str, str]:
+    """The bytes of all outputs, with more epochs than other tests take, made by `dvc repro` alone."""
+    set_params(project, {"train_cnn": {"epochs": 5}})
+    dvc(project, "repro")
+    return contents(project)
+
+
+def forget_both(project: Path) -> None:
+    for stage in (*AT_ONCE, "evaluate_cnn@original", "evaluate_cnn@augmented"):
+        forget(project, stage)
+
+
+def test_both_cnns_at_once_give_the_same_bytes(project, both):
+    """DVC's record and MLflow's runs are complete, too."""
+    entries = lock_entries(project)
+    forget_both(project)
+    printed = tool(project, "repro", FASHION_CNN_THREADS="2")
+    assert contents(project) == both
+    assert lock_entries(project) == entries
+    for images in ("original", "augmented"):
+        assert f"{images}: epoch 5/5: " in printed
+        query = f"tags.dvc_stage = 'train_cnn@{images}' and params.`train_cnn.epochs` = '5'"
+        assert [run.info.status for run in tracked_runs(project, query)] == ["FINISHED"]
+
+
+def ends(printed: str) -> dict[str, str]:
+    """The one line in which each training says that it was stopped, or DVC that it was, between stages."""
+    lines = [line for line in printed.splitlines() if "stopped on request" in line or "ERROR" in line]
+    found = dict(line.split(": ", 1) for line in lines if ": " in line)
+    assert len(found) == len([line for line in lines if ": " in line]), printed
+    return found
+
+
+STOPPED = ("stopped on request", "ERROR: interrupted by the user")
+
+
+def test_a_training_that_stops_stops_the_other(project, both):
+    forget_both(project)
+    started = start_both(project)
+    running = stage_processes(project)
+    [augmented] = [process for process in running if process.cmdline()[-1] == "augmented"]
+    augmented.terminate()
+    assert started.process.wait(timeout=30) != 0
+    assert wait_until_gone(running, timeout=2)
+    found = ends(started.printed())
+    assert found["augmented"] == "stopped on request"
+    assert found["original"] in STOPPED
+    assert "resuming after epoch" in tool(project, "repro", FASHION_CNN_THREADS="2")
+    assert contents(project) == both
+
+
+def test_ctrl_c_stops_both(project, both):
+    forget_both(project)
+    started = start_both(project)
+    running = stage_processes(project)
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.wait(timeout=30) == 130
+    assert wait_until_gone(running, timeout=2)
+    assert set(ends(started.printed()).values()) <= {*STOPPED}
+
+
+def test_a_kill_while_both_train_leaves_nothing_at_work_and_costs_no_epoch(project, both):
+    """The kill hits the process that was started, which has two of DVC's below it, and each a stage."""
+    forget_both(project)
+    started = start_both(project)
+    running = stage_processes(project)
+    assert kill(started, "dvc")
+    assert wait_until_gone(running, timeout=2)
+    assert "resuming after epoch" in tool(project, "repro", FASHION_CNN_THREADS="2")
+    assert contents(project) == both

@@ -3,12 +3,10 @@
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from crash import VICTIMS, Started, after_start, stage_processes, wait_until_gone
-from pipeline import environment, ran
+from pipeline import ran
 from recovery import (
     CONTINUES,
     Trial,
@@ -23,13 +21,13 @@ from recovery import (
 
 
 class FirstRun:
-    """`dvc repro` of everything in a copy of the project that has run nothing, with its kills so far."""
+    """tools/repro.py in a copy of the project that has run nothing, with its kills so far."""
 
     def __init__(self, project: Path, seconds: float, rng: random.Random):
         self.project, self.seconds, self.rng = project, seconds, rng
         self.trials: list[Trial] = []
         self.done: set[str] = set()  # the stages that have stood in dvc.lock
-        self.stopped: dict[str, Trial] = {}  # the last kill of each training that was killed
+        self.stopped: dict[str, tuple[Trial, int]] = {}  # of each training, its last kill, after which epoch
         (project / "dvc.lock").unlink()
         shutil.rmtree(project / "metrics")
 
@@ -40,7 +38,7 @@ class FirstRun:
         log = next_log(self.project).with_suffix(".again.log")
         code = make_repro(self.project, log)
         self.judge(log.read_text())
-        for training, trial in self.stopped.items():
+        for training, (trial, _) in self.stopped.items():
             self.judge_runs(training, trial)
         if self.trials and (code or contents(self.project) != expected):
             self.trials[-1].lose("the run that was not killed fails, or gives other bytes")
@@ -49,7 +47,7 @@ class FirstRun:
     def killed(self) -> bool:
         """Run until a random moment and kill; False if the pipeline has completed before."""
         log = next_log(self.project).with_suffix(f".{len(self.trials) + 1}.log")
-        started = Started(self.project, log, "-m", "dvc", "repro")
+        started = Started(self.project, log, "tools/repro.py")
         victim, delay = self.rng.choice(VICTIMS), self.rng.uniform(0, self.seconds / 2)
         struck = after_start(victim, delay)(started)
         running = stage_processes(self.project)
@@ -65,17 +63,14 @@ class FirstRun:
     def note_kill(self, trial: Trial, printed: str) -> None:
         """Remember which training was killed, and what had finished."""
         self.trials.append(trial)
-        [*_, stage] = ["none", *ran(printed)]
-        trial.what += f", at work on {stage}"
         left = set(lock_entries(self.project))
+        at_work = [stage for stage in ran(printed) if stage not in left]
+        trial.what += f", at work on {' and '.join(at_work) or 'none'}"
         # DVC has no run cache of verify_manual_conv, so if the kill cut dvc.lock short, it runs again.
         self.done = (self.done | left) - ({"verify_manual_conv"} - left)
-        if stage.startswith("train_") and stage not in self.done:
-            text = sections(printed)[stage]
-            trial.epochs = max(last_epoch(text), resumed_epoch(text))
-            self.stopped[stage] = trial
-        mend = [sys.executable, "tools/mend_lock.py"]  # as `make repro` does, if the kill cut dvc.lock short
-        subprocess.run(mend, cwd=self.project, check=False, env=environment(), capture_output=True)
+        for stage, text in sections(printed).items():
+            if stage.startswith("train_") and stage not in self.done:
+                self.stopped[stage] = trial, max(last_epoch(text), resumed_epoch(text))
 
     def judge(self, printed: str) -> None:
         """Find faults of earlier kills in what a later run printed."""
@@ -83,10 +78,11 @@ class FirstRun:
             self.trials[-1].lose(f"{stage} ran again, though it had finished")
         for stage, text in sections(printed).items():
             if stage in self.stopped:
-                trial = self.stopped[stage]
-                trial.saved = resumed_epoch(text)
-                if trial.saved < trial.epochs:
-                    trial.lose(f"killed after epoch {trial.epochs}, resumed after epoch {trial.saved}")
+                trial, epoch = self.stopped[stage]
+                saved = resumed_epoch(text)
+                trial.saved += saved
+                if saved < epoch:
+                    trial.lose(f"{stage} killed after epoch {epoch}, resumed after epoch {saved}")
 
     def judge_runs(self, training: str, trial: Trial) -> None:
         """A fault if a killed training has not exactly one finished run."""
@@ -96,6 +92,16 @@ class FirstRun:
 
 
 def sections(printed: str) -> dict[str, str]:
-    """What each stage printed that ran."""
-    parts = re.split(r"^Running stage '(.+)':$", printed, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    """What each stage printed that ran; the lines of two that run at once begin with their images."""
+    texts: dict[str, str] = {}
+    stages: dict[str, str] = {}  # the last one of these images, and of all under ""
+    for line in printed.splitlines():
+        if found := re.fullmatch(r"Running stage '(.+)':", line):
+            stage = found[1]
+            stages |= {stage.partition("@")[2]: stage, "": stage}
+            texts[stage] = ""
+        elif stages:
+            images, colon, rest = line.partition(": ")
+            own = colon and images in stages
+            texts[stages[images if own else ""]] += f"{rest if own else line}\n"
+    return texts

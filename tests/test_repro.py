@@ -1,0 +1,92 @@
+"""When `make repro` trains both CNNs at once, and when it leaves all to one `dvc repro`."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+import repro
+from project import ROOT
+
+
+@pytest.fixture
+def done(monkeypatch) -> list:
+    """What repro.main() does: the arguments of DVC, and the threads of each of two trainings."""
+    calls: list = []
+    monkeypatch.setattr(repro, "mend_rwlock", lambda: None)
+    monkeypatch.setattr(repro, "mend_lock", lambda: None)
+    monkeypatch.setattr(repro, "dvc", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(repro, "train_both", calls.append)
+    monkeypatch.setattr(repro.summary, "main", lambda: calls.append("summary"))
+    monkeypatch.setattr(repro, "usable_threads", lambda: 5)
+    monkeypatch.setattr(repro, "has_gpu", lambda: False)
+    monkeypatch.setattr(repro, "both_change", lambda: True)
+    return calls
+
+
+ALONE = [("repro",), "summary"]
+
+
+def test_both_cnns_get_half_the_cores_each(done):
+    repro.main()
+    assert done == [("repro", "augment_images"), 2, *ALONE]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("usable_threads", 1), ("has_gpu", True), ("both_change", False)]
+)
+def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
+    monkeypatch.setattr(repro, name, lambda: value)
+    repro.main()
+    assert done == ALONE
+
+
+ONE, OTHER = "train_cnn@original", "evaluate_cnn@augmented"
+
+
+@pytest.mark.parametrize(
+    ("changed", "both"),
+    [
+        ([], False),
+        ([ONE], False),
+        ([ONE, "evaluate_cnn@original"], False),
+        ([ONE, OTHER], True),
+        (["augment_images"], True),
+    ],
+)
+def test_both_change_if_each_does_or_what_both_need(monkeypatch, changed, both):
+    said = json.dumps({stage: ["changed deps"] for stage in changed})
+    answer = subprocess.CompletedProcess([], 0, stdout=said)
+    monkeypatch.setattr(repro.subprocess, "run", lambda *arguments, **named: answer)
+    assert repro.both_change() is both
+
+
+def test_a_dvc_that_fails_ends_it_with_its_code(monkeypatch):
+    monkeypatch.setattr(repro.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 7))
+    with pytest.raises(SystemExit) as ended:
+        repro.dvc("repro")
+    assert ended.value.code == 7
+
+
+def test_what_runs_before_makes_all_that_both_trainings_read():
+    """Else they would train on what an earlier run has left."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    made = {}
+    for name, stage in stages.items():
+        for out in stage.get("do", stage).get("outs", []):
+            made[next(iter(out)) if isinstance(out, dict) else out] = name
+
+    def makers(stage: dict) -> set[str]:
+        found = {
+            maker for dep in stage["deps"] for out, maker in made.items() if f"{dep}/".startswith(f"{out}/")
+        }
+        return found | {more for maker in found for more in makers(stages[maker])}
+
+    training = stages["train_cnn"]
+    reads = [
+        dep.replace("${item}", item)
+        for dep in training["do"]["deps"]
+        for item in training["foreach"].values()
+    ]
+    assert makers({"deps": reads}) == {repro.BEFORE} | makers(stages[repro.BEFORE])
