@@ -7,16 +7,14 @@ in gradients by weight, MKL in matrix products), or into blocks that depend on t
 and the number of threads (oneDNN in long sums, and where rows of outputs are longer than rows of inputs).
 
 This module replaces ATen's kernels for these operations on the CPU, so models and training loops stay as
-they are. Gradients by weight and linear layers become matrix products, and a matrix product becomes a
-convolution of single pixels, whose groups are chains of at most CHAIN terms; their results are then added in
-order.
+they are. Gradients by weight and linear layers become matrix products. A matrix product becomes a convolution
+of single pixels, whose groups are chains of at most CHAIN terms; their results are then added in order.
 
-`torch.ops.mkldnn` is not a public interface of torch. requirements.lock pins a version that was tested, and
-tests/test_fixed_order.py fails if another one computes in another order.
+`torch.ops.mkldnn` is not public: tests/test_fixed_order.py fails if another torch sums in another order.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn import functional as F
@@ -26,18 +24,14 @@ from lib.stage.errors import StageError
 CHAIN = 320  # terms; with AVX2, oneDNN reads at most 40 vectors of 8 input channels in one block
 CACHED = 600_000  # numbers: what of a long matrix product is computed at once, so that it fits into the cache
 
-_library: torch.library.Library | None = None
 
-
-def use_fixed_order() -> None:
-    """Replace the kernels in this process; a second call changes nothing.
+@cache
+def use_fixed_order() -> torch.library.Library:
+    """Replace the kernels in this process. Raises StageError if this torch lacks what that needs.
 
     From then on, a float32 operation that has no fixed order here, such as a grouped convolution, raises
-    StageError. Other types are computed as before. Raises StageError if this torch lacks what is needed.
+    StageError. Other types are computed as before. The replacement lasts as long as what this returns.
     """
-    global _library
-    if _library is not None:
-        return
     try:
         library = torch.library.Library("aten", "IMPL")
         for name, kernel in KERNELS.items():
@@ -50,58 +44,52 @@ def use_fixed_order() -> None:
             f"torch {torch.__version__} cannot sum in a fixed order ({str(error).splitlines()[0]}); "
             "expected the torch that requirements.lock pins"
         ) from None
-    _library = library  # the replacement lasts as long as this object
+    return library
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The matrix product of `a` (M, K) and `b` (K, N): (M, N)."""
-    if _copied(a.T) + _copied(b.T) + len(a) * b.shape[1] < _copied(a) + _copied(b):
-        return _product(b.T, a.T).T.contiguous()  # the same chains, with less to copy
-    return _product(a, b)
-
-
-def _copied(matrix: torch.Tensor) -> int:
-    return 0 if matrix.is_contiguous() else matrix.numel()
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if _copied(a.T, b.T) + len(a) * b.shape[1] < _copied(a, b):
+        return product(b.T, a.T).T.contiguous()  # the same chains, with less to copy
     (m, k), n = a.shape, b.shape[1]
     least = -(-k // CHAIN)
     groups = next((groups for groups in range(least, 2 * least) if k % groups == 0), least)
     if more := -k % groups:
-        a, b, k = F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more)), k + more
+        a, b, k = _padded(a, 0, more), _padded(b, 0, 0, 0, more), k + more
     # A transposed convolution, since its weights lie as `b` does: (input channels, output channels).
     pixels = a.contiguous().view(1, 1, m, k).permute(0, 3, 1, 2)  # (1, k, 1, m)
     sums = _transposed_convolution(pixels, b.contiguous().view(k, n, 1, 1), [0, 0], groups)
     return sums.permute(0, 2, 3, 1).reshape(m, groups, n).sum(1)
 
 
+def _copied(*matrices: torch.Tensor) -> int:
+    return sum(matrix.numel() for matrix in matrices if not matrix.is_contiguous())
+
+
 def _convolution(
     _own, images, weight, bias, stride, padding, dilation, transposed, _output_padding, groups
 ) -> torch.Tensor:
-    _check_covered(images, weight, stride, dilation, transposed, groups)
-    if images.shape[1] == 1:  # for one channel, AVX2 and AVX-512 differ: add one of zeros
-        images, weight = (
-            torch.stack([one[:, 0], torch.zeros_like(one[:, 0])], -1).permute(0, 3, 1, 2)
-            for one in (images, weight)
-        )
-    return torch.ops.mkldnn._convolution_pointwise(
-        _channels_last(images), _channels_last(weight), bias, padding, [1, 1], [1, 1], 1, "none", [], ""
-    )  # fmt: skip
+    _check_covered(images, weight, stride, padding, dilation, transposed, groups)
+    down, right = padding
+    more = max(0, right - (weight.shape[3] - 1) // 2)  # padded here, so that rows of outputs are not longer
+    images, weight = _in_whole_blocks(_padded(images, more, more), 1), _in_whole_blocks(weight, 1)
+    operands = _channels_last(images), _channels_last(weight), bias, [down, right - more]
+    return torch.ops.mkldnn._convolution_pointwise(*operands, [1, 1], [1, 1], 1, "none", [], "")
 
 
 def _convolution_backward(
     _own, gradient, images, weight, _bias_sizes,
     stride, padding, dilation, transposed, _output_padding, groups, wanted,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    _check_covered(images, weight, stride, dilation, transposed, groups)
+    _check_covered(images, weight, stride, padding, dilation, transposed, groups)
     gradient = _channels_last(gradient)
     by_images = by_weight = by_bias = None
     if wanted[0]:
         down, right = padding
-        more = max(0, images.shape[3] - gradient.shape[3]) // 2  # so that its rows are as long as the images'
-        wide = _channels_last(F.pad(gradient, (more, more)))
-        by_images = _transposed_convolution(wide, weight, [down, right + more])
+        more = max(0, images.shape[3] - gradient.shape[3] + 1) // 2  # as above
+        wide = _in_whole_blocks(_padded(gradient, more, more), 1)
+        whole = _in_whole_blocks(weight, 0)
+        by_images = _transposed_convolution(_channels_last(wide), whole, [down, right + more])
     if wanted[1]:
         by_weight = _weight_gradient(gradient, images, weight.shape, padding)
     if wanted[2]:
@@ -113,9 +101,8 @@ def _weight_gradient(gradient, images, shape: torch.Size, padding: list[int]) ->
     """The gradient (N, O, H, W) of a convolution's outputs, times what each weight met in `images`."""
     outputs, channels, height, width = shape
     down, right = padding
-    rows = F.pad(images.permute(0, 2, 3, 1), (0, 0, right, right, down, down))  # (N, H + …, W + …, C)
-    met = rows.unfold(1, height, 1).unfold(2, width, 1)  # a view, (N, H, W, C, height, width)
-    met = met.permute(0, 1, 2, 4, 5, 3)  # as a convolution's sum takes them: channels last
+    rows = _padded(images.permute(0, 2, 3, 1), 0, 0, right, right, down, down)  # (N, H + …, W + …, C)
+    met = rows.unfold(1, height, 1).unfold(2, width, 1).movedim(3, 5)  # a view, (N, H, W, height, width, C)
     at_once = max(1, CACHED // met[0].numel())
     total = torch.zeros(outputs, channels * height * width)
     for theirs, some in zip(gradient.split(at_once), met.split(at_once), strict=True):
@@ -129,19 +116,25 @@ def _transposed_convolution(inputs, weight, padding, groups: int = 1) -> torch.T
     )
 
 
+def _in_whole_blocks(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+    """With channels of zeros, for which AVX2 and AVX-512 take the same order: 2 to 8, or a multiple of 16."""
+    channels = tensor.shape[dimension]
+    more = 1 if channels == 1 else -channels % 16 if channels > 8 else 0
+    return _padded(tensor, *(0, 0) * (3 - dimension), 0, more)
+
+
+def _padded(tensor: torch.Tensor, *sides: int) -> torch.Tensor:
+    return F.pad(tensor, sides) if any(sides) else tensor  # F.pad would copy it
+
+
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _batch_norm(own, images, *others) -> tuple[torch.Tensor, ...]:
-    """ATen's own, which sums over threads in channels_last, and by channel in this layout."""
-    outputs, *saved = own(images.contiguous(), *others)
-    return _channels_last(outputs), *saved
-
-
-def _batch_norm_backward(own, gradient, images, *others) -> tuple[torch.Tensor, ...]:
-    by_images, *by_parameters = own(gradient.contiguous(), images.contiguous(), *others)
-    return _channels_last(by_images), *by_parameters
+def _batch_norm(own, *given) -> tuple[torch.Tensor, ...]:
+    """ATen's own, forward or backward, which sums over threads in channels_last, but not in this layout."""
+    images, *others = own(*(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given))
+    return _channels_last(images), *others
 
 
 def _addmm(_own, added, a, b, *, beta=1, alpha=1) -> torch.Tensor:
@@ -150,23 +143,19 @@ def _addmm(_own, added, a, b, *, beta=1, alpha=1) -> torch.Tensor:
     return product(a, b).add_(added)
 
 
-def _check_covered(images, weight, stride, dilation, transposed, groups) -> None:
+def _check_covered(images, weight, stride, padding, dilation, transposed, groups) -> None:
     """Raise StageError for what oneDNN may compute in another order elsewhere."""
-    channels, kernel = weight.shape[1], list(weight.shape[2:])
     if images.ndim != 4 or list(stride) != [1, 1] or list(dilation) != [1, 1] or transposed or groups != 1:
         _refuse("a strided, dilated, transposed, grouped or not two-dimensional convolution", "a plain one")
-    if channels != 1 and (channels % 16 or channels > 128):
-        _refuse(f"a convolution of {channels} channels", "1, or a multiple of 16 up to 128")
-    if not {*kernel} <= {1, 3}:
-        _refuse(f"a convolution with a kernel of {kernel}", "sides of 1 or 3")
+    kernel = list(weight.shape[2:])
+    if max(weight.shape[:2]) > 128 or max(kernel) > 3:
+        _refuse(f"a convolution with weights {list(weight.shape)}", "at most [128, 128, 3, 3]")
+    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+        _refuse(f"padding {list(padding)}", f"less than the kernel, {kernel}")
 
 
-def _refuse(what: str, expected: str) -> None:
+def _refuse(what: str, expected: str, *_, **__) -> None:
     raise StageError(f"{what} has no fixed order of sums (lib/models/fixed_order.py), expected {expected}")
-
-
-def _refused(name: str, *_, **__) -> None:
-    _refuse(name, "mm, bmm or a linear layer")
 
 
 def _for_float32(own: Callable, kernel: Callable, keys, first: torch.Tensor, *others, **named):
@@ -175,15 +164,14 @@ def _for_float32(own: Callable, kernel: Callable, keys, first: torch.Tensor, *ot
     return kernel(partial(own, keys), first, *others, **named)
 
 
-REFUSED: dict[str, Callable] = {
-    name: partial(_refused, name) for name in ("addmv", "baddbmm", "dot", "mv", "vdot")
-}
-KERNELS: dict[str, Callable] = REFUSED | {
+REFUSED = ("addmv", "baddbmm", "dot", "mv", "vdot")
+KERNELS: dict[str, Callable] = {name: partial(_refuse, name, "mm, bmm or a linear layer") for name in REFUSED}
+KERNELS |= {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "mm": lambda _, a, b: product(a, b),
     "bmm": lambda _, a, b: torch.stack([product(*pair) for pair in zip(a, b, strict=True)]),
     "addmm": _addmm,
     "native_batch_norm": _batch_norm,
-    "native_batch_norm_backward": _batch_norm_backward,
+    "native_batch_norm_backward": _batch_norm,
 }
