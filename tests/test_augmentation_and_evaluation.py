@@ -75,7 +75,7 @@ class InThisProcess:
 
 @pytest.mark.parametrize(("asked", "made"), [(None, 5), (2, 2)])
 def test_there_is_a_worker_for_each_core_unless_asked_otherwise(images, monkeypatch, asked, made):
-    monkeypatch.setattr(augmentation, "usable_cores", lambda: 5)
+    monkeypatch.setattr(augmentation, "usable_threads", lambda: 5)
     monkeypatch.setattr(augmentation, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(augmentation, "die_with_parent", lambda: cv2.setNumThreads(4))
     monkeypatch.setattr(InThisProcess, "made", [])

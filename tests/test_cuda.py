@@ -37,8 +37,8 @@ TRAIN, VAL = np.arange(100), np.arange(100, 120)  # six batches of 16 and one of
 
 @pytest.fixture(autouse=True)
 def device():
-    yield prepare_torch("cuda", threads=1)
-    prepare_torch("cpu", threads=2)
+    yield prepare_torch("cuda")
+    prepare_torch("cpu")
 
 
 @each

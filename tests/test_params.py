@@ -173,8 +173,6 @@ RANGES = {
     "train_cnn.label_smoothing": (0, 0.9),
     "train_cnn.shift": (0, 14),
     "train_cnn.easy": (0, 1),
-    "train_cnn.threads": (1, 256),
-    "evaluate_cnn.threads": (1, 256),
     "evaluate_cnn.robustness_images": (1, 10000),
     "evaluate_cnn.mistakes": (1, 100),
     "plot_results.dpi": (50, 600),

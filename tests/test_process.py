@@ -12,12 +12,11 @@ import psutil
 import pytest
 import torch
 
-from lib.augmentation import usable_cores
 from lib.models import device
 from lib.models.device import prepare_torch
 from lib.stage import process
 from lib.stage.errors import StageError
-from lib.stage.process import Output, run_stage
+from lib.stage.process import Output, run_stage, usable_threads
 from lib.trainings import named_cnn
 from project import STAGES
 
@@ -170,7 +169,7 @@ def test_a_parent_that_died_before_is_noticed(calls, monkeypatch):
 def test_elsewhere_nothing_is_asked(calls, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     process.die_with_parent()
-    prepare_torch("cpu", threads=1)
+    prepare_torch("cpu", one_thread=True)
     assert calls == []
 
 
@@ -193,58 +192,55 @@ def test_a_process_ends_with_its_parent():
 
 
 def test_freed_memory_is_kept(calls):
-    prepare_torch("cpu", threads=1)
+    prepare_torch("cpu", one_thread=True)
     assert calls == [("mallopt", -3, 1 << 30), ("mallopt", -1, 1 << 30)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def test_a_library_without_mallopt_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert prepare_torch("cpu", threads=1).type == "cpu"
+    assert prepare_torch("cpu", one_thread=True).type == "cpu"
 
 
 @pytest.mark.parametrize(("device", "cuda"), [("cpu", False), ("cpu", True), ("auto", True), ("cuda", True)])
 def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
     asked = {}
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("FASHION_CNN_THREADS", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(
         torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.update(mode=mode, warn=warn_only)
     )
-    found = prepare_torch(device, threads=1).type
+    found = prepare_torch(device).type
     assert found == ("cpu" if device == "cpu" else "cuda")
     assert asked == {"mode": True, "warn": found == "cuda"}
     assert torch.utils.deterministic.fill_uninitialized_memory is False
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert torch.get_num_threads() == 1
-    prepare_torch("cpu", threads=2)
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 3
 
 
 def test_cuda_without_a_device_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError) as raised:
-        prepare_torch("cuda", threads=1)
+        prepare_torch("cuda")
     assert str(raised.value) == "device is cuda, but torch finds no CUDA device here; expected auto or cpu"
-    assert prepare_torch("auto", threads=1).type == "cpu"
+    assert prepare_torch("auto").type == "cpu"
 
 
-def test_cores_are_those_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5} if pid == 0 else {}, raising=False)
-    assert usable_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    monkeypatch.setattr(device.os, "cpu_count", lambda: 6)
-    assert usable_cores() == 6
-    monkeypatch.setattr(device.os, "cpu_count", lambda: None)
-    assert usable_cores() == 1
+@pytest.mark.parametrize(("set_to", "most", "found"), [("", None, 5), ("", 4, 4), ("", 9, 5), ("7", 4, 7)])
+def test_there_are_as_many_threads_as_cores_unless_asked_otherwise(monkeypatch, set_to, most, found):
+    """Cores are those that affinity and cgroup allow, which joblib reads; two of one core count once."""
+    monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: 5 if only_physical_cores else 10)
+    monkeypatch.setenv("FASHION_CNN_THREADS", set_to)
+    assert usable_threads(most) == found
 
 
-@pytest.mark.parametrize(("given", "held"), [([], True), (["portable"], True), (["native"], False)])
-def test_portable_numerics_are_asked_for_unless_native_ones_are(monkeypatch, given, held):
-    asked = []
-    monkeypatch.setattr(device, "_hold_to_portable_code", lambda *arguments: asked.append(arguments))
-    prepare_torch("cpu", 1, *given)
-    assert asked == ([("cpu", torch)] if held else [])
+@pytest.mark.parametrize("wrong", ["0", "two", "-1", "1.5", " 2", "²"])
+def test_a_wrong_number_of_threads_is_one_line(monkeypatch, wrong):
+    monkeypatch.setenv("FASHION_CNN_THREADS", wrong)
+    with pytest.raises(StageError) as raised:
+        usable_threads()
+    assert str(raised.value) == f"FASHION_CNN_THREADS is {wrong}, expected a whole number of 1 or more"
 
 
 def test_why_results_differ_from_other_machines(monkeypatch):
@@ -260,14 +256,14 @@ def test_why_results_differ_from_other_machines(monkeypatch):
         assert device.why_not_portable() == reasons["auto"]
 
 
-GPU = "portable numerics hold on CPUs, and this is a GPU"
-NO_AVX2 = "portable numerics hold on x86-64 CPUs with AVX2, and this CPU (arm64) has none"
+GPU = "the order of sums is fixed on CPUs, and this is a GPU"
+NO_AVX2 = "the order of sums is fixed with AVX2, and this CPU (arm64) has none"
 
 
 def test_a_machine_that_is_not_portable_is_told_and_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(device, "why_not_portable", {"cpu": "it is odd"}.get)
     monkeypatch.setattr(os, "environ", {})
-    device._hold_to_portable_code("cpu", torch)
+    device._make_portable("cpu", True, torch)
     assert (
         capsys.readouterr().out
         == "the last digits of results differ from those of other machines: it is odd\n"
@@ -279,27 +275,36 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
     monkeypatch.setattr(device, "why_not_portable", lambda device: None)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    device._hold_to_portable_code("cpu", torch)
-    wanted = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-    assert os.environ == wanted
+    monkeypatch.setattr("lib.models.fixed_order.use_fixed_order", lambda: asked.append("fixed order"))
+    asked: list[str] = []
+    wanted = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
+    device._make_portable("cpu", False, torch)
+    assert (os.environ, asked) == (wanted, ["fixed order"])
+    device._make_portable("cpu", True, torch)  # for one thread, oneDNN's own order
+    assert (os.environ, asked) == (wanted | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["fixed order"])
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with pytest.raises(RuntimeError, match=r"it uses AVX512, expected AVX2"):
-        device._hold_to_portable_code("cpu", torch)
+        device._make_portable("cpu", True, torch)
 
 
 def test_the_environment_is_set_before_torch_computes():
     """In a process of its own, with settings of a user's that must not reach it."""
     code = (
         "import lib, os, sys; assert 'torch' not in sys.modules\n"
-        "from lib.models.device import prepare_torch; prepare_torch('cpu', 2)\n"
+        "from lib.models.device import prepare_torch; prepare_torch('cpu')\n"
         "import psutil, torch\n"
         "tensor = torch.ones(100, 1 << 20); full = psutil.Process().memory_info().rss\n"
         "del tensor; kept = psutil.Process().memory_info().rss\n"
         "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'),\n"
         "      os.environ.get('OMP_NUM_THREADS'), torch.get_num_threads(), kept / full > 0.9)"
     )
-    of_the_user = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "PYTHONPATH": str(STAGES)}
+    of_the_user = {
+        "FASHION_CNN_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "PYTHONPATH": str(STAGES),
+    }
     printed = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | of_the_user,

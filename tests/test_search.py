@@ -223,8 +223,8 @@ def test_what_is_no_space_is_one_line(setting):
             "--metric train_loss: expected one of val_",
         ),
         (
-            ["-S", "train_cnn.epochs=1,2", "-S", "train_cnn.threads=0"],
-            "with -S: train_cnn.threads is 0, expected ",
+            ["-S", "train_cnn.epochs=1,2", "-S", "train_cnn.batch_size=0"],
+            "with -S: train_cnn.batch_size is 0, expected ",
         ),
     ],
 )

@@ -12,7 +12,6 @@ import small_stages as small
 from lib import figures
 from lib.by_hand import layers
 from lib.fashion_mnist import CLASSES
-from lib.models import device
 from lib.models.cnns import build_cnn, build_toy_cnn, fresh
 from lib.stage.errors import StageError
 from project import ROOT
@@ -344,10 +343,7 @@ EFFECTS = {
     "plot_results.dpi": (51, ("plot_results",), FIGURES),
 }  # fmt: skip
 # Those that change no output, or need the network: each has a test of its own.
-OTHERS = [
-    "fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "train_cnn.threads",
-    "train_cnn.numerics", "evaluate_cnn.device", "evaluate_cnn.threads", "evaluate_cnn.numerics",
-]  # fmt: skip
+OTHERS = ["fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "evaluate_cnn.device"]
 
 
 @pytest.mark.parametrize("param", EFFECTS)
@@ -374,32 +370,9 @@ def test_every_param_has_a_test_of_its_effect():
     assert leaves == {*EFFECTS, *OTHERS}
 
 
-class Asked(Exception):
-    """Carries what a stage asks for."""
-
-
 @pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
-def test_device_and_threads_are_those_of_the_stage(again, monkeypatch, stage):
+def test_the_device_is_that_of_the_stage(again, monkeypatch, stage):
     folder = again(stage, "original")
-
-    def ask(threads):
-        raise Asked(threads)
-
-    monkeypatch.setattr(torch, "set_num_threads", ask)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Asked, match="7"):
-        run_stage(folder, stage, "original", **{f"{stage}__threads": 7})
     with pytest.raises(StageError, match="device is cuda"):
         run_stage(folder, stage, "original", **{f"{stage}__device": "cuda"})
-
-
-@pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
-def test_numerics_are_those_of_the_stage(again, monkeypatch, stage):
-    def ask(device, torch):
-        raise Asked("portable")
-
-    folder = again(stage, "original")
-    monkeypatch.setattr(device, "_hold_to_portable_code", ask)
-    with pytest.raises(Asked, match="portable"):
-        run_stage(folder, stage, "original", **{f"{stage}__numerics": "portable"})
-    run_stage(folder, stage, "original", **{f"{stage}__numerics": "native"})

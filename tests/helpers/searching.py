@@ -18,7 +18,7 @@ STAGE, METRICS, WEIGHTS = (
 def trained(project: Path) -> Path:
     """A copy of the project with small params, after its first training; all is committed."""
     copy_of_project(project)
-    set_params(project, SMALL | {"train_cnn": SMALL["train_cnn"] | {"threads": 1}})
+    set_params(project, SMALL)
     (project / "dvc.lock").unlink()  # its other stages are not in the cache
     dvc(project, "repro", STAGE)
     git(project, "commit", "--quiet", "--all", "--message", "small params")

@@ -30,12 +30,9 @@ PARAMS = {
     "train_cnn": {
         "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "model": "lesson",
         "optimizer": "adamw", "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0,
-        "flips": False, "shift": 0, "easy": 0.0, "views": 1, "device": "cpu", "threads": 1,
-        "numerics": "portable",
+        "flips": False, "shift": 0, "easy": 0.0, "views": 1, "device": "cpu",
     },
-    "evaluate_cnn": {
-        "device": "cpu", "threads": 1, "numerics": "portable", "robustness_images": 40, "mistakes": 7,
-    },
+    "evaluate_cnn": {"device": "cpu", "robustness_images": 40, "mistakes": 7},
     "plot_results": {"dpi": 50},
 }  # fmt: skip
 # Each name in lib.fashion_mnist, the file's, and how many images or labels it has here.

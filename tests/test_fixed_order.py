@@ -1,0 +1,481 @@
+"""Float32 sums have the same bytes for any number of threads, any settings, and every CPU with AVX2.
+
+The emulator is qemu's user mode, Debian's and Ubuntu's package qemu-user; without it, two tests skip.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fingerprint as made
+from lib.models import fixed_order
+from lib.stage.errors import StageError
+from pipeline import environment
+from project import ROOT, STAGES
+
+QEMU = shutil.which("qemu-x86_64")
+CPU = Path("/proc/cpuinfo").read_text()
+# Of the other vendor, since libraries choose their code by that, too.
+OTHER = "Haswell-noTSX" if "AuthenticAMD" in CPU else "EPYC"
+CAPS = ["AVX2", *(["AVX512_CORE"] if "avx512f" in CPU else []), "ALL"]
+THREADS = "1,2,3,4,8,16"
+STEPS = ("lesson_step", "options_step")  # of 8 images, for an emulator
+# The AVX2 gather instructions of qemu 7.2, with which torch moves images, end in a segmentation fault.
+SMALL = (*STEPS, "few:8", "by_hand", "augmentation", "moves")
+UNIT = 2.0**-24  # the largest relative error of one rounding to float32
+
+needs_qemu = pytest.mark.skipif(
+    not QEMU or os.uname().machine != "x86_64", reason="needs qemu-x86_64: apt-get install qemu-user"
+)
+needs_avx2 = pytest.mark.skipif("avx2" not in CPU, reason="needs a CPU with AVX2")
+
+
+def fingerprint(
+    *parts: str, cap: str = "ALL", threads: str = "own", before: tuple[str, ...] = (), **more: str
+) -> dict:
+    """What the helper prints in a process that `before` starts, with `more` in its environment."""
+    command = [*before, sys.executable, str(ROOT / "tests/helpers/fingerprint.py"), cap, threads, *parts]
+    done = subprocess.run(
+        command,
+        cwd=ROOT / "tests/helpers",
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def differing(*parts: str) -> list[tuple[str, str, str]]:
+    """(cap, threads, name) of whatever differs from what AVX2 and one thread give."""
+    found = {cap: fingerprint(*parts, cap=cap, threads=THREADS)["digests"] for cap in CAPS}
+    wanted = found["AVX2"]["1"]
+    return [
+        (cap, threads, name)
+        for cap, digests in found.items()
+        for threads, values in digests.items()
+        for name in wanted
+        if values[name] != wanted[name]
+    ]
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_neither_threads_nor_instructions_move_a_byte_of_an_operation():
+    """Outputs and gradients, for usual, last and large batches."""
+    assert differing("operations:32,24,7,500") == []
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["lesson", "options"])
+def test_neither_threads_nor_instructions_move_a_byte_of_a_training(training):
+    """Layers, gradients, the weights after 1 and 20 steps, and logits."""
+    assert differing(training) == []
+
+
+@pytest.fixture(scope="module")
+def here() -> dict:
+    return fingerprint(*SMALL)
+
+
+@pytest.fixture(scope="module")
+def toy() -> dict:
+    return fingerprint("toy")
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", CAPS[:-1])
+def test_instructions_move_no_byte_of_the_toy(toy, cap):
+    """It has one thread, and oneDNN's own order with AVX2."""
+    assert fingerprint("toy", cap=cap) == toy
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_aten_uses_avx2_even_if_the_cpu_has_more(here):
+    assert here["instructions"] == "AVX2"
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [
+        (
+            {
+                "OMP_THREAD_LIMIT": "1",
+                "OMP_DYNAMIC": "TRUE",
+                "OMP_NUM_THREADS": "7",
+                "OMP_MAX_ACTIVE_LEVELS": "0",
+                "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
+                "MKL_NUM_THREADS": "1",
+                "MKL_DYNAMIC": "TRUE",
+                "FASHION_CNN_THREADS": "2",
+            },
+            2,
+        ),
+        (
+            {
+                "ATEN_CPU_CAPABILITY": "default",
+                "ONEDNN_MAX_CPU_ISA": "SSE41",
+                "MKL_CBWR": "SSE4_2",
+                "FASHION_CNN_THREADS": "1",
+            },
+            1,
+        ),
+        ({"FASHION_CNN_THREADS": "3"}, 3),
+    ],
+    ids=["libraries", "instructions", "threads"],
+)
+def test_no_setting_in_the_environment_moves_a_byte(here, settings, threads):
+    """FASHION_CNN_THREADS alone sets the number of threads."""
+    assert fingerprint(*SMALL, **settings) == here | {"threads": threads}
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_one_core_gives_the_same_bytes(here):
+    """A process that may use one core takes one thread."""
+    assert fingerprint(*SMALL, before=("taskset", "-c", "0")) == here | {"threads": 1}
+
+
+@needs_qemu
+@pytest.mark.slow
+def test_an_emulated_cpu_of_another_vendor_gives_the_same_bytes(here, toy):
+    """The toy, and a step of each CNN."""
+    before = (QEMU, "-cpu", OTHER)
+    found = fingerprint("toy", *STEPS, cap="EMULATED", before=before, FASHION_CNN_THREADS="2")
+    emulated = found["digests"]["own"]
+    wanted = here["digests"]["own"] | toy["digests"]["own"]
+    assert emulated == {name: wanted[name] for name in emulated}
+    assert any("toy" in name for name in emulated)
+    assert any("lesson" in name for name in emulated)
+    assert any("options" in name for name in emulated)
+
+
+@needs_qemu
+@pytest.mark.slow
+def test_a_cpu_without_avx2_is_named_in_a_line():
+    """It computes nevertheless."""
+    code = (
+        "import lib; from lib.models.device import prepare_torch; prepare_torch('cpu');"
+        "import torch; print(torch.ones(64).exp().sum().item())"
+    )
+    command = [QEMU, "-cpu", "Nehalem", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=STAGES, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    line, computed = done.stdout.splitlines()
+    assert line.endswith("the order of sums is fixed with AVX2, and this CPU (x86_64) has none")
+    assert float(computed) == pytest.approx(64 * 2.718282)
+
+
+def chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The product of `a` (M, K) and `b` (K, N), in K fused multiply-adds for each number, in their order.
+
+    A product of two float32 is exact in NumPy's longdouble, so that a sum with it is rounded once, to
+    float32. (It is rounded to longdouble first, which changes one sum in 10^12.)
+    """
+    total = np.zeros((len(a), b.shape[1]), np.float32)
+    for column, row in zip(a.T, b, strict=True):
+        exact = column[:, None].astype(np.longdouble) * row.astype(np.longdouble)
+        total = (exact + total).astype(np.float32)
+    return total
+
+
+def windows(images: np.ndarray, height: int, width: int, down: int, right: int) -> np.ndarray:
+    """What each output of a convolution meets, by row, column and channel: (N·H·W, height·width·C)."""
+    padded = np.pad(images, ((0, 0), (0, 0), (down, down), (right, right)))
+    met = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))
+    return met.transpose(0, 2, 3, 4, 5, 1).reshape(-1, height * width * images.shape[1])
+
+
+def flat(images: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) as (N·H·W, C)."""
+    return images.transpose(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def kernels(weight: np.ndarray) -> np.ndarray:
+    """(O, C, height, width) as (height·width·C, O)."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    """The numbers as `made.numbers` gives them."""
+    return made.numbers(*shape, seed=seed).numpy()
+
+
+# Channels, outputs, height and width of the kernel, padding down and right.
+LAYERS = [
+    (1, 64, 3, 3, 0, 0),
+    (64, 128, 3, 3, 0, 0),
+    (1, 32, 3, 3, 0, 0),
+    (32, 32, 3, 3, 1, 1),
+    (128, 128, 3, 3, 1, 1),
+    (48, 40, 1, 1, 0, 0),
+    (16, 24, 1, 3, 0, 2),
+    (80, 16, 3, 1, 2, 0),
+    (3, 6, 3, 3, 0, 0),
+    (24, 20, 3, 3, 1, 1),
+    (7, 5, 3, 2, 2, 1),
+    (9, 33, 2, 3, 1, 2),
+]
+each_layer = pytest.mark.parametrize(("channels", "outputs", "height", "width", "down", "right"), LAYERS)
+
+
+@needs_avx2
+@each_layer
+def test_a_convolution_is_a_chain_by_row_column_and_channel(channels, outputs, height, width, down, right):
+    """Its bias is added last."""
+    images, weight = drawn(2, channels, 6, 7), drawn(outputs, channels, height, width, seed=1)
+    bias = drawn(outputs, seed=2)
+    found = F.conv2d(*map(torch.from_numpy, (images, weight, bias)), padding=(down, right)).numpy()
+    assert (flat(found) == chain(windows(images, height, width, down, right), kernels(weight)) + bias).all()
+
+
+@needs_avx2
+@each_layer
+def test_its_gradients_are_chains(channels, outputs, height, width, down, right):
+    """By images, one with the turned kernel, by row, column and output; by weights, by image, row, column."""
+    images, weight = made.numbers(2, channels, 6, 7), made.numbers(outputs, channels, height, width, seed=1)
+    given = images.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = F.conv2d(*given, padding=(down, right))
+    upstream = made.numbers(*found.shape, seed=9)
+    by_images, by_weight = torch.autograd.grad(found, given, upstream)
+    met = windows(upstream.numpy(), height, width, height - 1 - down, width - 1 - right)
+    turned = weight.numpy()[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+    assert (flat(by_images.numpy()) == chain(met, kernels(turned))).all()
+    by_pixels = windows(images.numpy(), height, width, down, right)
+    assert (chain(flat(upstream.numpy()).T, by_pixels) == kernels(by_weight.numpy()).T).all()
+
+
+@needs_avx2
+@pytest.mark.parametrize(
+    ("terms", "chains"), [(1, 1), (3, 1), (320, 1), (321, 3), (509, 2), (1000, 4), (2047, 7)]
+)
+def test_a_product_is_chains_of_at_most_320_terms(terms, chains):
+    """They are equally long, with zeros at the end where they do not divide the terms, and added in order."""
+    a, b = drawn(9, terms), drawn(terms, 32, seed=1)
+    more = -terms % chains
+    parts = zip(
+        np.split(np.pad(a, ((0, 0), (0, more))), chains, 1),
+        np.split(np.pad(b, ((0, more), (0, 0))), chains, 0),
+        strict=True,
+    )
+    total = np.zeros((9, 32), np.float32)
+    for part in parts:
+        total += chain(*part)
+    assert ((torch.from_numpy(a) @ torch.from_numpy(b)).numpy() == total).all()
+
+
+def test_ones_over_ones_count_the_pixels_below_the_kernel():
+    found = F.conv2d(torch.ones(1, 1, 5, 5), torch.ones(1, 1, 3, 3), padding=1)
+    edge, inside = [4, 6, 6, 6, 4], [6, 9, 9, 9, 6]
+    assert found[0, 0].tolist() == [edge, inside, inside, inside, edge]
+
+
+def test_a_product_of_two_by_two():
+    a, b = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]])
+    assert (a @ b).tolist() == [[19, 22], [43, 50]]
+    assert (a.T @ b).tolist() == [[26, 30], [38, 44]]
+
+
+def test_the_gradient_by_the_weights_of_one_pixel_is_what_they_met():
+    images, weight = torch.arange(9.0).view(1, 1, 3, 3), torch.ones(1, 1, 3, 3, requires_grad=True)
+    (2 * F.conv2d(images, weight)).sum().backward()
+    assert weight.grad[0, 0].tolist() == [[0, 2, 4], [6, 8, 10], [12, 14, 16]]
+
+
+def sizes(value: torch.Tensor) -> torch.Tensor:
+    return value.double().abs()
+
+
+def ones(value: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", [*made.CONVOLUTIONS, *made.LINEAR, *made.PRODUCTS])
+def test_sums_are_as_exact_as_float32_can_be(name):
+    """Each term is rounded once with each that comes after it in its chain, and with each later chain.
+
+    So the error is at most UNIT times these roundings times the sum of the terms' sizes. Sizes in the place
+    of the arguments give that sum, and ones give the number of terms; torch's own float64 gives the values.
+    """
+    batch = 2
+    found, exact = made.computed(name, batch), made.computed(name, batch, torch.Tensor.double)
+    bounds, terms = made.computed(name, batch, sizes), made.computed(name, batch, ones)
+    for part, value in found.items():
+        long = name not in made.CONVOLUTIONS or part not in ("outputs", "gradient 0")
+        roundings = terms[part]
+        if long:  # chains of at most 320; at most twice as many as needed, and once more for each image
+            roundings = roundings.minimum(320 + 2 * (terms[part] / 320).ceil() + batch)
+        error = (value.double() - exact[part]).abs()
+        assert value.dtype == torch.float32
+        assert (error <= UNIT * (1 + roundings) * bounds[part]).all(), part
+
+
+def test_pooling_is_exact():
+    found, exact = (made.computed("pooling", 2, kind) for kind in (torch.clone, torch.Tensor.double))
+    assert all(torch.equal(found[part].double(), exact[part]) for part in exact)
+
+
+@pytest.mark.parametrize("name", ["batch norm of 32", "batch norm of 64", "batch norm of 128"])
+def test_batch_norm_is_as_exact_as_float32_can_be(name):
+    """Numbers here are below 1, as are their statistics, and multiply with a scale of at most 2 (1 / 0.29).
+
+    Sums are float64's, so that a few roundings are left, but those of gradients by weights and biases.
+    """
+    found, exact = (made.computed(name, 8, kind) for kind in (torch.clone, torch.Tensor.double))
+    for part in ("outputs", "more 0", "more 1", "gradient 0"):
+        assert (found[part].double() - exact[part]).abs().max() < 16 * UNIT * 3.5, part
+    for part in ("gradient 1", "gradient 2"):
+        assert found[part].double() == pytest.approx(exact[part], abs=1e-3), part
+
+
+def test_cross_entropy_is_as_exact_as_float32_can_be():
+    """The loss is near log 10, and each gradient at most 1 in 60,000."""
+    found, exact = (made.computed("cross entropy", 0, kind) for kind in (torch.clone, torch.Tensor.double))
+    assert found["outputs"].item() == pytest.approx(exact["outputs"].item(), abs=16 * UNIT * math.log(10))
+    error = (found["gradient 0"].double() - exact["gradient 0"]).abs().max()
+    assert error <= 16 * UNIT * 0.5 / made.ROWS
+
+
+@pytest.mark.parametrize("name", ["orthogonal 64×9", "orthogonal 128×1152"])
+def test_orthogonal_is_as_exact_as_float32_can_be(name):
+    """Each of five turns stretches an error up to 3.4445 times; there are 16 products, of numbers up to 1."""
+    found, exact = (made.computed(name, 0, kind) for kind in (torch.clone, torch.Tensor.double))
+    error = (found["outputs"].double() - exact["outputs"]).abs().max()
+    assert error < 16 * UNIT * 3.4445**5
+
+
+PLAIN = "a strided, dilated, transposed, grouped or not two-dimensional convolution", "a plain one"
+LARGE = "a convolution with weights {}", "at most [128, 128, 3, 3]"
+WIDE = "padding {}", "less than the kernel, {}"
+NAMED = "{}", "mm, bmm or a linear layer"
+FACTORS = "addmm with beta {}", "1 and 1"
+IMAGES, SQUARE, ROW = (1, 16, 8, 8), (4, 4), (4,)
+# A function, the shapes of ones that it takes, what its line says and expects, what is in the braces of
+# both, and the numbers that it gives in float64.
+REFUSED = {
+    "stride 2": (partial(F.conv2d, stride=2), [IMAGES, (16, 16, 3, 3)], PLAIN, [], {144}),
+    "dilation 2": (partial(F.conv2d, dilation=2), [IMAGES, (16, 16, 3, 3)], PLAIN, [], {144}),
+    "groups 2": (partial(F.conv2d, groups=2), [IMAGES, (16, 8, 3, 3)], PLAIN, [], {72}),
+    "transposed": (F.conv_transpose2d, [IMAGES, (16, 16, 1, 1)], PLAIN, [], {16}),
+    "one dimension": (F.conv1d, [(1, 16, 8), (2, 16, 3)], PLAIN, [], {48}),
+    "144 channels": (F.conv2d, [(1, 144, 8, 8), (16, 144, 1, 1)], LARGE, ["[16, 144, 1, 1]"], {144}),
+    "144 outputs": (F.conv2d, [IMAGES, (144, 16, 1, 1)], LARGE, ["[144, 16, 1, 1]"], {16}),
+    "a kernel of 5×5": (F.conv2d, [IMAGES, (16, 16, 5, 5)], LARGE, ["[16, 16, 5, 5]"], {400}),
+    "padding by 1 of 1": (
+        partial(F.conv2d, padding=1), [IMAGES, (16, 16, 1, 1)], WIDE, ["[1, 1]", "[1, 1]"], {0, 16},
+    ),
+    "mv": (torch.mv, [SQUARE, ROW], NAMED, ["mv"], {4}),
+    "addmv": (torch.addmv, [ROW, SQUARE, ROW], NAMED, ["addmv"], {5}),
+    "dot": (torch.dot, [ROW, ROW], NAMED, ["dot"], {4}),
+    "vdot": (torch.vdot, [ROW, ROW], NAMED, ["vdot"], {4}),
+    "baddbmm": (torch.baddbmm, [(2, *SQUARE)] * 3, NAMED, ["baddbmm"], {5}),
+    "beta 0.5": (partial(torch.addmm, beta=0.5), [SQUARE] * 3, FACTORS, ["0.5 and alpha 1"], {4.5}),
+    "alpha 2": (partial(torch.addmm, alpha=2), [SQUARE] * 3, FACTORS, ["1 and alpha 2"], {9}),
+}  # fmt: skip
+each_refused = pytest.mark.parametrize("what", REFUSED)
+
+
+@needs_avx2
+@each_refused
+def test_what_has_no_fixed_order_is_refused_in_one_line(what):
+    function, shapes, line, named, _ = REFUSED[what]
+    with pytest.raises(StageError) as raised:
+        function(*(torch.ones(shape) for shape in shapes))
+    wanted = " has no fixed order of sums (lib/models/fixed_order.py), expected ".join(line)
+    assert str(raised.value) == wanted.format(*named)
+
+
+@each_refused
+def test_float64_is_computed_as_before(what):
+    function, shapes, *_, found = REFUSED[what]
+    assert {*function(*(torch.ones(shape).double() for shape in shapes)).unique().tolist()} == found
+
+
+@needs_avx2
+def test_a_second_call_changes_nothing(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("registered again")
+
+    before = fixed_order.use_fixed_order()
+    monkeypatch.setattr(torch.library, "Library", refuse)
+    assert fixed_order.use_fixed_order() is before
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            "torch.ops.mkldnn = types.SimpleNamespace(_convolution_pointwise=1)",
+            "'types.SimpleNamespace' object",
+        ),
+        ("torch.library.get_kernel = fail", "no such kernel"),
+        ("del torch.library.get_kernel", "module 'torch.library' has no attribute 'get_kernel'"),
+    ],
+)
+def test_a_torch_that_lacks_an_operation_is_named_with_the_pin(change, fault):
+    """A stage that meets such a torch ends with one line, whatever moved in it."""
+    code = (
+        "import lib, torch, types\n"
+        "from lib.models.device import prepare_torch\n"
+        "from lib.stage.process import run_stage\n"
+        "def fail(*_): raise RuntimeError('no such kernel\\nand a second line')\n"
+        f"{change}\n"
+        "run_stage(lambda: prepare_torch('cpu'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=STAGES,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    start = f"error: torch {torch.__version__} cannot sum in a fixed order ({fault}"
+    assert done.stderr.startswith(start)
+    assert done.stderr.endswith("); expected the torch that requirements.lock pins\n")
+    assert done.stderr.count("\n") == 1
+
+
+# Of the outputs and gradients of each, for two images.
+DIGESTS = {
+    "convolution 1→64": "e2c64ef71053bdbb",
+    "convolution 64→128": "f7cb5135b12dc5d7",
+    "convolution 32→32, padded": "4d6d69578f2aefea",
+    "linear 3200→256": "145da99aa7b49c45",
+    "product of 2047 terms": "b9c6d85edad9a251",
+    "products of three": "6a1b9ca49ea26332",
+    "batch norm of 32": "99f498a92e9c9148",
+    "pooling": "93657f1ff79d4d73",
+    "cross entropy": "9b32336d885383d3",
+    "orthogonal 64×9": "66139c678ba042db",
+}
+
+
+@needs_avx2
+def test_this_torch_sums_in_the_order_of_the_one_that_was_tested():
+    """For those who upgrade torch."""
+    found = {name: made.digest(*made.computed(name, 2).values()) for name in DIGESTS}
+    assert found == DIGESTS, (
+        f"torch {torch.__version__} computes other bytes than 2.14.1. If the other tests here pass, the "
+        "order is fixed, but another one: `make repro`, and put these digests here. If they fail, it is "
+        "not: keep the older torch, or change lib/models/fixed_order.py."
+    )
