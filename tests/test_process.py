@@ -219,6 +219,23 @@ def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.parametrize(("one_thread", "threads"), [(True, 1), (False, 11)])
+def test_torch_takes_one_thread_or_all_cores_up_to_16(monkeypatch, one_thread, threads):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(device, "usable_threads", {16: 11}.get)
+    monkeypatch.setattr(device, "_make_portable", lambda *given: taken.append(given))
+    prepare_torch("cpu", one_thread)
+    assert taken == [threads, ("cpu", one_thread, torch)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs an affinity, which Linux has")
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.delenv("FASHION_CNN_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert usable_threads() == 1
+
+
 def test_cuda_without_a_device_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError) as raised:

@@ -4,12 +4,15 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import search as search_tool
 import trial
+import workers
 from crash import Started, wait_for_stage, wait_until_gone
 from lib.stage.errors import StageError
 from pipeline import dvc, ran, tracked_runs, try_tool
@@ -303,3 +306,32 @@ def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
     done = try_tool(finished, "trial", *command, FASHION_CNN_TRIALS=str(tmp_path / "node"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: .dvc/config of {commit[:10]}: no default remote, expected one ")
+
+
+def test_a_trial_gets_as_many_threads_as_the_search_says(monkeypatch):
+    """A stand-in for the trial says in its last line what it finds in its environment."""
+    found = "import os, sys; sys.exit('error: threads: ' + os.environ['FASHION_CNN_THREADS'])"
+    monkeypatch.setattr(workers, "connect", lambda: None)
+    monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-c", found])
+    monkeypatch.setenv("FASHION_CNN_THREADS", "5")  # the user's, of this process
+    with workers.here("commit", STAGE, jobs=1, threads=3) as pool:
+        assert pool.submit("a-trial", {}).result() == "threads: 3"
+
+
+def test_a_trial_has_one_thread_unless_asked_otherwise(monkeypatch):
+    for given, threads in ([], 1), (["--threads", "3"], 3):
+        monkeypatch.setattr(sys, "argv", ["search.py", "-S", "train_cnn.epochs=1,2", *given])
+        assert search_tool.parse().threads == threads
+
+
+@pytest.mark.parametrize(("more", "jobs"), [([], 3), (["--jobs", "5"], 5), (["--threads", "8"], 1)])
+def test_trials_take_all_cores(monkeypatch, more, jobs):
+    """Seven of them, two for each trial unless said otherwise."""
+    monkeypatch.setattr(sys, "argv", ["search.py", "-S", "train_cnn.epochs=1,2", "--threads", "2", *more])
+    arguments = search_tool.parse()
+    monkeypatch.setattr(search_tool, "usable_threads", lambda: 7)
+    monkeypatch.setattr(search_tool, "here", lambda *given: given)
+    search = search_tool.Search.__new__(search_tool.Search)
+    search.cluster, search.commit, search.training = None, "commit", search_tool.STAGES[STAGE]
+    search.jobs, search.threads = arguments.jobs, arguments.threads
+    assert search.workers() == ("commit", STAGE, jobs, arguments.threads)

@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import yaml
 
@@ -28,12 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "stages"))
 import lib  # noqa: F401  (sets the environment before torch is loaded)
 from lib.models.device import prepare_torch
 
+
+def leave_out_compiler() -> None:
+    """torch imports torch.compile's modules, which nothing here needs: half a minute in an emulator."""
+    for name in ("torch._dynamo", "torch._inductor", "torch._inductor.config"):
+        sys.modules[name] = MagicMock()
+    sys.modules["torch._dynamo"].disable = lambda function, *_, **__: function
+
+
 if __name__ == "__main__":
     CAP, THREADS, *ASKED = sys.argv[1:]
-    if CAP == "EMULATED":  # torch imports its compiler, with which nothing here has to do, in half a minute
-        for module in ("torch._dynamo", "torch._inductor", "torch._inductor.config"):
-            sys.modules[module] = ModuleType(module)
-        sys.modules["torch._dynamo"].disable = lambda function, *_, **__: function
+    if CAP == "EMULATED":
+        leave_out_compiler()
     elif CAP != "ALL":
         os.environ["ONEDNN_MAX_CPU_ISA"] = CAP  # after lib, which removes the user's
     prepare_torch("cpu", one_thread="toy" in ASKED)
@@ -203,8 +210,6 @@ def moves() -> dict[str, str]:
 
 def training(name: str, steps: int, batch: int, model: str = "lesson", **options) -> dict[str, str]:
     """Every layer's output, every gradient of the first step, weights, losses and logits."""
-    from lib.evaluation import mistakes
-
     found = {}
     params = SimpleNamespace(**LESSON | options)
     model = to_device(fresh(partial(build_cnn, model, views=6 if params.flips else 1), 0), CPU)
@@ -232,8 +237,7 @@ def training(name: str, steps: int, batch: int, model: str = "lesson", **options
     logits = predict(model, IMAGES[: batch + 8], CPU)
     found["logits"] = digest(logits)
     found["loss and accuracy"] = digest(loss_and_accuracy(logits, LABELS[: len(logits)]))
-    rows = mistakes(IMAGES[: len(logits)], LABELS[: len(logits)], logits, len(logits))
-    found["mistakes"] = digest([row["confidence"] for row in rows])
+    found["confidences"] = digest(logits.softmax(1))
     return {f"{name}, {title}": value for title, value in found.items()}
 
 
