@@ -53,7 +53,7 @@ def dvc(*arguments: str) -> None:
 
 def both_change() -> bool:
     """Whether both CNNs must be trained, or both evaluated."""
-    chains = [f"{training.evaluation}" for training in CNNS.values()]
+    chains = [training.evaluation for training in CNNS.values()]
     asked = [*DVC, "status", "--json", "--with-deps", *chains]
     done = subprocess.run(asked, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     if done.returncode:  # `dvc repro` says why
