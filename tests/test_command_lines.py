@@ -53,8 +53,12 @@ def test_the_folders_name_is_no_command(folder):
     assert not (folder / "ran").exists()
 
 
-def test_the_name_of_python_is_no_command(folder):
+def test_the_name_of_python_is_no_command(folder, monkeypatch):
     stand_in(folder / ODD)
+    (uv := folder / "bin/uv").parent.mkdir()
+    uv.write_text("#!/bin/sh\nexit 1\n")  # so that pip installs, which the stand-in answers for
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
     done = make(folder, "setup", f"PYTHON=./{ODD.replace('$', '$$')}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "called with: -m venv .venv" in done.stdout
