@@ -20,6 +20,7 @@ from pydantic import (
 
 VIEWS = (1, 2, 6)
 N_TRAIN = 60_000  # images in Fashion-MNIST's train files
+LARGEST_BATCH = 2**15 - 1  # torch sums the losses of more images over threads, in another order
 SHOWN = reprlib.Repr()  # a value in a line: of nested lists and tables, only the outside
 SHOWN.maxstring = SHOWN.maxother = 80  # characters
 
@@ -107,7 +108,7 @@ class TrainCnn(Section):
 
     seed: Seed
     epochs: Annotated[int, Field(ge=1, le=1000)]
-    batch_size: Annotated[int, Field(ge=1, le=N_TRAIN)]
+    batch_size: Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
     learning_rate: LearningRate
     model: Literal["lesson", "residual"]
     optimizer: Literal["adamw", "muon"]

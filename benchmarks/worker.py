@@ -93,7 +93,7 @@ class Project:
         from lib.stage.files import read_tensors
         from lib.toy import train_toy
 
-        prepare_torch("cpu", one_thread=True)
+        prepare_torch("cpu", threads=1, fixed_order=False)
         toy = read_tensors(ROOT / "data/toy.safetensors")
         losses = train_toy(toy["images"], toy["labels"], epochs=epochs, learning_rate=0.01, seed=0)[1]
         return losses[-1]

@@ -17,7 +17,7 @@ TENSORS = Path("data/toy.safetensors")
 
 def main() -> None:
     params = load_params("train_toy_cnn")
-    prepare_torch("cpu", one_thread=True)
+    prepare_torch("cpu", threads=1, fixed_order=False)
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 

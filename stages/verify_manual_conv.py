@@ -25,7 +25,7 @@ def main() -> None:
     sections = load_params("verify_manual_conv", "train_cnn.model")
     params, name = sections.verify_manual_conv, sections.train_cnn.model
     outbox = Outbox()
-    prepare_torch("cpu")
+    prepare_torch("cpu", threads=1)  # its float64 sums have no fixed order on more
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), TOY.weights)
     cnn = fresh(lambda: build_cnn(name), params.seed).eval()

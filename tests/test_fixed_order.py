@@ -270,19 +270,39 @@ def test_its_gradients_are_chains(channels, outputs, height, width, down, right)
 @pytest.mark.parametrize(
     ("terms", "chains"), [(1, 1), (3, 1), (320, 1), (321, 3), (509, 2), (1000, 4), (2047, 7)]
 )
-def test_a_product_is_chains_of_at_most_320_terms(terms, chains):
+@pytest.mark.parametrize(("rows", "columns"), [(9, 32), (1, 45), (45, 1), (1, 1)])
+def test_a_product_is_chains_of_at_most_320_terms(terms, chains, rows, columns):
     """They are equally long, with zeros at the end where they do not divide the terms, and added in order."""
-    a, b = drawn(9, terms), drawn(terms, 32, seed=1)
+    a, b = drawn(rows, terms), drawn(terms, columns, seed=1)
     more = -terms % chains
     parts = zip(
         np.split(np.pad(a, ((0, 0), (0, more))), chains, 1),
         np.split(np.pad(b, ((0, more), (0, 0))), chains, 0),
         strict=True,
     )
-    total = np.zeros((9, 32), np.float32)
+    total = np.zeros((rows, columns), np.float32)
     for part in parts:
         total += chain(*part)
     assert ((torch.from_numpy(a) @ torch.from_numpy(b)).numpy() == total).all()
+
+
+def test_a_product_of_nothing_is_zeros():
+    assert (torch.ones(2, 0) @ torch.ones(0, 3)).tolist() == [[0] * 3] * 2
+    assert (torch.ones(0, 2) @ torch.ones(2, 3)).shape == (0, 3)
+
+
+@needs_avx2
+def test_logits_of_an_image_are_the_same_in_any_batch():
+    images = made.numbers(40, 1, 28, 28)
+    for model in ("lesson", "residual"):
+        cnn = made.fresh(partial(made.build_cnn, model), 0).eval()
+        assert torch.equal(cnn(images), torch.cat([cnn(image[None]) for image in images]))
+
+
+def test_batch_norm_of_images_that_do_not_train_has_gradients():
+    scale, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    F.batch_norm(torch.ones(2, 3, 4, 4), None, None, scale, bias, training=True).sum().backward()
+    assert (scale.grad.tolist(), bias.grad.tolist()) == ([0] * 3, [32] * 3)
 
 
 def test_ones_over_ones_count_the_pixels_below_the_kernel():
@@ -365,7 +385,7 @@ def test_orthogonal_is_as_exact_as_float32_can_be(name):
     assert error < 16 * UNIT * 3.4445**5
 
 
-PLAIN = "a strided, dilated, transposed, grouped or not two-dimensional convolution", "a plain one"
+PLAIN = "an empty, strided, dilated, transposed, grouped or not 2-D convolution", "a plain one"
 LARGE = "a convolution with weights {}", "at most [128, 128, 3, 3]"
 WIDE = "padding {}", "less than the kernel, {}"
 NAMED = "{}", "mm, bmm or a linear layer"
@@ -389,6 +409,11 @@ REFUSED = {
     "addmv": (torch.addmv, [ROW, SQUARE, ROW], NAMED, ["addmv"], {5}),
     "dot": (torch.dot, [ROW, ROW], NAMED, ["dot"], {4}),
     "vdot": (torch.vdot, [ROW, ROW], NAMED, ["vdot"], {4}),
+    "in place": (lambda *given: given[0].addmm_(*given[1:]), [SQUARE] * 3, NAMED, ["addmm_"], {5}),
+    "into a tensor": (
+        lambda a, b: torch.mm(a, b, out=torch.empty_like(a)), [SQUARE] * 2, NAMED, ["mm.out"], {4},
+    ),
+    "no images": (F.conv2d, [(0, 16, 8, 8), (16, 16, 1, 1)], PLAIN, [], set()),
     "baddbmm": (torch.baddbmm, [(2, *SQUARE)] * 3, NAMED, ["baddbmm"], {5}),
     "beta 0.5": (partial(torch.addmm, beta=0.5), [SQUARE] * 3, FACTORS, ["0.5 and alpha 1"], {4.5}),
     "alpha 2": (partial(torch.addmm, alpha=2), [SQUARE] * 3, FACTORS, ["1 and alpha 2"], {9}),
@@ -465,8 +490,8 @@ DIGESTS = {
     "convolution 1→64": "e2c64ef71053bdbb",
     "convolution 64→128": "f7cb5135b12dc5d7",
     "convolution 32→32, padded": "4d6d69578f2aefea",
-    "linear 3200→256": "145da99aa7b49c45",
-    "product of 2047 terms": "b9c6d85edad9a251",
+    "linear 3200→256": "534390d575a031ec",
+    "product of 2047 terms": "dfbe1f23ebcf3096",
     "products of three": "6a1b9ca49ea26332",
     "batch norm of 32": "99f498a92e9c9148",
     "pooling": "93657f1ff79d4d73",

@@ -168,7 +168,7 @@ RANGES = {
     "verify_manual_conv.images": (1, 16),
     "train_cnn.seed": (0, 4294967295),
     "train_cnn.epochs": (1, 1000),
-    "train_cnn.batch_size": (1, 60000),
+    "train_cnn.batch_size": (1, 32767),
     "train_cnn.weight_decay": (0, 1),
     "train_cnn.label_smoothing": (0, 0.9),
     "train_cnn.shift": (0, 14),

@@ -169,7 +169,7 @@ def test_a_parent_that_died_before_is_noticed(calls, monkeypatch):
 def test_elsewhere_nothing_is_asked(calls, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     process.die_with_parent()
-    prepare_torch("cpu", one_thread=True)
+    prepare_torch("cpu", threads=1, fixed_order=False)
     assert calls == []
 
 
@@ -192,41 +192,39 @@ def test_a_process_ends_with_its_parent():
 
 
 def test_freed_memory_is_kept(calls):
-    prepare_torch("cpu", one_thread=True)
+    prepare_torch("cpu", threads=1, fixed_order=False)
     assert calls == [("mallopt", -3, 1 << 30), ("mallopt", -1, 1 << 30)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def test_a_library_without_mallopt_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert prepare_torch("cpu", one_thread=True).type == "cpu"
+    assert prepare_torch("cpu", threads=1, fixed_order=False).type == "cpu"
 
 
 @pytest.mark.parametrize(("device", "cuda"), [("cpu", False), ("cpu", True), ("auto", True), ("cuda", True)])
 def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
-    asked = {}
+    asked = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("FASHION_CNN_THREADS", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(
-        torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.update(mode=mode, warn=warn_only)
-    )
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", asked.append)
     found = prepare_torch(device).type
     assert found == ("cpu" if device == "cpu" else "cuda")
-    assert asked == {"mode": True, "warn": found == "cuda"}
+    assert asked == ["warn" if found == "cuda" else "error"]
     assert torch.utils.deterministic.fill_uninitialized_memory is False
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.get_num_threads() == 3
 
 
-@pytest.mark.parametrize(("one_thread", "threads"), [(True, 1), (False, 11)])
-def test_torch_takes_one_thread_or_all_cores_up_to_16(monkeypatch, one_thread, threads):
+@pytest.mark.parametrize(("threads", "fixed_order"), [(None, True), (None, False), (3, True), (1, False)])
+def test_torch_takes_the_threads_it_is_given_or_all_cores_up_to_16(monkeypatch, threads, fixed_order):
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(device, "usable_threads", {16: 11}.get)
     monkeypatch.setattr(device, "_make_portable", lambda *given: taken.append(given))
-    prepare_torch("cpu", one_thread)
-    assert taken == [threads, ("cpu", one_thread, torch)]
+    prepare_torch("cpu", threads, fixed_order)
+    assert taken == [threads or 11, ("cpu", fixed_order, torch)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs an affinity, which Linux has")
@@ -295,9 +293,9 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
     monkeypatch.setattr("lib.models.fixed_order.use_fixed_order", lambda: asked.append("fixed order"))
     asked: list[str] = []
     wanted = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
-    device._make_portable("cpu", False, torch)
+    device._make_portable("cpu", True, torch)
     assert (os.environ, asked) == (wanted, ["fixed order"])
-    device._make_portable("cpu", True, torch)  # for one thread, oneDNN's own order
+    device._make_portable("cpu", False, torch)  # oneDNN's own order, on one thread
     assert (os.environ, asked) == (wanted | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["fixed order"])
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

@@ -20,12 +20,13 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 MOST_THREADS = 16  # unless asked for: a batch of 32 images has little work for more
 
 
-def prepare_torch(device: str, one_thread: bool = False):
+def prepare_torch(device: str, threads: int | None = None, fixed_order: bool = True):
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
-    On an x86-64 CPU with AVX2, results have the same bytes for any number of threads. `one_thread` is for
-    models so small that other threads, or kernels in Python, would cost more than the computation.
-    Call this before torch computes anything. Raises StageError if there is no "cuda".
+    On an x86-64 CPU with AVX2, float32 results have the same bytes for any number of `threads`; None takes
+    the usable cores. Without `fixed_order` they have so on one thread: for models so small that kernels in
+    Python would cost more than the computation. Call this before torch computes anything. Raises StageError
+    if there is no "cuda".
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
     import torch
@@ -34,11 +35,11 @@ def prepare_torch(device: str, one_thread: bool = False):
         raise StageError("device is cuda, but torch finds no CUDA device here; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1 if one_thread else usable_threads(MOST_THREADS))
-    _make_portable(device, one_thread, torch)
-    # Warns on CUDA: torch knows its pooling gradient as not deterministic, which it is only for
-    # windows that overlap.
-    torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
+    torch.set_num_threads(threads or usable_threads(MOST_THREADS))
+    _make_portable(device, fixed_order, torch)
+    # As torch.use_deterministic_algorithms, which imports torch.compile's modules, a second or more. Warns on
+    # CUDA: torch knows its pooling gradient as not deterministic, which it is only for windows that overlap.
+    torch.set_deterministic_debug_mode("warn" if device == "cuda" else "error")
     # Guards against reads of uninitialised memory, at 5 % of a step; no layer here has any.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
@@ -56,7 +57,7 @@ def why_not_portable(device: str = "auto") -> str | None:
     return None
 
 
-def _make_portable(device: str, one_thread: bool, torch) -> None:
+def _make_portable(device: str, fixed_order: bool, torch) -> None:
     # ATen runs what it is told to, so a CPU without AVX2 would meet an illegal instruction.
     if reason := why_not_portable(device):
         print(f"the last digits of results differ from those of other machines: {reason}")
@@ -65,12 +66,12 @@ def _make_portable(device: str, one_thread: bool, torch) -> None:
     used = torch.backends.cpu.get_cpu_capability()
     if used != PORTABLE["ATEN_CPU_CAPABILITY"].upper():
         raise RuntimeError(f"torch computed before prepare_torch: it uses {used}, expected AVX2")
-    if one_thread:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # no other than oneDNN's own order on one thread
-    else:
+    if fixed_order:
         from lib.models.fixed_order import use_fixed_order
 
         use_fixed_order()
+    else:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
 
 def _keep_freed_memory() -> None:

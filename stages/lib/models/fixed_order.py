@@ -3,18 +3,16 @@
 The last bits of a float32 sum depend on the order of its terms. oneDNN computes each output of a convolution
 as a chain: one fused multiply-add after the other, in the order of the terms, however many outputs share a
 vector and whichever thread computes them. A chain breaks where the sum itself is split: over threads (oneDNN
-in gradients by weight, MKL in matrix products), or into blocks that depend on the instruction set, the cache
-and the number of threads (oneDNN in long sums, and where rows of outputs are longer than rows of inputs).
+in gradients by weight, MKL in matrix products), or into blocks whose size depends on instruction set, cache
+and threads (oneDNN in long sums, and where rows of outputs are longer than rows of inputs).
 
 This module replaces ATen's kernels for these operations on the CPU, so models and training loops stay as
 they are. Gradients by weight and linear layers become matrix products. A matrix product becomes a convolution
 of single pixels, whose groups are chains of at most CHAIN terms; their results are then added in order.
-
-`torch.ops.mkldnn` is not public: tests/test_fixed_order.py fails if another torch sums in another order.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 
 import torch
 from torch.nn import functional as F
@@ -22,7 +20,7 @@ from torch.nn import functional as F
 from lib.stage.errors import StageError
 
 CHAIN = 320  # terms; with AVX2, oneDNN reads at most 40 vectors of 8 input channels in one block
-CACHED = 600_000  # numbers: what of a long matrix product is computed at once, so that it fits into the cache
+CACHED = 600_000  # numbers that a gradient by weight reads at once, so that they stay in the cache
 
 
 @cache
@@ -32,13 +30,12 @@ def use_fixed_order() -> torch.library.Library:
     From then on, a float32 operation that has no fixed order here, such as a grouped convolution, raises
     StageError. Other types are computed as before. The replacement lasts as long as what this returns.
     """
-    try:
+    try:  # not public: tests/test_fixed_order.py fails if another torch sums in another order
+        _ = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_transpose_pointwise
         library = torch.library.Library("aten", "IMPL")
         for name, kernel in KERNELS.items():
             own = torch.library.get_kernel(f"aten::{name}", "CPU")
-            replacement = partial(_for_float32, own.call_boxed, kernel)
-            library.impl(name, replacement, "CPU", with_keyset=True, allow_override=True)
-        _ = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_transpose_pointwise
+            library.impl(name, partial(kernel, own.call_boxed), "CPU", with_keyset=True, allow_override=True)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise StageError(
             f"torch {torch.__version__} cannot sum in a fixed order ({str(error).splitlines()[0]}); "
@@ -49,51 +46,51 @@ def use_fixed_order() -> torch.library.Library:
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The matrix product of `a` (M, K) and `b` (K, N): (M, N)."""
+    if not a.numel() or not b.numel():
+        return a.new_zeros(len(a), b.shape[1])
     if _copied(a.T, b.T) + len(a) * b.shape[1] < _copied(a, b):
         return product(b.T, a.T).T.contiguous()  # the same chains, with less to copy
     (m, k), n = a.shape, b.shape[1]
     least = -(-k // CHAIN)
     groups = next((groups for groups in range(least, 2 * least) if k % groups == 0), least)
-    if more := -k % groups:
-        a, b, k = _padded(a, 0, more), _padded(b, 0, 0, 0, more), k + more
+    more = -k % groups
+    a, b, k = _padded(a, 0, more), _padded(b, 0, 0, 0, more), k + more
     # A transposed convolution, since its weights lie as `b` does: (input channels, output channels).
     pixels = a.contiguous().view(1, 1, m, k).permute(0, 3, 1, 2)  # (1, k, 1, m)
     sums = _transposed_convolution(pixels, b.contiguous().view(k, n, 1, 1), [0, 0], groups)
-    return sums.permute(0, 2, 3, 1).reshape(m, groups, n).sum(1)
+    parts = sums.permute(0, 2, 3, 1).reshape(m, groups, n).unbind(1)
+    return reduce(torch.Tensor.add_, parts).contiguous()  # .sum(1) may take another order
 
 
 def _copied(*matrices: torch.Tensor) -> int:
     return sum(matrix.numel() for matrix in matrices if not matrix.is_contiguous())
 
 
-def _convolution(
-    _own, images, weight, bias, stride, padding, dilation, transposed, _output_padding, groups
-) -> torch.Tensor:
+def _convolution(images, weight, bias, stride, padding, dilation, transposed, _output_padding, groups):
     _check_covered(images, weight, stride, padding, dilation, transposed, groups)
     down, right = padding
     more = max(0, right - (weight.shape[3] - 1) // 2)  # padded here, so that rows of outputs are not longer
-    images, weight = _in_whole_blocks(_padded(images, more, more), 1), _in_whole_blocks(weight, 1)
+    images, weight = _with_zero_channels(_padded(images, more, more), 1), _with_zero_channels(weight, 1)
     operands = _channels_last(images), _channels_last(weight), bias, [down, right - more]
     return torch.ops.mkldnn._convolution_pointwise(*operands, [1, 1], [1, 1], 1, "none", [], "")
 
 
 def _convolution_backward(
-    _own, gradient, images, weight, _bias_sizes,
-    stride, padding, dilation, transposed, _output_padding, groups, wanted,
-) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    gradient, images, weight, _sizes, stride, padding, dilation, transposed, _output_padding, groups, wanted
+):
     _check_covered(images, weight, stride, padding, dilation, transposed, groups)
     gradient = _channels_last(gradient)
     by_images = by_weight = by_bias = None
     if wanted[0]:
-        down, right = padding
         more = max(0, images.shape[3] - gradient.shape[3] + 1) // 2  # as above
-        wide = _in_whole_blocks(_padded(gradient, more, more), 1)
-        whole = _in_whole_blocks(weight, 0)
-        by_images = _transposed_convolution(_channels_last(wide), whole, [down, right + more])
+        wide = _with_zero_channels(_padded(gradient, more, more), 1)
+        whole = _with_zero_channels(weight, 0)
+        by_images = _transposed_convolution(_channels_last(wide), whole, [padding[0], padding[1] + more])
     if wanted[1]:
         by_weight = _weight_gradient(gradient, images, weight.shape, padding)
     if wanted[2]:
-        by_bias = gradient.sum((0, 2, 3))
+        # Threads share the channels in whole vectors if these are a multiple of 32.
+        by_bias = _padded(gradient, 0, 0, 0, 0, 0, -len(weight) % 32).sum((0, 2, 3))[: len(weight)]
     return by_images, by_weight, by_bias
 
 
@@ -116,7 +113,7 @@ def _transposed_convolution(inputs, weight, padding, groups: int = 1) -> torch.T
     )
 
 
-def _in_whole_blocks(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+def _with_zero_channels(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
     """With channels of zeros, for which AVX2 and AVX-512 take the same order: 2 to 8, or a multiple of 16."""
     channels = tensor.shape[dimension]
     more = 1 if channels == 1 else -channels % 16 if channels > 8 else 0
@@ -131,22 +128,17 @@ def _channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _batch_norm(own, *given) -> tuple[torch.Tensor, ...]:
-    """ATen's own, forward or backward, which sums over threads in channels_last, but not in this layout."""
-    images, *others = own(*(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given))
-    return _channels_last(images), *others
-
-
-def _addmm(_own, added, a, b, *, beta=1, alpha=1) -> torch.Tensor:
+def _addmm(added, a, b, *, beta=1, alpha=1) -> torch.Tensor:
     if (beta, alpha) != (1, 1):
         _refuse(f"addmm with beta {beta} and alpha {alpha}", "1 and 1")
     return product(a, b).add_(added)
 
 
 def _check_covered(images, weight, stride, padding, dilation, transposed, groups) -> None:
-    """Raise StageError for what oneDNN may compute in another order elsewhere."""
-    if images.ndim != 4 or list(stride) != [1, 1] or list(dilation) != [1, 1] or transposed or groups != 1:
-        _refuse("a strided, dilated, transposed, grouped or not two-dimensional convolution", "a plain one")
+    """Raise StageError for a convolution whose order of sums may depend on the machine."""
+    plain = images.ndim == 4 and list(stride) == list(dilation) == [1, 1] and not transposed and groups == 1
+    if not plain or not images.numel():
+        _refuse("an empty, strided, dilated, transposed, grouped or not 2-D convolution", "a plain one")
     kernel = list(weight.shape[2:])
     if max(weight.shape[:2]) > 128 or max(kernel) > 3:
         _refuse(f"a convolution with weights {list(weight.shape)}", "at most [128, 128, 3, 3]")
@@ -158,20 +150,31 @@ def _refuse(what: str, expected: str, *_, **__) -> None:
     raise StageError(f"{what} has no fixed order of sums (lib/models/fixed_order.py), expected {expected}")
 
 
-def _for_float32(own: Callable, kernel: Callable, keys, first: torch.Tensor, *others, **named):
-    if first.dtype != torch.float32:
-        return own(keys, first, *others, **named)
-    return kernel(partial(own, keys), first, *others, **named)
+def _for_float32(kernel: Callable) -> Callable:
+    def replacement(own, keys, first: torch.Tensor, *others, **named):
+        if first.dtype != torch.float32:
+            return own(keys, first, *others, **named)
+        return kernel(first, *others, **named)
+
+    return replacement
 
 
-REFUSED = ("addmv", "baddbmm", "dot", "mv", "vdot")
-KERNELS: dict[str, Callable] = {name: partial(_refuse, name, "mm, bmm or a linear layer") for name in REFUSED}
-KERNELS |= {
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
-    "mm": lambda _, a, b: product(a, b),
-    "bmm": lambda _, a, b: torch.stack([product(*pair) for pair in zip(a, b, strict=True)]),
-    "addmm": _addmm,
+def _batch_norm(own, keys, *given) -> tuple[torch.Tensor | None, ...]:
+    """ATen's own, forward or backward, which sums over threads in channels_last, but not in this layout."""
+    given = tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given)
+    images, *others = own(keys, *given)
+    return images if images is None else _channels_last(images), *others
+
+
+KERNELS = {
+    "convolution": _for_float32(_convolution),
+    "convolution_backward": _for_float32(_convolution_backward),
+    "mm": _for_float32(product),
+    "bmm": _for_float32(lambda a, b: torch.stack([product(*pair) for pair in zip(a, b, strict=True)])),
+    "addmm": _for_float32(_addmm),
     "native_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm,
 }
+NOT_COVERED = [f"{name}{form}" for name in ("addbmm", "addmv", "baddbmm") for form in ("", ".out", "_")]
+NOT_COVERED += ["addmm.out", "addmm_", "bmm.out", "dot", "mm.out", "mv", "vdot"]
+KERNELS |= {name: _for_float32(partial(_refuse, name, "mm, bmm or a linear layer")) for name in NOT_COVERED}
