@@ -32,16 +32,20 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+def cpu_name() -> str:
+    """As Linux calls it; the machine's architecture elsewhere."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+
+
 def conditions() -> str:
     """Versions, CPU, threads and load."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     names = ("torch", "torchvision", "imgaug", "numpy", "dvc", "mlflow")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"Python {platform.python_version()}, {versions}. {cpu}, {os.cpu_count()} cores, instruction set "
+        f"Python {platform.python_version()}, {versions}. {cpu_name()}, {os.cpu_count()} cores, instruction set "
         f"{torch.backends.cpu.get_cpu_capability()}, 2 threads; load at the start {os.getloadavg()[0]:.2f}. "
         "Median (min-max) of the rounds; both sides run in turn, each in a process of its own."
     )
