@@ -1,6 +1,7 @@
 """One name a stage everywhere, and dvc.yaml says what the code does."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from lib.fashion_mnist import FILES, TRAIN_IMAGES
 from lib.trainings import TRAININGS
 from params_schema import N_TRAIN, Params
+from pipeline import dvc
 from project import ROOT, SCRIPTS, STAGES, code_deps, imported_files, sections_read, stage_definitions
 
 # Not named after a stage: the first is short for fetch_fashion_mnist, the others are shared.
@@ -20,6 +22,18 @@ def test_scripts_stages_and_readme_table_are_the_same_list():
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert table == list(stage_definitions())
     assert sorted(table) == SCRIPTS
+
+
+def test_the_readmes_diagram_is_the_pipeline_less_what_other_arrows_imply():
+    text = re.search(r"```mermaid\nflowchart TD\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    chains = [re.findall(r'(\w+)(?:\["?(.+?)"?\])?(?: -->|$)', line.strip()) for line in text.splitlines()]
+    names = {short: name for chain in chains for short, name in chain if name}
+    drawn = {(names[a], names[b]) for chain in chains for (a, _), (b, _) in itertools.pairwise(chain)}
+    edges = set(re.findall(r'"(.+)" -> "(.+)"', dvc(ROOT, "dag", "--dot").stdout))
+    paths = set(edges)
+    while longer := {(a, c) for a, b in paths for start, c in edges if start == b} - paths:
+        paths |= longer
+    assert drawn == edges - {(a, c) for a, b in paths for start, c in paths if start == b}
 
 
 def test_every_params_section_belongs_to_a_stage():
