@@ -12,7 +12,7 @@ from lib.fashion_mnist import FILES, TRAIN_IMAGES
 from lib.trainings import TRAININGS
 from params_schema import N_TRAIN, Params
 from pipeline import dvc
-from project import ROOT, SCRIPTS, STAGES, code_deps, imported_files, sections_read, stage_definitions
+from project import ROOT, SCRIPTS, STAGES, code_deps, git, imported_files, sections_read, stage_definitions
 
 # Not named after a stage: the first is short for fetch_fashion_mnist, the others are shared.
 SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None}
@@ -156,3 +156,11 @@ def test_sizes_stay_readable():
         assert len(path.read_text().splitlines()) <= 110, path
     for path in (STAGES / "lib").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 180, path
+
+
+def test_git_ignores_links_to_a_users_folders_as_it_does_the_folders(tmp_path):
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    for name in (".venv", "mlruns", "models", "page", ".checkpoints"):
+        (tmp_path / name).symlink_to("elsewhere")
+    git(tmp_path, "init", "--quiet")
+    assert git(tmp_path, "status", "--porcelain").split() == ["??", ".gitignore"]
