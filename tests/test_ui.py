@@ -61,7 +61,8 @@ def address(tmp_path_factory, new_store):
                 runs.log_model(store.client, run_id, training.stage, folder / "cnn.safetensors")
         started = start(PORT=str(free_port()))
         try:
-            line = next(line for line in started.stdout if line.startswith("MLflow: http"))
+            line = next((line for line in started.stdout if line.startswith("MLflow: http")), None)
+            assert line, started.stderr.read()
             yield line.removeprefix("MLflow: ").strip()
         finally:
             os.killpg(started.pid, signal.SIGKILL)

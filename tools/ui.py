@@ -63,10 +63,14 @@ def main() -> None:
     if url.startswith("http"):  # a server has a UI of its own
         print(f"MLflow: {shown(url).rstrip('/')}{path}")
         return
+    # One worker serves one person. Of several, those that do not answer a ping within 5 s are killed, so that
+    # on a busy machine the UI would never open; and another process would wait for jobs that nobody sends.
     command = [
-        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port)
+        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port),
+        "--workers", "1",
     ]  # fmt: skip
-    with subprocess.Popen(command, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}) as server:
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=os.environ | settings) as server:
         try:
             wait_until_ready(server, port)
             address = f"http://{HOST}:{port}{path}"
