@@ -45,7 +45,8 @@ def conditions() -> str:
     names = ("torch", "torchvision", "imgaug", "numpy", "dvc", "mlflow")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"Python {platform.python_version()}, {versions}. {cpu_name()}, {os.cpu_count()} cores, instruction set "
-        f"{torch.backends.cpu.get_cpu_capability()}, 2 threads; load at the start {os.getloadavg()[0]:.2f}. "
+        f"Python {platform.python_version()}, {versions}. {cpu_name()}, {os.cpu_count()} cores, "
+        f"instruction set {torch.backends.cpu.get_cpu_capability()}, 2 threads; "
+        f"load at the start {os.getloadavg()[0]:.2f}. "
         "Median (min-max) of the rounds; both sides run in turn, each in a process of its own."
     )
