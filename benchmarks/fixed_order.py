@@ -24,7 +24,7 @@ ROUNDS, PARTS, STEPS = 3, 3, 60
 
 def main() -> None:
     """Measure, append a row a process to RESULTS, and print the table."""
-    from benchmarks.report import cpu_name
+    from benchmarks.report import cpu_name, spread
 
     rows = []
     for _ in range(ROUNDS):
@@ -46,7 +46,7 @@ def main() -> None:
             cells = []
             for way in WAYS:
                 times = [float(row[-1]) for row in rows if row[1:4] == [model, threads, way]]
-                cells.append(f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})")
+                cells.append(spread(times))
             print(f"| {model}, {threads} | {' | '.join(cells)} |")
 
 
