@@ -18,7 +18,7 @@ import yaml
 from mlflow import MlflowClient
 from torchvision import datasets
 
-from crash import Started, after_seconds, after_text, stage_processes, wait_until_gone
+from crash import Started, after_seconds, after_text, kill, stage_processes, wait_until_gone
 from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from lib.stage.files import numbers
 from pipeline import (
@@ -550,3 +550,14 @@ def test_ctrl_c_stops_both(project, both):
     assert started.process.wait(timeout=30) == 130
     assert wait_until_gone(running, timeout=2)
     assert {"original", "augmented"} <= ends(started.printed()).keys()
+
+
+def test_a_kill_while_both_train_leaves_nothing_at_work_and_costs_no_epoch(project, both):
+    """The kill hits the process that was started, which has two of DVC's below it, and each a stage."""
+    forget_both(project)
+    started = start_both(project)
+    running = stage_processes(project)
+    assert kill(started, "dvc")
+    assert wait_until_gone(running, timeout=2)
+    assert "resuming after epoch" in tool(project, "repro", FASHION_CNN_THREADS="2")
+    assert contents(project) == both

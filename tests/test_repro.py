@@ -1,6 +1,7 @@
 """When `make repro` trains both CNNs at once, and when it leaves all to one `dvc repro`."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -40,6 +41,23 @@ def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
     monkeypatch.setattr(repro, name, lambda: value)
     repro.main()
     assert done == ALONE
+
+
+@pytest.mark.parametrize(
+    ("works", "stays"), [([], True), ([False], False), ([True], True), ([False, True], True)]
+)
+def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, works, stays):
+    """The child has ended but is a zombie, which DVC itself takes to be at work."""
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        pids = [os.getpid() if at_work else ended.pid for at_work in works]
+        repro.mend_rwlock()  # a folder without one
+        path = tmp_path / ".dvc/tmp/rwlock"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"read": {"a": [{"pid": pid, "cmd": "dvc repro"} for pid in pids]}}))
+        assert repro.mend_rwlock() is False
+        assert path.exists() is stays
 
 
 ONE, OTHER = "train_cnn@original", "evaluate_cnn@augmented"

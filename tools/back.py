@@ -11,13 +11,11 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 
-import psutil
 from dvc.utils.serialize import dump_yaml
 
-from mend_lock import LOCK, RWLOCK, mend_rwlock, read_lock
+from mend_lock import LOCK, is_at_work, mend_rwlock, read_lock, rwlock_users
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
@@ -52,10 +50,7 @@ def main() -> None:
 
 def refuse_while_dvc_works() -> None:
     """Raise StageError if DVC is running stages here: what they read must not change meanwhile."""
-    held = json.loads(RWLOCK.read_text()) if RWLOCK.exists() else {}
-    users = [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
-    at_work = {user["cmd"] for user in users if psutil.pid_exists(user["pid"])}
-    if at_work:
+    if at_work := {user["cmd"] for user in rwlock_users() if is_at_work(user["pid"])}:
         raise StageError(f"`{'`, `'.join(sorted(at_work))}` is running here; wait until it ends")
 
 

@@ -1,4 +1,4 @@
-"""Replace a file of DVC's that a kill has cut short; `make repro` calls this if DVC fails.
+"""Replace a file of DVC's that a kill has cut short; `make repro` does so before it starts DVC.
 
 DVC writes dvc.lock, and its list of who reads and writes what, in place, so a kill in that moment leaves a
 part of it, which DVC then refuses to read. This restores the committed dvc.lock, as `git restore` would, or
@@ -8,8 +8,10 @@ Exits with code 1 if both are whole, or if dvc.lock holds a merge conflict, whic
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
+import psutil
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from ruamel.yaml import YAML, YAMLError
 from voluptuous import Invalid
@@ -49,16 +51,34 @@ def mend_lock() -> bool:
 
 
 def mend_rwlock() -> bool:
-    """Remove DVC's list of who reads and writes what if it is not whole; whether that was needed."""
+    """Remove DVC's list of who reads and writes what if it is cut short, or all in it have ended.
+
+    Returns whether it was cut short.
+    """
     try:
-        json.loads(RWLOCK.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
+        users = rwlock_users()
     except ValueError:
         RWLOCK.unlink()
         print(f"{RWLOCK} was cut short by a kill and is deleted")
         return True
+    # DVC takes a killed process to be at work until its parent has waited for it, which can take seconds.
+    if users and not any(is_at_work(user["pid"]) for user in users):
+        RWLOCK.unlink()
     return False
+
+
+def rwlock_users() -> list[dict]:
+    """The `pid` and `cmd` of each process that DVC's list names. Raises ValueError if it is cut short."""
+    held = json.loads(RWLOCK.read_text(encoding="utf-8")) if RWLOCK.exists() else {}
+    return [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
+
+
+def is_at_work(pid: int) -> bool:
+    """Whether a process exists and has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def read_lock() -> dict | None:
