@@ -125,27 +125,35 @@ class Project:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def _train(self, pool, labels, count):
-        import numpy as np
-        import torch
         from tqdm import tqdm
 
-        from lib.inference import to_device
-        from lib.models.cnns import build_cnn, fresh
         from lib.models.device import prepare_torch
-        from lib.params import read_yaml
-        from lib.training.batches import draw_epoch
-        from lib.training.loop import TrainStep, train_epoch
-        from lib.training.optimizer import build_optimizer
+        from lib.training.loop import train_epoch
 
-        # The lesson's, whatever the user's params.yaml holds.
-        params = SimpleNamespace(**read_yaml(ROOT / "tests/helpers/params.yaml")["train_cnn"])
-        device = prepare_torch("cpu")
-        model = to_device(fresh(build_cnn, 0), device)
-        optimizer = build_optimizer(model, params, device)
-        step = TrainStep(model, optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long(), params)
-        takes = draw_epoch(np.arange(pool.shape[1]), 1, params, 1)[:count]
-        batches = torch.from_numpy(takes).split(32)
+        prepare_torch("cpu")
+        step, batches = training(pool, labels)
+        batches = batches[: count // 32]
         return train_epoch(step, step, batches, [0.001] * len(batches), tqdm(disable=True))
+
+
+def training(pool, labels, model="lesson"):
+    """A step on a fresh CNN, and an epoch's batches: the lesson's, whatever the user's params.yaml holds."""
+    import numpy as np
+    import torch
+
+    from lib.inference import to_device
+    from lib.models.cnns import build_cnn, fresh
+    from lib.params import read_yaml
+    from lib.training.batches import draw_epoch
+    from lib.training.loop import TrainStep
+    from lib.training.optimizer import build_optimizer
+
+    params = SimpleNamespace(**read_yaml(ROOT / "tests/helpers/params.yaml")["train_cnn"])
+    cpu = torch.device("cpu")
+    cnn = to_device(fresh(lambda: build_cnn(model), 0), cpu)
+    optimizer = build_optimizer(cnn, params, cpu)
+    step = TrainStep(cnn.train(), optimizer, torch.from_numpy(pool), torch.from_numpy(labels).long(), params)
+    return step, torch.from_numpy(draw_epoch(np.arange(pool.shape[1]), 1, params, 1)).split(32)
 
 
 def main() -> None:
