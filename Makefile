@@ -24,26 +24,26 @@ help: ## list the targets
 setup: .venv/ready ## make .venv and install the locked dependencies
 setup-team: .venv/team ## the same, and what searches, a shared cache and a cluster need beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
-	@$(ACTIVATE) python tools/repro.py
+	@$(ACTIVATE) python -m fashion_cnn.commands.repro
 
 back: .venv/ready ## return from experiments to the committed params and results
-	@$(ACTIVATE) python tools/back.py
+	@$(ACTIVATE) python -m fashion_cnn.commands.back
 
 baseline: ## commit this machine's results, to compare with from now on
 	git commit --message "Take this machine's results as the baseline" -- params.yaml dvc.lock metrics
 
 # A and B reach the shell as they are, so that it expands no pattern in them.
 compare: .venv/ready ## list the experiments, or compare two: make compare A=HEAD B=NAME
-	@$(ACTIVATE) python tools/compare.py $${A:+"$$A"} $${B:+"$$B"}
+	@$(ACTIVATE) python -m fashion_cnn.commands.compare $${A:+"$$A"} $${B:+"$$B"}
 
 recipe: .venv/ready ## list the recipes, or run one as an experiment: make recipe NAME=fast
-	@$(ACTIVATE) python tools/recipe.py $${NAME:+"$$NAME"}
+	@$(ACTIVATE) python -m fashion_cnn.commands.recipe $${NAME:+"$$NAME"}
 
 promote: .venv/ready ## register a CNN, and make it the champion if it is better: make promote MODEL=…
-	@$(ACTIVATE) python tools/promote.py $${MODEL:+"$$MODEL"}
+	@$(ACTIVATE) python -m fashion_cnn.commands.promote $${MODEL:+"$$MODEL"}
 
 predict: .venv/ready ## name the garment in a picture: make predict FILE=picture.png
-	@$(ACTIVATE) python tools/predict.py $${FILE:+"$$FILE"}
+	@$(ACTIVATE) python -m fashion_cnn.commands.predict $${FILE:+"$$FILE"}
 
 # Tests of a file stay in one process, in order: they share what takes a minute to make. Not loadgroup:
 # pytest-xdist 3.8 marks groups in a way that pytest 9.2 does not see.
@@ -67,17 +67,15 @@ committed: .venv/ready ## check that what is committed belongs together, and run
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m committed
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
-	$(ACTIVATE) python tools/seeds.py
+	$(ACTIVATE) python -m fashion_cnn.commands.seeds
 
 soak: .venv/ready ## kill, spoil and repeat for half an hour or more, and print what was lost
 	$(ACTIVATE) python tests/soak.py
 
-# mutmut names a module by its path below src/ and the stages import lib.…: hence the link. What it needs
-# beside the locked packages changes none of them. MUTANTS="'lib.toy*'" takes those of one module, and
-# `mutmut show NAME` prints one.
-mutate: .venv/ready ## put small faults into stages/lib and list those that no fast test notices (an hour)
+# What mutmut needs beside the locked packages changes none of them. MUTANTS="'fashion_cnn.lesson.toy*'" takes
+# those of one module, and `mutmut show NAME` prints one.
+mutate: .venv/ready ## put small faults into fashion_cnn and list those that no fast test notices (an hour)
 	$(INSTALL) --constraint requirements.lock mutmut==3.8.1
-	mkdir -p mutants && ln -sfn src mutants/stages && ln -sfn stages src
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
 
@@ -88,17 +86,20 @@ ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/la
 	@$(ACTIVATE) python benchmarks/ladder.py
 
 page: .venv/ready ## open the page on which the trained CNNs can be looked into
-	@$(ACTIVATE) python tools/page.py
+	@$(ACTIVATE) python -m fashion_cnn.commands.page
 
 sync: .venv/ready ## bring MLflow's runs in line with dvc.lock and DVC's experiments
-	@$(ACTIVATE) python tools/sync.py
+	@$(ACTIVATE) python -m fashion_cnn.commands.sync
 
 ui: .venv/ready ## bring the runs in line, then open MLflow's table of trainings on 127.0.0.1:5000
-	-@$(ACTIVATE) python tools/sync.py
-	@$(ACTIVATE) python tools/ui.py
+	-@$(ACTIVATE) python -m fashion_cnn.commands.sync
+	@$(ACTIVATE) python -m fashion_cnn.commands.ui
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv
+
+# An environment holds absolute paths, so one that was moved or copied with its folder is made anew.
+$(shell [ "$$(cat .venv/ready 2>/dev/null)" = "$$(pwd -P)" ] || rm -f .venv/ready)
 
 # Written last, so a set-up that was stopped half-way is made anew.
 .venv/ready: requirements.lock requirements-imgaug.lock
@@ -112,7 +113,8 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	@echo 'installing the packages of requirements.lock into .venv'
 	$(INSTALL) -r requirements.lock
 	$(INSTALL) --no-deps -r requirements-imgaug.lock
-	@touch .venv/ready
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@pwd -P > .venv/ready
 
 # Apart, since a training alone needs nothing of it.
 .venv/team: requirements-team.lock .venv/ready

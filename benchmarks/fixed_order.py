@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
 RESULTS = ROOT / "benchmarks/fixed_order.csv"
 WAYS = ("torch's own choice", "all libraries held to AVX2", "fixed order", "fixed order, oneDNN held to AVX2")
 THREADS, MODELS = (2, 1), ("lesson", "residual")
@@ -45,8 +44,10 @@ def main() -> None:
 
 def measure(way: str, threads: int, model: str) -> None:
     """Print torch's version, and milliseconds a step: the median of PARTS, each of STEPS."""
-    import lib  # noqa: F401  (sets the environment before torch is loaded)
-    from lib.models.device import PORTABLE, prepare_torch
+    from fashion_cnn.models.device import PORTABLE, prepare_torch
+    from fashion_cnn.project.process import start
+
+    start()
 
     os.environ["FASHION_CNN_THREADS"] = str(threads)
     if "held" in way:
@@ -58,7 +59,7 @@ def measure(way: str, threads: int, model: str) -> None:
     import torch
 
     from benchmarks.worker import Project, training
-    from lib.models import device
+    from fashion_cnn.models import device
 
     torch.set_num_threads(threads)
     device._keep_freed_memory()

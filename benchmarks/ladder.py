@@ -19,17 +19,14 @@ import time
 from pathlib import Path
 
 from report import ROOT
-
-sys.path[:0] = [str(ROOT / "stages"), str(ROOT / "tools"), str(ROOT)]
-
 from ruamel.yaml import YAML
 
-from lib.params import read_yaml
-from lib.stage.errors import StageError
-from lib.stage.files import write_csv
-from lib.stage.process import run_stage
-from recipe import read_recipe
-from tracking.runs import COLORS, as_yaml
+from fashion_cnn.commands.recipe import read_recipe
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import write_csv
+from fashion_cnn.project.params import read_yaml
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.tracking.runs import COLORS, as_yaml
 
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"

@@ -5,7 +5,6 @@ Per-item Dataset, DataLoader, default Adam, and a second forward pass for the ac
 
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,11 +85,10 @@ def main(seed: int, steps: int | None = None) -> None:
     The weights lie where train_cnn would put them, for evaluate_cnn. With `steps`, the seconds of five
     epochs are reckoned from so many steps, at most an epoch's, and no weights are written.
     """
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
-    from lib.models.cnns import build_cnn, fresh, save_weights
-    from lib.params import load_params
-    from lib.training.data import load_train_data
-    from lib.trainings import CNNS
+    from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
+    from fashion_cnn.project.catalog import CNNS
+    from fashion_cnn.project.params import load_params
+    from fashion_cnn.training.train_data import load_train_data
 
     split = load_params("split").split
     data = load_train_data("original", split.val_size, split.train_size, split.seed)

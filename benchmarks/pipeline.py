@@ -25,7 +25,7 @@ def pipeline_times(rounds: int) -> dict[str, str]:
     times = {}
     for script in STAGES:
         code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'stages'); {code}"]
+        command = [sys.executable, "-c", code]
         times[f"imports at the top of {script}"] = spread([timed(*command) for _ in range(rounds)], 2)
     status, repro = [], []
     for _ in range(rounds):
@@ -44,7 +44,7 @@ def tracked(store: str) -> float:
     """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
     return float(
         subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks/reporting.py")],
+            [sys.executable, str(ROOT / "benchmarks/mlflow_cost.py")],
             check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
         ).stdout.split()[-1]
     )  # fmt: skip

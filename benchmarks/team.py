@@ -9,7 +9,6 @@ import os
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,12 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
 
+from fashion_cnn.commands import trial
+from fashion_cnn.tracking.store import address
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
-
-import trial
-from tracking.store import address
-
 STAGE, TRIALS = "train_cnn@original", 5
 COUNTS = (1_000, 10_000)  # of trials that origin has
 WRITERS, WARM_UP, SECONDS = (1, 4, 16, 64), 5, 20

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "stages"), str(ROOT)]
 THREADS = 2
 
 
@@ -34,7 +33,7 @@ class Lesson:
     def steps(self, count):
         """`count` training steps on batches of 32."""
         from benchmarks import lesson
-        from lib.models.cnns import build_cnn, fresh
+        from fashion_cnn.models.cnns import build_cnn, fresh
 
         return lesson.train(fresh(build_cnn, 0), self.batches, count)
 
@@ -45,15 +44,15 @@ class Lesson:
     def toy(self, epochs):
         """`epochs` of the toy."""
         from benchmarks import lesson
-        from lib.models.cnns import build_toy_cnn, fresh
-        from lib.stage.files import read_tensors
+        from fashion_cnn.models.cnns import build_toy_cnn, fresh
+        from fashion_cnn.project.files import read_tensors
 
         toy = read_tensors(ROOT / "data/toy.safetensors")
         return lesson.train_toy(fresh(build_toy_cnn, 0), toy["images"], toy["labels"], epochs)[-1]
 
     def augment(self, count):
         """One plain call of imgaug over `count` images."""
-        from lib.augmentation import imgaug_augmenters
+        from fashion_cnn.lesson.augmentation import imgaug_augmenters
 
         shift = {"x": (-4, 4), "y": (-4, 4)}
         affine = imgaug_augmenters().Affine(translate_px=shift, rotate=(-20, 20), seed=0)
@@ -74,7 +73,7 @@ class Project:
     """The same work by the project's own code."""
 
     def __init__(self):
-        from lib.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from fashion_cnn.data.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
 
         self.images = read_idx(TRAIN_IMAGES, ROOT / RAW_DIR)
         self.labels = read_idx(TRAIN_LABELS, ROOT / RAW_DIR)
@@ -89,9 +88,9 @@ class Project:
 
     def toy(self, epochs):
         """`epochs` of the toy."""
-        from lib.models.device import prepare_torch
-        from lib.stage.files import read_tensors
-        from lib.toy import train_toy
+        from fashion_cnn.lesson.toy import train_toy
+        from fashion_cnn.models.device import prepare_torch
+        from fashion_cnn.project.files import read_tensors
 
         prepare_torch("cpu", threads=1, fixed_order=False)
         toy = read_tensors(ROOT / "data/toy.safetensors")
@@ -100,7 +99,7 @@ class Project:
 
     def augment(self, count):
         """augment_images' engine over `count` images."""
-        from lib.augmentation import augment
+        from fashion_cnn.lesson.augmentation import augment
 
         [copy] = augment(self.images[:count], copies=1, max_shift=4, max_rotation=20.0, seed=0)
         return copy.shape
@@ -109,8 +108,8 @@ class Project:
         """Read the files, and take every image out in batches of 32, as float."""
         import torch
 
-        from lib.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
-        from lib.models.cnns import to_input
+        from fashion_cnn.data.fashion_mnist import RAW_DIR, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+        from fashion_cnn.models.cnns import to_input
 
         images = torch.from_numpy(read_idx(TRAIN_IMAGES, ROOT / RAW_DIR))
         labels = torch.from_numpy(read_idx(TRAIN_LABELS, ROOT / RAW_DIR)).long()
@@ -127,8 +126,8 @@ class Project:
     def _train(self, pool, labels, count):
         from tqdm import tqdm
 
-        from lib.models.device import prepare_torch
-        from lib.training.loop import train_epoch
+        from fashion_cnn.models.device import prepare_torch
+        from fashion_cnn.training.loop import train_epoch
 
         prepare_torch("cpu")
         step, batches = training(pool, labels)
@@ -141,12 +140,12 @@ def training(pool, labels, model="lesson"):
     import numpy as np
     import torch
 
-    from lib.inference import to_device
-    from lib.models.cnns import build_cnn, fresh
-    from lib.params import read_yaml
-    from lib.training.batches import draw_epoch
-    from lib.training.loop import TrainStep
-    from lib.training.optimizer import build_optimizer
+    from fashion_cnn.models.cnns import build_cnn, fresh
+    from fashion_cnn.models.inference import to_device
+    from fashion_cnn.project.params import read_yaml
+    from fashion_cnn.training.batches import draw_epoch
+    from fashion_cnn.training.loop import TrainStep
+    from fashion_cnn.training.optimizer import build_optimizer
 
     params = SimpleNamespace(**read_yaml(ROOT / "tests/helpers/params.yaml")["train_cnn"])
     cpu = torch.device("cpu")
@@ -158,6 +157,9 @@ def training(pool, labels, model="lesson"):
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    from fashion_cnn.project.process import start
+
+    start()
     os.environ["FASHION_CNN_THREADS"] = str(THREADS)
     side = {"lesson": Lesson, "project": Project}[sys.argv[1]]()
     print("ready", flush=True)

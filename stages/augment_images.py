@@ -1,10 +1,13 @@
 """Make shifted and rotated copies of every train image: data/augmented/."""
 
-from lib.augmentation import augment
-from lib.copies import save_copies
-from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from lib.params import leaves, load_params
-from lib.stage.process import run_stage
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+from fashion_cnn.data.copies import save_copies
+from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from fashion_cnn.lesson.augmentation import augment
+from fashion_cnn.project.params import leaves, load_params
 
 
 def main() -> None:

@@ -1,18 +1,21 @@
 """Write the page on which the trained CNNs can be looked into: page/fashion-cnn.html."""
 
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
 from pathlib import Path
 
-from lib.fashion_mnist import CLASSES, TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from lib.models.device import prepare_torch
-from lib.page import contents
-from lib.page.html import PAGE, html
-from lib.params import load_params
-from lib.reporting.outbox import Outbox
-from lib.results import read_weights_sha256
-from lib.split import split_indices
-from lib.stage.files import read_tensors, write_text
-from lib.stage.process import run_stage
-from lib.trainings import CNNS
+from fashion_cnn.data.fashion_mnist import CLASSES, TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from fashion_cnn.data.split import split_indices
+from fashion_cnn.lesson.results import read_weights_sha256
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.page import contents
+from fashion_cnn.page.html import PAGE, html
+from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.files import read_tensors, write_text
+from fashion_cnn.project.outbox import Outbox
+from fashion_cnn.project.params import load_params
 
 TENSORS = Path("data/toy.safetensors")
 

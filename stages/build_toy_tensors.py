@@ -1,11 +1,14 @@
 """Write the lesson's two 4×4 images and their labels: data/toy.safetensors."""
 
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
 from pathlib import Path
 
 import numpy as np
 
-from lib.stage.files import write_tensors
-from lib.stage.process import run_stage
+from fashion_cnn.project.files import write_tensors
 
 IMAGES = [
     [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [1, 3, 4, 5]],

@@ -1,18 +1,21 @@
 """Evaluate a trained CNN on the test split, as it is, shifted and rotated.
 
-The only stage that reads the test split. Usage: python stages/evaluate_cnn.py original|augmented
+The only stage that reads the test split. Usage: python -m stages.evaluate_cnn original|augmented
 """
 
-from lib import evaluation
-from lib.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
-from lib.inference import loss_and_accuracy, predict, to_device
-from lib.models.cnns import load_cnn
-from lib.models.device import prepare_torch
-from lib.params import load_params
-from lib.reporting.outbox import Outbox
-from lib.stage.files import sha256_of, write_csv, write_json
-from lib.stage.process import run_stage
-from lib.trainings import named_cnn
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+from fashion_cnn.data.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
+from fashion_cnn.lesson import evaluation
+from fashion_cnn.models.cnns import load_cnn
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
+from fashion_cnn.project.catalog import named_cnn
+from fashion_cnn.project.files import sha256_of, write_csv, write_json
+from fashion_cnn.project.outbox import Outbox
+from fashion_cnn.project.params import load_params
 
 
 def main() -> None:

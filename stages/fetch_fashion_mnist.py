@@ -1,9 +1,12 @@
 """Fetch Fashion-MNIST: four verified IDX files in data/FashionMNIST/raw/."""
 
-from lib.fashion_mnist import RAW_DIR
-from lib.params import load_params
-from lib.sources.fetch import fetch
-from lib.stage.process import run_stage
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+from fashion_cnn.data.fashion_mnist import RAW_DIR
+from fashion_cnn.project.params import load_params
+from fashion_cnn.sources.fetch import fetch
 
 
 def main() -> None:

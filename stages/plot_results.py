@@ -1,13 +1,16 @@
 """Draw the figures from metrics, curves and train images: metrics/figures/*.png."""
 
-from lib import figures, results
-from lib.copies import load_copies
-from lib.fashion_mnist import TRAIN_IMAGES, read_idx
-from lib.params import load_params
-from lib.reporting.outbox import Outbox
-from lib.results import read_rows, read_table, read_weights_sha256
-from lib.stage.process import run_stage
-from lib.trainings import CNNS, METRICS, TOY, TRAININGS
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+from fashion_cnn.data.copies import load_copies
+from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, read_idx
+from fashion_cnn.lesson import figures, results
+from fashion_cnn.lesson.results import read_rows, read_table, read_weights_sha256
+from fashion_cnn.project.catalog import CNNS, METRICS, TOY, TRAININGS
+from fashion_cnn.project.outbox import Outbox
+from fashion_cnn.project.params import load_params
 
 FIGURES = METRICS / "figures"
 EXAMPLES = 8  # images shown with their copies

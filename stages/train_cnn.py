@@ -1,19 +1,22 @@
 """Train the CNN on Fashion-MNIST: models/cnn_<images>.safetensors.
 
-Usage: python stages/train_cnn.py original|augmented
+Usage: python -m stages.train_cnn original|augmented
 """
 
-from lib.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
-from lib.models.device import prepare_torch
-from lib.params import leaves, load_params
-from lib.reporting.outbox import open_run
-from lib.reporting.provenance import digest, result_key
-from lib.stage.files import write_csv, write_json
-from lib.stage.process import run_stage
-from lib.training.checkpoints import exclusive_checkpoint
-from lib.training.data import load_train_data
-from lib.training.loop import train_cnn
-from lib.trainings import named_cnn
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import named_cnn
+from fashion_cnn.project.files import write_csv, write_json
+from fashion_cnn.project.outbox import open_run
+from fashion_cnn.project.params import leaves, load_params
+from fashion_cnn.project.provenance import digest, result_key
+from fashion_cnn.training.checkpoints import exclusive_checkpoint
+from fashion_cnn.training.loop import train_cnn
+from fashion_cnn.training.train_data import load_train_data
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
 """Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors, and how it came about."""
 
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
 from pathlib import Path
 
-from lib.models.cnns import TOY_SHAPE, save_weights, summarize
-from lib.models.device import prepare_torch
-from lib.params import leaves, load_params
-from lib.reporting.outbox import open_run
-from lib.reporting.provenance import digest, result_key
-from lib.stage.files import read_tensors, write_csv, write_json
-from lib.stage.process import run_stage
-from lib.toy import is_relu_dead, outputs, train_toy
-from lib.trainings import TOY, TOY_HISTORY
+from fashion_cnn.lesson.toy import is_relu_dead, outputs, train_toy
+from fashion_cnn.models.cnns import TOY_SHAPE, save_weights, summarize
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import TOY, TOY_HISTORY
+from fashion_cnn.project.files import read_tensors, write_csv, write_json
+from fashion_cnn.project.outbox import open_run
+from fashion_cnn.project.params import leaves, load_params
+from fashion_cnn.project.provenance import digest, result_key
 
 TENSORS = Path("data/toy.safetensors")
 

@@ -1,21 +1,32 @@
 """Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
 
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
 from pathlib import Path
 
 import numpy as np
 
-from lib.by_hand.comparison import compare_counts, compare_layers, fill_batch_norms
-from lib.by_hand.errors import cnn_errors, largest
-from lib.by_hand.walkthrough import parameters_table, weights_table, write_out
-from lib.fashion_mnist import TRAIN_IMAGES, read_idx
-from lib.models.cnns import CNN_SHAPE, TOY_SHAPE, build_cnn, build_toy_cnn, fresh, input_array, load_weights
-from lib.models.device import prepare_torch
-from lib.params import load_params
-from lib.reporting.outbox import Outbox
-from lib.stage.errors import StageError
-from lib.stage.files import read_tensors, sha256_of, write_json, write_text
-from lib.stage.process import run_stage
-from lib.trainings import TOY
+from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, read_idx
+from fashion_cnn.lesson.by_hand.comparison import compare_counts, compare_layers, fill_batch_norms
+from fashion_cnn.lesson.by_hand.errors import cnn_errors, largest
+from fashion_cnn.lesson.by_hand.walkthrough import parameters_table, weights_table, write_out
+from fashion_cnn.models.cnns import (
+    CNN_SHAPE,
+    TOY_SHAPE,
+    build_cnn,
+    build_toy_cnn,
+    fresh,
+    input_array,
+    load_weights,
+)
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import TOY
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import read_tensors, sha256_of, write_json, write_text
+from fashion_cnn.project.outbox import Outbox
+from fashion_cnn.project.params import load_params
 
 METRICS = TOY.evaluation_results.with_suffix(".json")
 WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")

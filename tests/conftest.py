@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.models.device import prepare_torch
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.process import start
 from project import ROOT
 
+start()
 prepare_torch("cpu")  # as every stage does before torch computes
 
 

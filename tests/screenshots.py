@@ -6,14 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT)]
-
 from PIL import Image
 
 from browser import open_page, see_table
 from servers import free_port
 
+ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs/pictures"
 
 
@@ -41,7 +39,7 @@ def take_page() -> None:
 def take_mlflow() -> None:
     """The table of runs; MLFLOW_TRACKING_URI may name another store than this project's."""
     settings = os.environ | {"PORT": str(free_port()), "BROWSER": "true"}
-    command = [sys.executable, str(ROOT / "tools/ui.py")]
+    command = [sys.executable, "-m", "fashion_cnn.commands.ui"]
     with subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE) as server:
         try:
             address = next(line.split()[1] for line in server.stdout if line.startswith("MLflow: http"))

@@ -12,9 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "helpers"), str(HERE.parent / "stages"), str(HERE.parent)]
-
 import crash
 import experiments
 import mutations

@@ -14,10 +14,9 @@ from torch import nn
 from tqdm import tqdm
 
 import small_stages
-from lib import augmentation, evaluation
-from lib.augmentation import imgaug_augmenters
-from lib.fashion_mnist import CLASSES
-from project import STAGES
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.lesson import augmentation, evaluation
+from fashion_cnn.lesson.augmentation import imgaug_augmenters
 
 SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
 
@@ -118,13 +117,13 @@ def test_workers_start_beside_threads_of_opencv():
     # In a process of its own, with a time limit: forked beside those threads, a worker waits for ever.
     code = (
         "import cv2, numpy as np\n"
-        "from lib.augmentation import augment\n"
+        "from fashion_cnn.lesson.augmentation import augment\n"
         "cv2.setNumThreads(4)\n"
         "cv2.GaussianBlur(np.zeros((4000, 4000), np.uint8), (9, 9), 0)\n"
         f"print(len(list(augment(np.zeros((16, 28, 28), np.uint8), **{SETTINGS}, workers=2))))"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=STAGES, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["2"], done.stderr
 
 

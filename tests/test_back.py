@@ -23,10 +23,10 @@ WEIGHTS = Path("models/toy_cnn.safetensors")
 STAND_IN = """
 import time
 import numpy as np
-from lib.params import load_params
-from lib.stage.files import write_csv, write_json, write_tensors
-from lib.stage.process import run_stage
-from lib.trainings import TOY, TOY_HISTORY
+from fashion_cnn.project.params import load_params
+from fashion_cnn.project.files import write_csv, write_json, write_tensors
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.catalog import TOY, TOY_HISTORY
 
 def main():
     params = load_params("train_toy_cnn").train_toy_cnn

@@ -23,7 +23,7 @@ def test_a_disk_without_room_is_one_line_and_the_earlier_file_stays(workspace, l
     (workspace / "data").mkdir()
     (workspace / "data/toy.safetensors").write_text("earlier")
     code = (
-        "import resource, runpy, sys; sys.path.insert(0, sys.argv[1]);"
+        "import resource, runpy, sys;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
         "runpy.run_path(sys.argv[1] + '/build_toy_tensors.py', run_name='__main__')"
     )

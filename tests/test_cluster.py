@@ -70,7 +70,7 @@ class Team:
 
     def search(self, number: int, *arguments: str) -> Started:
         log = self.folder / f"search-{number}.log"
-        command = ["tools/search.py", *arguments]
+        command = ["-m", "fashion_cnn.commands.search", *arguments]
         started = Started(self.project, log, *command, **self.settings, **TOKEN)
         self.stack.callback(started.process.kill)
         return started
@@ -148,8 +148,8 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_w
 def test_a_cluster_that_cannot_be_used_is_one_line(team, tmp_path):
     def said(*arguments: str, **more: str) -> str:
         started = Started(
-            team.project, tmp_path / "log", "tools/search.py", *RATES, "split.seed=1,2", *arguments,
-            **(team.settings | TOKEN | more),
+            team.project, tmp_path / "log", "-m", "fashion_cnn.commands.search", *RATES, "split.seed=1,2",
+            *arguments, **(team.settings | TOKEN | more),
         )  # fmt: skip
         try:
             assert started.process.wait(timeout=100) == 1, started.printed()

@@ -1,6 +1,5 @@
 """Values that reach a shell: the Makefile's folder and Python, and the commands that trace prints."""
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fashion_cnn.commands import trace
 from project import ROOT
 
 ODD = 'it\'s "$(touch ran)" `touch ran` & ;x'
@@ -46,11 +46,25 @@ def folder(tmp_path):
 
 def test_the_folders_name_is_no_command(folder):
     stand_in(folder / ".venv/bin/python")
-    (folder / ".venv/ready").touch()
+    (folder / ".venv/ready").write_text(f"{folder}\n")
     done = make(folder, "sync")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "called with: tools/sync.py" in done.stdout
+    assert "called with: -m fashion_cnn.commands.sync" in done.stdout
     assert not (folder / "ran").exists()
+
+
+def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_path):
+    """It names the original's folder, whose code would run."""
+    stand_in(folder / ".venv/bin/python")
+    (folder / ".venv/ready").write_text(f"{folder}\n")
+    stand_in(tmp_path / "bin/python3")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    done = make(copy, "sync", f"PYTHON={tmp_path / 'bin/python3'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "called with: -m venv .venv" in done.stdout
+    assert (copy / ".venv/ready").read_text() == f"{copy}\n"
+    assert "called with: -m venv" not in make(copy, "sync").stdout
+    assert "called with: -m venv" not in make(folder, "sync").stdout
 
 
 def test_the_name_of_python_is_no_command(folder, monkeypatch):
@@ -77,9 +91,6 @@ def test_an_old_python_is_named(folder):
 
 
 def test_the_commands_that_trace_prints_are_quoted():
-    spec = importlib.util.spec_from_file_location("tools_trace", ROOT / "tools/trace.py")
-    trace = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trace)
     params = {"train_cnn.device": ODD, "split.train_size": "null", "split.seed": "0", "train_images": "55000"}
     run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
     commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, has_diff=False)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from lib.trainings import CNNS
+from fashion_cnn.project.catalog import CNNS
 from project import ROOT, SCRIPTS, code_deps, copy_of_project, git, sections_read
 
 pytestmark = [
@@ -121,7 +121,7 @@ def test_the_table_of_recipes_is_that_of_the_committed_runs():
 
 def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
     """Every file and every value is changed at once: each stage names those that are its own."""
-    for path in (project / "stages").rglob("*.py"):
+    for path in [*(project / "stages").glob("*.py"), *(project / "fashion_cnn").rglob("*.py")]:
         path.write_text(path.read_text() + "\n# changed\n")
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
@@ -134,20 +134,30 @@ def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
     assert found == {instance: own[name] for name in SCRIPTS for instance in instances[name]}
 
 
+@pytest.mark.parametrize("name", ["style.css", "page.html", "draw.js"])
+def test_the_page_is_written_again_for_what_it_is_made_of(project, name):
+    before = changed(project).get("build_page", set())
+    path = project / "fashion_cnn/page" / name
+    path.write_text(path.read_text() + "\n")
+    assert changed(project)["build_page"] == before | {"fashion_cnn/page"}
+    git(project, "restore", ".")
+
+
 def test_nothing_else_reruns_a_stage(project):
     """The sender, the schema, the tools, and what an editor or Python leaves beside the code."""
     before = changed(project)
-    files = [path for folder in ("tracking", "tools") for path in (project / folder).glob("*.py")]
-    for path in [*files, project / "params_schema.py"]:
+    package = project / "fashion_cnn"
+    files = [path for folder in ("tracking", "commands") for path in (package / folder).glob("*.py")]
+    for path in [*files, package / "schema.py"]:
         path.write_text(path.read_text() + "\n# changed\n")
-    for name in ("stage/.files.py.swp", "training/__pycache__/loop.cpython-311.pyc", "models/notes.txt"):
-        path = project / "stages/lib" / name
+    for name in ("project/.files.py.swp", "training/__pycache__/loop.cpython-311.pyc", "models/notes.txt"):
+        path = package / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("left behind")
-    (project / "stages/lib/training/.#loop.py").symlink_to("somebody@somewhere")  # an unsaved edit in Emacs
+    (package / "training/.#loop.py").symlink_to("somebody@somewhere")  # an unsaved edit in Emacs
     assert changed(project) == before
     git(project, "restore", ".")
-    git(project, "clean", "--force", "-d", "-x", "--quiet", "stages")
+    git(project, "clean", "--force", "-d", "-x", "--quiet", "fashion_cnn")
 
 
 def test_a_lock_file_in_conflict_is_left_to_a_person(project):
@@ -155,7 +165,9 @@ def test_a_lock_file_in_conflict_is_left_to_a_person(project):
     whole = path.read_text()
     path.write_text("<<<<<<< HEAD\n" + whole + "=======\n>>>>>>> other\n")
     conflict = path.read_text()
-    mended = subprocess.run([sys.executable, str(ROOT / "tools/mend_lock.py")], cwd=project, check=False)
+    mended = subprocess.run(
+        [sys.executable, "-m", "fashion_cnn.commands.mend_lock"], cwd=project, check=False
+    )
     assert mended.returncode == 1
     assert path.read_text() == conflict
     path.write_text(whole)
@@ -165,7 +177,7 @@ def test_a_lock_file_in_conflict_is_left_to_a_person(project):
 def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_stays(project, cut):
     path = project / "dvc.lock"
     whole = path.read_text()
-    mend = [sys.executable, str(ROOT / "tools/mend_lock.py")]
+    mend = [sys.executable, "-m", "fashion_cnn.commands.mend_lock"]
     assert subprocess.run(mend, cwd=project, check=False).returncode == 1
     assert path.read_text() == whole
     path.write_text(whole[cut])
@@ -177,7 +189,7 @@ def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_st
 def test_dvcs_list_of_readers_and_writers_cut_short_is_taken_away_and_a_whole_one_is_not(project, cut):
     path = project / ".dvc/tmp/rwlock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mend = [sys.executable, str(ROOT / "tools/mend_lock.py")]
+    mend = [sys.executable, "-m", "fashion_cnn.commands.mend_lock"]
     path.write_text("{}")
     assert subprocess.run(mend, cwd=project, check=False).returncode == 1
     assert path.exists()

@@ -10,11 +10,10 @@ import pytest
 import yaml
 from scipy import stats
 
-import compare
-import judgement
-from lib.stage.errors import StageError
+from fashion_cnn.commands import compare, judgement
+from fashion_cnn.commands.sides import read_side
+from fashion_cnn.project.errors import StageError
 from project import git
-from sides import read_side
 
 CLASSES = ("Bag", "Coat")
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import small_stages as small
-from lib.models.cnns import build_cnn, fresh
-from lib.models.device import prepare_torch
-from lib.stage.files import read_json
-from lib.training.batches import draw_epoch
-from lib.training.checkpoints import Checkpoint
-from lib.training.cuda_graph import GraphedStep
-from lib.training.data import TrainData
-from lib.training.loop import TrainStep, train_cnn
-from lib.training.optimizer import build_optimizer, set_rate
+from fashion_cnn.models.cnns import build_cnn, fresh
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.files import read_json
+from fashion_cnn.training.batches import draw_epoch
+from fashion_cnn.training.checkpoints import Checkpoint
+from fashion_cnn.training.cuda_graph import GraphedStep
+from fashion_cnn.training.loop import TrainStep, train_cnn
+from fashion_cnn.training.optimizer import build_optimizer, set_rate
+from fashion_cnn.training.train_data import TrainData
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from lib.copies import load_copies, save_copies
-from lib.fashion_mnist import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
-from lib.split import split_indices
-from lib.stage.errors import StageError
-from lib.stage.files import (
+from fashion_cnn.data.copies import load_copies, save_copies
+from fashion_cnn.data.fashion_mnist import CLASSES, FILES, RAW_DIR, IdxFile, read_idx
+from fashion_cnn.data.split import split_indices
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import (
     pixels_from_text,
     pixels_to_text,
     read_json,

@@ -13,9 +13,9 @@ import requests
 from mlflow import MlflowClient
 
 from deployment import CADDY, COMPOSE, Deployment, needs_proxy, needs_servers, read_compose, read_settings
+from fashion_cnn.tracking.runs import ready_models
 from pipeline import dvc, environment, set_params, tool, tracked_runs, try_tool, two_stages
 from project import ROOT, git
-from tracking.runs import ready_models
 
 pytestmark = [
     pytest.mark.team,

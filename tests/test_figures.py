@@ -9,10 +9,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from lib import figures
-from lib.fashion_mnist import CLASSES
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.lesson import figures
 from pipeline import environment
-from project import STAGES
 
 COLORS = {"original": "#0072b2", "augmented": "#d55e00"}
 
@@ -93,13 +92,13 @@ def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
 def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: pink\nlines.linewidth: 9\n")
     code = (
-        "from pathlib import Path; from lib import figures;"
+        "from pathlib import Path; from fashion_cnn.lesson import figures;"
         "rows = [{'epoch': n, 'train_loss': 1 / n} for n in range(1, 9)];"
         "figures.save(figures.toy_loss(rows), Path('figure.png'), dpi=50);"
         "print(figures.plt.rcParams['font.size'])"
     )
     command = [sys.executable, "-c", code]
-    settings = {"MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(STAGES)}
+    settings = {"MATPLOTLIBRC": str(tmp_path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(**settings), capture_output=True, text=True, check=True
     )

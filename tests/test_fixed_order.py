@@ -18,10 +18,10 @@ import torch
 from torch.nn import functional as F
 
 import fingerprint as made
-from lib.models import fixed_order
-from lib.stage.errors import StageError
+from fashion_cnn.models import fixed_order
+from fashion_cnn.project.errors import StageError
 from pipeline import environment
-from project import ROOT, STAGES
+from project import ROOT
 
 QEMU = shutil.which("qemu-x86_64")
 CPU = Path("/proc/cpuinfo").read_text()
@@ -427,7 +427,7 @@ def test_what_has_no_fixed_order_is_refused_in_one_line(what):
     function, shapes, line, named, _ = REFUSED[what]
     with pytest.raises(StageError) as raised:
         function(*(torch.ones(shape) for shape in shapes))
-    wanted = " has no fixed order of sums (lib/models/fixed_order.py), expected ".join(line)
+    wanted = " has no fixed order of sums (models/fixed_order.py), expected ".join(line)
     assert str(raised.value) == wanted.format(*named)
 
 
@@ -463,16 +463,15 @@ def test_a_second_call_changes_nothing(monkeypatch):
 def test_a_torch_that_lacks_an_operation_is_named_with_the_pin(change, fault):
     """A stage that meets such a torch ends with one line, whatever moved in it."""
     code = (
-        "import lib, torch, types\n"
-        "from lib.models.device import prepare_torch\n"
-        "from lib.stage.process import run_stage\n"
+        "import torch, types\n"
+        "from fashion_cnn.models.device import prepare_torch\n"
+        "from fashion_cnn.project.process import run_stage\n"
         "def fail(*_): raise RuntimeError('no such kernel\\nand a second line')\n"
         f"{change}\n"
         "run_stage(lambda: prepare_torch('cpu'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=STAGES,
         env=environment(),
         capture_output=True,
         text=True,
@@ -507,5 +506,5 @@ def test_this_torch_sums_in_the_order_of_the_one_that_was_tested():
     assert found == DIGESTS, (
         f"torch {torch.__version__} computes other bytes than 2.14.1. If the other tests here pass, the "
         "order is fixed, but another one: `make repro`, and put these digests here. If they fail, it is "
-        "not: keep the older torch, or change lib/models/fixed_order.py."
+        "not: keep the older torch, or change models/fixed_order.py."
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.reporting.outbox import Outbox, open_run
-from lib.reporting.provenance import git_diff, git_tags
-from lib.trainings import TOY
-from project import ROOT, git
-from tracking.store import connect
+from fashion_cnn.project.catalog import TOY
+from fashion_cnn.project.outbox import Outbox, open_run
+from fashion_cnn.project.provenance import git_diff, git_tags
+from fashion_cnn.tracking.store import connect
+from project import git
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,7 +91,9 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.reporting.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"})
+        patch.setattr(
+            "fashion_cnn.project.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"}
+        )
         if made_by == "training":
             with open_run(TOY, {}, "12" * 32):
                 pass
@@ -101,7 +103,7 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
             outbox.close()
     assert "the run records no uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     assert "uncommitted.diff" not in run_artifacts()
-    command = [sys.executable, str(ROOT / "tools/trace.py"), "ab" * 32, "--json"]
+    command = [sys.executable, "-m", "fashion_cnn.commands.trace", "ab" * 32, "--json"]
     if made_by == "stand-in":
         [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
@@ -122,7 +124,7 @@ def test_the_diff_does_not_depend_on_the_users_settings(repository):
 
 @pytest.mark.parametrize("what", ["-x", "--all", "no-such-commit"])
 def test_trace_takes_no_option_for_a_commit(repository, what):
-    command = [sys.executable, str(ROOT / "tools/trace.py"), "--", what]
+    command = [sys.executable, "-m", "fashion_cnn.commands.trace", "--", what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {what}: expected a run id, a file, a SHA-256 or a git commit (")
@@ -130,7 +132,7 @@ def test_trace_takes_no_option_for_a_commit(repository, what):
 
 
 def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
-    from sync import sync_experiments
+    from fashion_cnn.commands.sync import sync_experiments
 
     sync_experiments(None)
     assert capsys.readouterr().out.startswith(
@@ -139,7 +141,7 @@ def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
 
 
 def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repository):
-    from history import file_at
+    from fashion_cnn.commands.history import file_at
 
     assert file_at("HEAD", "code.py") == b"one\n"
     assert file_at("HEAD", Path("absent")) is None
@@ -148,7 +150,7 @@ def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repositor
 
 
 def test_the_summary_says_why_it_compares_nothing(repository, capsys):
-    from summary import committed_lock, compared
+    from fashion_cnn.commands.summary import committed_lock, compared
 
     assert compared({}, committed_lock()) == "The pipeline is up to date."
     said = capsys.readouterr().out

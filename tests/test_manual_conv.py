@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from lib.by_hand import comparison, layers
-from lib.by_hand.comparison import compare_counts, compare_gradients, compare_layers, fill_batch_norms
-from lib.models.cnns import build_cnn, build_toy_cnn, fresh
-from lib.models.residual import Residual
+from fashion_cnn.lesson.by_hand import comparison, layers
+from fashion_cnn.lesson.by_hand.comparison import (
+    compare_counts,
+    compare_gradients,
+    compare_layers,
+    fill_batch_norms,
+)
+from fashion_cnn.models.cnns import build_cnn, build_toy_cnn, fresh
+from fashion_cnn.models.residual import Residual
 
 ONES = np.ones((1, 1, 3, 3))
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib import inference
-from lib.by_hand.comparison import counts_by_formula, counts_by_summary
-from lib.inference import loss_and_accuracy, predict, to_device
-from lib.models.cnns import (
+from fashion_cnn.lesson.by_hand.comparison import counts_by_formula, counts_by_summary
+from fashion_cnn.lesson.toy import is_relu_dead, outputs, train_toy
+from fashion_cnn.models import inference
+from fashion_cnn.models.cnns import (
     CNN_SHAPE,
     TOY_SHAPE,
     build_cnn,
@@ -19,8 +19,8 @@ from lib.models.cnns import (
     summarize,
     to_input,
 )
-from lib.stage.errors import StageError
-from lib.toy import is_relu_dead, outputs, train_toy
+from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
+from fashion_cnn.project.errors import StageError
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,24 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import small_stages as small
-from lib.models.cnns import CNN_SHAPE, MODELS, build_cnn, fresh, load_cnn, save_weights, summarize
-from lib.models.residual import Residual
-from lib.stage.errors import StageError
-from lib.stage.files import write_tensors
-from lib.training.batches import COUNT, DOWN, FLIP, INDEX, RIGHT, VARIANT, cut, draw_epoch, halve_easy, length
-from lib.training.loop import TrainStep
-from lib.training.optimizer import MOMENTUM, Muon, build_optimizer, orthogonal, scheduled, set_rate
+from fashion_cnn.models.cnns import CNN_SHAPE, MODELS, build_cnn, fresh, load_cnn, save_weights, summarize
+from fashion_cnn.models.residual import Residual
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import write_tensors
+from fashion_cnn.training.batches import (
+    COUNT,
+    DOWN,
+    FLIP,
+    INDEX,
+    RIGHT,
+    VARIANT,
+    cut,
+    draw_epoch,
+    halve_easy,
+    length,
+)
+from fashion_cnn.training.loop import TrainStep
+from fashion_cnn.training.optimizer import MOMENTUM, Muon, build_optimizer, orthogonal, scheduled, set_rate
 
 CPU = torch.device("cpu")
 TRAIN = np.arange(100, 1100)

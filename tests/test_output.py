@@ -13,13 +13,12 @@ from project import ROOT, STAGES
 pytestmark = pytest.mark.slow
 
 # A stage that prints more than a pipe holds, shows a bar, works, and prints again.
-STAGE = f"""
+STAGE = """
 import os, sys
-sys.path.insert(0, {str(STAGES)!r})
 from pathlib import Path
 from tqdm import tqdm
-from lib.stage.errors import StageError
-from lib.stage.process import run_stage
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import run_stage
 
 def main():
     for line in tqdm(range(5000), mininterval=0):
@@ -68,7 +67,7 @@ def test_a_real_failure_keeps_its_exit_code_and_its_line(folder, output):
         assert done.stderr.splitlines()[-1] == "error: the fault"
 
 
-@pytest.mark.parametrize("command", ["stage.py", f"'{ROOT}/tools/trace.py' --help"])
+@pytest.mark.parametrize("command", ["stage.py", f"'{ROOT}/fashion_cnn/commands/trace.py' --help"])
 def test_a_full_disk_behind_the_output_is_reported_when_the_work_is_done(folder, command):
     done = sh(folder, f"python {command} >/dev/full")
     assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
@@ -87,17 +86,17 @@ def test_a_training_whose_output_nobody_reads_is_whole(workspace):
 
 def test_a_lock_is_mended_though_nobody_reads_of_it(workspace):
     (workspace / "dvc.lock").write_text("schema: '2.0'\nsta")
-    done = sh(workspace, f"python '{ROOT}/tools/mend_lock.py' | head -0")
+    done = sh(workspace, f"python '{ROOT}/fashion_cnn/commands/mend_lock.py' | head -0")
     assert (done.returncode, done.stderr) == (0, "")
     assert not (workspace / "dvc.lock").exists()
 
 
 def test_a_line_is_there_as_soon_as_it_is_printed_into_a_pipe_too(workspace):
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from lib.stage.process import run_stage;"
+        "import time; from fashion_cnn.project.process import run_stage;"
         "run_stage(lambda: (print('at once'), time.sleep(20)))"
     )
-    command, buffered = [sys.executable, "-c", code, STAGES], {**os.environ, "PYTHONUNBUFFERED": ""}
+    command, buffered = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=buffered) as process:
         assert process.stdout.readline() == b"at once\n"

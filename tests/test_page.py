@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import build_page
 from browser import needs_browser, open_page
-from lib import evaluation, figures, toy, trainings
-from lib.fashion_mnist import CLASSES
-from lib.models.cnns import (
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.lesson import evaluation, figures, toy
+from fashion_cnn.models.cnns import (
     MODELS,
     build_cnn,
     build_toy_cnn,
@@ -28,12 +27,14 @@ from lib.models.cnns import (
     save_weights,
     to_input,
 )
-from lib.models.residual import Residual
-from lib.page import contents
-from lib.page.contents import POINTS
-from lib.stage.errors import StageError
-from lib.stage.files import write_csv, write_json, write_tensors
-from project import ROOT, STAGES
+from fashion_cnn.models.residual import Residual
+from fashion_cnn.page import contents
+from fashion_cnn.page.contents import POINTS
+from fashion_cnn.project import catalog
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import write_csv, write_json, write_tensors
+from project import PACKAGE, ROOT
+from stages import build_page
 
 pytestmark = pytest.mark.slow
 
@@ -81,11 +82,11 @@ def write_results(
     model, losses, history = toy.train_toy(
         TOY_IMAGES, TOY_LABELS, epochs=toy_epochs, learning_rate=0.01, seed=0
     )
-    save_weights(model, trainings.TOY.weights)
-    write_csv(trainings.TOY_HISTORY, history)
-    write_csv(trainings.TOY.curve, [{"epoch": n, "train_loss": one} for n, one in enumerate(losses, 1)])
+    save_weights(model, catalog.TOY.weights)
+    write_csv(catalog.TOY_HISTORY, history)
+    write_csv(catalog.TOY.curve, [{"epoch": n, "train_loss": one} for n, one in enumerate(losses, 1)])
     images, labels = garments(mistakes, 5)
-    for number, (name, training) in enumerate(trainings.CNNS.items()):
+    for number, (name, training) in enumerate(catalog.CNNS.items()):
         training.weights.parent.mkdir(exist_ok=True)
         model = trained(number, name == "augmented", of)
         if diverged:
@@ -172,7 +173,7 @@ def watched(built):
 
 
 def models(folder) -> dict[str, torch.nn.Sequential]:
-    return {name: load_cnn(folder / training.weights) for name, training in trainings.CNNS.items()}
+    return {name: load_cnn(folder / training.weights) for name, training in catalog.CNNS.items()}
 
 
 def unpacked(values: np.ndarray) -> np.ndarray:
@@ -259,7 +260,7 @@ def test_images_are_moved_as_evaluate_cnn_moves_them(page):
 
 @needs_browser
 def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parameter(page, built):
-    model = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+    model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
 
     def steps(image: np.ndarray) -> list[np.ndarray]:
         values, found = torch.from_numpy(image)[None], []
@@ -303,7 +304,7 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
     page.get_by_label("Bias of the linear layer").fill("0.5")
     assert cells() == pytest.approx(expected(image), abs=6e-4)
     page.get_by_role("button", name="Restore the trained values").click()
-    model = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+    model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
     assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
 
 
@@ -328,7 +329,7 @@ def test_the_slider_goes_through_the_training(page, built):
     slider.press("ArrowRight")
     assert page.locator("#toy-epoch").inner_text() == "after epoch 1 of 40"
     slider.press("End")
-    last = load_weights(build_toy_cnn(), built / trainings.TOY.weights)
+    last = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
     shown = float(page.get_by_label("Bias of the kernel").input_value())
     assert shown == pytest.approx(last[0].bias.item(), abs=6e-4)
 
@@ -517,7 +518,7 @@ def test_a_missing_or_damaged_file_is_named(built, tmp_path, monkeypatch, path):
 
 def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
     def make_page(folder):
-        command = [sys.executable, ROOT / "tools/page.py"]
+        command = [sys.executable, "-m", "fashion_cnn.commands.page"]
         settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
         return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
 
@@ -528,6 +529,6 @@ def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
 
 
 def test_the_colours_are_those_of_the_figures():
-    style = (STAGES / "lib/page/style.css").read_text()
+    style = (PACKAGE / "page/style.css").read_text()
     for name, color in figures.COLORS.items():
         assert f"--{name}: {color};" in style

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from dvc.utils.serialize import load_yaml
 
-from lib.params import leaves, load_params
-from lib.stage.errors import StageError
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import leaves, load_params
 from project import ROOT
 from small_stages import PARAMS
 

@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from torchvision import datasets
 
 from crash import Started, after_seconds, after_text, kill, stage_processes, wait_until_gone
-from lib.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from lib.stage.files import numbers
+from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from fashion_cnn.project.files import numbers
+from fashion_cnn.tracking.runs import ready_models
 from pipeline import (
     SMALL,
     dvc,
@@ -36,7 +37,6 @@ from pipeline import (
 from project import ROOT, copy_of_project, git, stage_definitions
 from recovery import contents, forget, kill_stage, lock_entries
 from servers import lose_server
-from tracking.runs import ready_models
 
 pytestmark = [
     pytest.mark.slow,
@@ -182,9 +182,9 @@ def test_each_training_is_one_run_with_all_its_results(project):
     assert "max_abs_error_toy_forward" in found["train_toy_cnn"].data.metrics
 
 
-# What a stage may open beside its deps and outs: the repository's own state, and the schema of params.yaml,
-# which refuses values and changes none.
-NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".outbox/", "params_schema.py")
+# What a stage may open beside its deps and outs: the repository's own state, the schema of params.yaml, which
+# refuses values and changes none, and what marks a folder as a package.
+NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".outbox/", "fashion_cnn/schema.py")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_stage_opens_exactly_what_it_declares(project, stage):
     read, written = set(), set()
     for line in (opened_dir(project) / stage).read_text().splitlines():
         mode, path = line.split(" ", 1)
-        if path.startswith(NO_DEPS) or "/__pycache__/" in path:
+        if path.startswith(NO_DEPS) or path.endswith("/__init__.py") or "/__pycache__/" in path:
             continue
         folder, _, name = path.rpartition("/")
         if name.endswith(".part"):  # takes its final name when it is whole
@@ -484,7 +484,7 @@ AT_ONCE = ("train_cnn@original", "train_cnn@augmented")
 def start_both(project: Path) -> Started:
     """Begin `make repro` with both trainings to do, and wait until each has finished an epoch."""
     log = project.parent / "logs" / f"both-{time.time_ns()}.log"
-    started = Started(project, log, "tools/repro.py", FASHION_CNN_THREADS="2")
+    started = Started(project, log, "-m", "fashion_cnn.commands.repro", FASHION_CNN_THREADS="2")
     while not all(f"{images}: epoch " in started.printed() for images in ("original", "augmented")):
         assert not started.ended(), started.printed()
         time.sleep(0.05)

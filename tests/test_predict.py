@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import predict
-from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, fresh, save_weights
-from lib.stage.errors import StageError
-from pictures import read_picture
+from fashion_cnn.commands import predict
+from fashion_cnn.commands.pictures import read_picture
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
+from fashion_cnn.project.errors import StageError
 
 
 def save(folder: Path, picture: Image.Image, name: str = "picture.png") -> Path:

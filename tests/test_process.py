@@ -12,13 +12,12 @@ import psutil
 import pytest
 import torch
 
-from lib.models import device
-from lib.models.device import prepare_torch
-from lib.stage import process
-from lib.stage.errors import StageError
-from lib.stage.process import Output, run_stage, usable_threads
-from lib.trainings import named_cnn
-from project import STAGES
+from fashion_cnn.models import device
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project import process
+from fashion_cnn.project.catalog import named_cnn
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import Output, run_stage, usable_threads
 
 
 class Left(Exception):
@@ -175,7 +174,7 @@ def test_elsewhere_nothing_is_asked(calls, monkeypatch):
 
 def test_a_process_ends_with_its_parent():
     child = (
-        "from lib.stage.process import die_with_parent; import time\n"
+        "from fashion_cnn.project.process import die_with_parent; import time\n"
         "die_with_parent(); print('ready', flush=True); time.sleep(60)"
     )
     parent = (
@@ -186,7 +185,7 @@ def test_a_process_ends_with_its_parent():
         "os._exit(0)"
     )
     command = [sys.executable, "-c", parent]
-    done = subprocess.run(command, cwd=STAGES, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(timeout=20)
 
@@ -290,7 +289,7 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
     monkeypatch.setattr(device, "why_not_portable", lambda device: None)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr("lib.models.fixed_order.use_fixed_order", lambda: asked.append("fixed order"))
+    monkeypatch.setattr("fashion_cnn.models.fixed_order.use_fixed_order", lambda: asked.append("fixed order"))
     asked: list[str] = []
     wanted = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
     device._make_portable("cpu", True, torch)
@@ -306,8 +305,9 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
 def test_the_environment_is_set_before_torch_computes():
     """In a process of its own, with settings of a user's that must not reach it."""
     code = (
-        "import lib, os, sys; assert 'torch' not in sys.modules\n"
-        "from lib.models.device import prepare_torch; prepare_torch('cpu')\n"
+        "import os, sys; from fashion_cnn.project.process import start; start()\n"
+        "assert 'torch' not in sys.modules\n"
+        "from fashion_cnn.models.device import prepare_torch; prepare_torch('cpu')\n"
         "import psutil, torch\n"
         "tensor = torch.ones(100, 1 << 20); full = psutil.Process().memory_info().rss\n"
         "del tensor; kept = psutil.Process().memory_info().rss\n"
@@ -318,7 +318,6 @@ def test_the_environment_is_set_before_torch_computes():
         "FASHION_CNN_THREADS": "2",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "ACTIVE",
-        "PYTHONPATH": str(STAGES),
     }
     printed = subprocess.run(
         [sys.executable, "-c", code],

@@ -14,18 +14,16 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-import promote
-import registry
-from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, fresh, load_weights, save_weights
-from lib.split import split_indices
-from lib.stage.errors import StageError
-from lib.stage.files import sha256_of
-from project import ROOT
+from fashion_cnn.commands import promote, registry
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.data.split import split_indices
+from fashion_cnn.models.cnns import build_cnn, fresh, load_weights, save_weights
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import sha256_of
+from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.store import connect
 from servers import free_port, wait_until_up
 from small_stages import make_data, read_data
-from tracking import runs
-from tracking.store import connect
 
 pytestmark = [
     pytest.mark.slow,
@@ -181,17 +179,16 @@ def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
     for weights in trained[1:]:
         add_run(store, weights)
     code = (
-        "import sys; sys.path[:0] = sys.argv[2:]; import promote, numpy as np;"
+        "import sys, numpy as np; from fashion_cnn.commands import promote;"
         "data = dict(np.load('data.npz'));"
         "promote.read_idx = lambda file: data[file.name[:12]];"
-        "sys.argv[1:] = sys.argv[1:2]; promote.main()"
+        "promote.main()"
     )
     np.savez("data.npz", **{name: promote.read_idx(Mock(name)) for name in ("train-images", "train-labels")})
     command = [sys.executable, "-c", code]
-    paths = [str(ROOT / "tools"), str(ROOT / "stages"), str(ROOT)]
     started = [
         subprocess.Popen(
-            [*command, str(weights), *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, str(weights)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for weights in trained[1:]
     ]

@@ -11,10 +11,10 @@ import sys
 import pytest
 import yaml
 
-import recipe
-from dvc_experiments import Experiment
-from lib.params import parse_params
-from lib.stage.errors import StageError
+from fashion_cnn.commands import recipe
+from fashion_cnn.commands.dvc_experiments import Experiment
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import parse_params
 from project import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

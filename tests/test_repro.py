@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-import repro
+from fashion_cnn.commands import repro
 from project import ROOT
 
 

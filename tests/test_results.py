@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from lib import results
-from lib.results import INTEGER, NUMBER, one_of, read_rows, read_table, read_weights_sha256
-from lib.stage.errors import StageError
-from lib.stage.files import pixels_to_text, read_json, write_csv, write_json
+from fashion_cnn.lesson import results
+from fashion_cnn.lesson.results import INTEGER, NUMBER, one_of, read_rows, read_table, read_weights_sha256
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import pixels_to_text, read_json, write_csv, write_json
 from project import STAGES
 
 CURVE = b"epoch,train_loss\n1,0.5\n2,nan\n"

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import search as search_tool
-import trial
-import workers
 from crash import Started, wait_for_stage, wait_until_gone
-from lib.stage.errors import StageError
+from fashion_cnn.commands import search as search_tool
+from fashion_cnn.commands import trial, workers
+from fashion_cnn.project.errors import StageError
 from pipeline import dvc, ran, tracked_runs, try_tool
 from project import ROOT, git
 from searching import METRICS, STAGE, WEIGHTS, rates, table_of, trained, trials_of
@@ -107,7 +106,7 @@ def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
 
 def search(project: Path, number: int = 0, **more: str) -> Started:
     log = project.parent / f"search-{number}.log"
-    return Started(project, log, "tools/search.py", *GRID, "--jobs", "1", **more)
+    return Started(project, log, "-m", "fashion_cnn.commands.search", *GRID, "--jobs", "1", **more)
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
@@ -155,7 +154,7 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
     ],
 )
 def test_values_are_those_that_dvc_would_take(setting, values):
-    from search import read_space
+    from fashion_cnn.commands.search import read_space
 
     varied, fixed = read_space([setting, "c.d=residual"])
     assert [(type(one), one) for one in varied["a.b"].choices] == [(type(one), one) for one in values]
@@ -165,7 +164,7 @@ def test_values_are_those_that_dvc_would_take(setting, values):
 def test_intervals_are_optunas():
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    from search import read_space
+    from fashion_cnn.commands.search import read_space
 
     settings = ["a.a=interval(0.5,2)", "a.b=tag(int,interval(1,5))", "a.c=tag(log,interval(1e-4,1e-2))"]
     assert read_space(settings)[0] == {
@@ -195,7 +194,7 @@ def test_intervals_are_optunas():
     ],
 )
 def test_what_is_no_space_is_one_line(setting):
-    from search import read_space
+    from fashion_cnn.commands.search import read_space
 
     with pytest.raises(StageError, match=re.escape(f"-S {setting}: ") + r".*expected .*$"):
         read_space([setting])

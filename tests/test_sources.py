@@ -14,10 +14,10 @@ from time import sleep  # the waiting between attempts is left out below
 
 import pytest
 
-from lib.fashion_mnist import IdxFile
-from lib.sources import fetch as fetching
-from lib.sources import kinds
-from lib.stage.errors import StageError
+from fashion_cnn.data.fashion_mnist import IdxFile
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.sources import fetch as fetching
+from fashion_cnn.sources import kinds
 
 pytestmark = pytest.mark.slow
 

@@ -9,17 +9,17 @@ import pytest
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
-from lib.trainings import TOY
+from fashion_cnn.commands.sync import _params
+from fashion_cnn.project.catalog import TOY
 from pipeline import dvc, tool, tracked_runs, two_stages
 from project import git
-from sync import _params
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
 ]
 
-METRICS, CODE = "metrics/train_toy_cnn.json", "stages/lib/toy.py"
+METRICS, CODE = "metrics/train_toy_cnn.json", "fashion_cnn/lesson/toy.py"
 LINE = "lr=learning_rate"
 
 

@@ -33,7 +33,7 @@ def run_commands(project, commands: list[str]) -> str:
 
 
 def test_the_weights_of_a_dirty_tree_come_from_the_cache_or_are_trained_again(project):
-    code = project / "stages/lib/toy.py"
+    code = project / "fashion_cnn/lesson/toy.py"
     code.write_text(code.read_text().replace("lr=learning_rate", "lr=2 * learning_rate"))
     (project / "new.txt").write_text("not committed\n")
     dvc(project, "repro")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,17 +23,17 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lib.models.cnns import TOY_SHAPE, build_toy_cnn, fresh, save_weights
-from lib.reporting import outbox
-from lib.reporting.outbox import Outbox, open_run, outboxes
-from lib.reporting.provenance import dvc_tags, git_diff, git_tags
-from lib.stage.errors import StageError
-from lib.stage.files import sha256_of
-from lib.trainings import CNNS, TOY, Training
-from project import ROOT, git
-from tracking import runs
-from tracking.sender import send, send_left_over
-from tracking.store import StoreError, connect, reason, shown, store_url
+from fashion_cnn.models.cnns import TOY_SHAPE, build_toy_cnn, fresh, save_weights
+from fashion_cnn.project import outbox
+from fashion_cnn.project.catalog import CNNS, TOY, Training
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import sha256_of
+from fashion_cnn.project.outbox import Outbox, open_run, outboxes
+from fashion_cnn.project.provenance import dvc_tags, git_diff, git_tags
+from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.sender import send, send_left_over
+from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_url
+from project import SCRIPTS, STAGES, git, imported_files
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,7 +104,7 @@ def test_a_training_is_one_whole_run(workspace):
     train(workspace)
     [run] = all_runs()
     assert run.info.run_name == "train_toy_cnn"
-    assert f"python tools/trace.py {run.info.run_id}" in run.data.tags["mlflow.note.content"]
+    assert f"python -m fashion_cnn.commands.trace {run.info.run_id}" in run.data.tags["mlflow.note.content"]
     assert_whole(run, workspace)
     assert run.info.start_time <= run.info.end_time
     assert run.info.artifact_uri.startswith((workspace / "mlruns").as_uri())
@@ -135,7 +136,7 @@ def test_a_sender_that_is_killed_after_any_event_leaves_the_rest_to_the_next(uns
     with monkeypatch.context() as patch:
         saved = Mock(side_effect=[None] * count + [SystemExit])
         whole = runs.log_rows, runs.log_model
-        patch.setattr("tracking.sender.write_text", saved)
+        patch.setattr("fashion_cnn.tracking.sender.write_text", saved)
         with pytest.raises(SystemExit):
             send(store, folders()[0])
         assert (runs.log_rows, runs.log_model) == whole
@@ -214,8 +215,8 @@ def test_a_training_that_stops_is_marked_as_such(unsent, fault, status):
 
 ENDLESS = """
 import time
-from lib.reporting.outbox import open_run
-from lib.trainings import TOY
+from fashion_cnn.project.outbox import open_run
+from fashion_cnn.project.catalog import TOY
 with open_run(TOY, {}, "12" * 32) as run:
     for epoch in range(1, 10000):
         run.log_epoch({"epoch": epoch, "train_loss": 0.5}, 10)
@@ -224,10 +225,9 @@ with open_run(TOY, {}, "12" * 32) as run:
 
 
 def stage(code: str, **more: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "stages"), **more}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | more, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_whoever_requires_a_store_is_stopped_without_one(workspace):
 
 HANGS = """
 from pathlib import Path
-from lib.reporting import outbox
+from fashion_cnn.project import outbox
 outbox.WAIT, outbox.SENDER = 0.5, Path("hangs.py")
 """
 
@@ -551,9 +551,8 @@ def test_a_diff_that_is_sent_later_is_the_one_of_the_training(unsent, monkeypatc
 
 
 def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
-    code = "import sys; sys.path[:0] = sys.argv[1:]; from tracking.store import TOYS, connect; "
-    code += "print(connect().experiment(TOYS))"
-    command = [sys.executable, "-c", code, str(ROOT / "stages"), str(ROOT)]
+    code = "from fashion_cnn.tracking.store import TOYS, connect; print(connect().experiment(TOYS))"
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
@@ -653,7 +652,7 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(unsent, monkeypa
     before = {path: path.stat().st_mtime_ns for path in (unsent / "mlruns").rglob("*")}
     code = """
 import mlflow
-from tracking.store import connect
+from fashion_cnn.tracking.store import connect
 store = connect()
 client = store.client
 [run] = client.search_runs(store.experiments)
@@ -663,7 +662,7 @@ client.log_text(run.info.run_id, "new", "new.txt")
 print(run.info.artifact_uri, model.artifact_location)
 """
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow puts it there
-    printed, _ = stage(code, DVC_ROOT=str(copy), PYTHONPATH=f"{ROOT / 'stages'}:{ROOT}").communicate()
+    printed, _ = stage(code, DVC_ROOT=str(copy)).communicate()
     places = printed.splitlines()[-1].split()
     assert [place.startswith(f"{copy.as_uri()}/mlruns/") for place in places] == [True, True], printed
     assert list((copy / "mlruns").rglob("new.txt"))
@@ -726,9 +725,8 @@ def schema(store: Path) -> set[tuple]:
 
 def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace, new_store):
     (workspace / ".mlflow.db.part").write_text("what an earlier kill left")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT}"}
-    code = "from tracking.store import connect; connect()"
-    started = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    code = "from fashion_cnn.tracking.store import connect; connect()"
+    started = subprocess.Popen([sys.executable, "-c", code])
     while not (workspace / "mlflow.db").exists() and started.poll() is None:
         time.sleep(0.001)
     started.kill()
@@ -737,9 +735,10 @@ def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens
 
 
 def test_no_stage_imports_mlflow():
-    lines = [line for path in (ROOT / "stages").rglob("*.py") for line in path.read_text().splitlines()]
-    assert [line for line in lines if "import mlflow" in line or "from mlflow" in line] == []
-    assert StageError.__module__ == "lib.stage.errors"
+    for stage in SCRIPTS:
+        for path in imported_files(STAGES / f"{stage}.py"):
+            assert not re.search("(import|from) mlflow", path.read_text()), path
+    assert StageError.__module__ == "fashion_cnn.project.errors"
 
 
 @pytest.mark.parametrize(
@@ -787,7 +786,7 @@ def test_a_model_that_was_deleted_is_logged_again(unsent):
 
 
 def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):
-    monkeypatch.setattr("tracking.store.CONNECT", 2)
+    monkeypatch.setattr("fashion_cnn.tracking.store.CONNECT", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip():

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import small_stages as small
-from lib.models.cnns import build_cnn, fresh
-from lib.training import loop
-from lib.training.batches import COUNT, draw_epoch
-from lib.training.checkpoints import Checkpoint, exclusive_checkpoint
-from lib.training.cuda_graph import GraphedStep
-from lib.training.data import TrainData
-from lib.training.loop import TrainStep, train_cnn
-from lib.training.optimizer import build_optimizer, set_rate
+from fashion_cnn.models.cnns import build_cnn, fresh
+from fashion_cnn.training import loop
+from fashion_cnn.training.batches import COUNT, draw_epoch
+from fashion_cnn.training.checkpoints import Checkpoint, exclusive_checkpoint
+from fashion_cnn.training.cuda_graph import GraphedStep
+from fashion_cnn.training.loop import TrainStep, train_cnn
+from fashion_cnn.training.optimizer import build_optimizer, set_rate
+from fashion_cnn.training.train_data import TrainData
 
 CPU = torch.device("cpu")
 LESSON = small.PARAMS["train_cnn"] | {"epochs": 2, "batch_size": 5, "seed": 0}

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from browser import needs_browser, open_page, see_comparison, see_models, see_run, see_table
-from lib.models.cnns import build_cnn, fresh, save_weights
-from lib.trainings import CNNS, TOY
+from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
+from fashion_cnn.project.catalog import CNNS, TOY
+from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.store import connect
 from pipeline import environment
-from project import ROOT
 from servers import free_port
-from tracking import runs
-from tracking.store import connect
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,7 +29,7 @@ def start(**more: str) -> subprocess.Popen:
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         settings.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, ROOT / "tools/ui.py"],
+        [sys.executable, "-m", "fashion_cnn.commands.ui"],
         env=settings, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -118,7 +117,7 @@ def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
 
 
 def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
-    import ui
+    from fashion_cnn.commands import ui
 
     class Client:
         def set_experiment_tag(self, *arguments) -> None:

@@ -9,11 +9,11 @@ import yaml
 from safetensors.torch import load_file
 
 import small_stages as small
-from lib import figures
-from lib.by_hand import layers
-from lib.fashion_mnist import CLASSES
-from lib.models.cnns import build_cnn, build_toy_cnn, fresh
-from lib.stage.errors import StageError
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.lesson import figures
+from fashion_cnn.lesson.by_hand import layers
+from fashion_cnn.models.cnns import build_cnn, build_toy_cnn, fresh
+from fashion_cnn.project.errors import StageError
 from project import ROOT
 from small_stages import IMAGES, PARAMS, run_stage, table
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import small_stages as small
-from lib.by_hand.comparison import compare_layers
-from lib.by_hand.walkthrough import parameters_table, weights_table, write_out
-from lib.models.cnns import build_toy_cnn, fresh
+from fashion_cnn.lesson.by_hand.comparison import compare_layers
+from fashion_cnn.lesson.by_hand.walkthrough import parameters_table, weights_table, write_out
+from fashion_cnn.models.cnns import build_toy_cnn, fresh
 
 IMAGE = np.random.default_rng(0).integers(-8, 9, (1, 4, 4)).astype(np.float32) / 8
 

@@ -48,7 +48,7 @@ def stage_processes(project: Path) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline", "cwd"]):
         command, cwd = process.info["cmdline"] or [], process.info["cwd"] or ""
         is_here = cwd == str(project) or cwd.startswith(f"{project}/.dvc/tmp/")
-        if is_here and any(part.startswith("stages/") for part in command):
+        if is_here and any(part.startswith("stages.") for part in command):
             found.append(process)
     return found
 

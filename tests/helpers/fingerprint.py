@@ -24,10 +24,10 @@ from unittest.mock import MagicMock
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "stages"))
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.process import start
 
-import lib  # noqa: F401  (sets the environment before torch is loaded)
-from lib.models.device import prepare_torch
+start()
 
 
 def leave_out_compiler() -> None:
@@ -41,18 +41,18 @@ if __name__ == "__main__":
     if CAP == "EMULATED":
         leave_out_compiler()
     elif CAP != "ALL":
-        os.environ["ONEDNN_MAX_CPU_ISA"] = CAP  # after lib, which removes the user's
+        os.environ["ONEDNN_MAX_CPU_ISA"] = CAP  # after start(), which removes the user's
     prepare_torch("cpu", **dict(threads=1, fixed_order=False) if "toy" in ASKED else {})
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lib.inference import loss_and_accuracy, predict, to_device
-from lib.models.cnns import build_cnn, build_toy_cnn, fresh, to_input
-from lib.toy import outputs, train_toy
-from lib.training.loop import TrainStep
-from lib.training.optimizer import build_optimizer, orthogonal
+from fashion_cnn.lesson.toy import outputs, train_toy
+from fashion_cnn.models.cnns import build_cnn, build_toy_cnn, fresh, to_input
+from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
+from fashion_cnn.training.loop import TrainStep
+from fashion_cnn.training.optimizer import build_optimizer, orthogonal
 
 RNG = np.random.default_rng(0)
 # Smooth images, as noise would hide an interpolation that differs.
@@ -187,7 +187,7 @@ def toy() -> dict[str, str]:
 
 def by_hand() -> dict[str, str]:
     """The toy's errors by hand, as metrics show them."""
-    from lib.by_hand.comparison import compare_layers
+    from fashion_cnn.lesson.by_hand.comparison import compare_layers
 
     rows = compare_layers(fresh(build_toy_cnn, 0), TOY_IMAGES)
     return {"toy errors by hand": digest([f"{row['error']:.6g}" for row in rows])}
@@ -195,7 +195,7 @@ def by_hand() -> dict[str, str]:
 
 def augmentation() -> dict[str, str]:
     """imgaug's copies."""
-    from lib.augmentation import augment
+    from fashion_cnn.lesson.augmentation import augment
 
     copies = augment(IMAGES, copies=2, max_shift=4, max_rotation=20.0, seed=0, workers=1)
     return {"augmented copies": digest(*copies)}
@@ -203,7 +203,7 @@ def augmentation() -> dict[str, str]:
 
 def moves() -> dict[str, str]:
     """The moved images of the evaluation."""
-    from lib.evaluation import move
+    from fashion_cnn.lesson.evaluation import move
 
     return {transform: digest(move(IMAGES, transform, 3)) for transform in ("rotation", "shift_x")}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from lib.fashion_mnist import IdxFile, read_idx
-from lib.models.cnns import build_toy_cnn, load_weights
-from lib.params import parse_params
-from lib.stage.errors import StageError
-from lib.stage.files import read_tensors, write_tensors
+from fashion_cnn.data.fashion_mnist import IdxFile, read_idx
+from fashion_cnn.models.cnns import build_toy_cnn, load_weights
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import read_tensors, write_tensors
+from fashion_cnn.project.params import parse_params
 from project import ROOT
 
 VALUES = [

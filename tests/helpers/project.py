@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ROOT / "stages"
+STAGES, PACKAGE = ROOT / "stages", ROOT / "fashion_cnn"
+BY_FILE = (STAGES, PACKAGE / "lesson")  # whose modules dvc.yaml names one by one
 SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
 
 
@@ -19,16 +20,15 @@ def stage_definitions() -> dict[str, dict]:
 
 
 def code_deps(stage: str) -> set[str]:
-    """The stage's script and every local module it imports, as dvc.yaml is to declare them.
+    """The stage's script and all that it imports from the package, as dvc.yaml is to declare them.
 
-    Transitively; a folder in stages/lib stands for its modules, which must be all imported.
+    Transitively. A folder stands for its modules, except where stages need few of them. The schema is left
+    out, because it changes no result, and so are __init__.py, which hold docstrings.
     """
-    files = imported_files(STAGES / f"{stage}.py")
-    rooms = {path.parent for path in files if path.parent.parent == STAGES / "lib"}
-    for room in rooms:
-        assert set(room.glob("*.py")) <= files, f"{stage} imports {room.name} in part, expected all of it"
-    alone = {path for path in files if path.parent not in rooms}
-    return {path.relative_to(ROOT).as_posix() for path in rooms | alone}
+    files = imported_files(STAGES / f"{stage}.py") - {PACKAGE / "schema.py"}
+    files = {path for path in files if path.name != "__init__.py"}
+    declared = {path if path.parent in BY_FILE else path.parent for path in files}
+    return {path.relative_to(ROOT).as_posix() for path in declared}
 
 
 def imported_files(script: Path) -> set[Path]:
@@ -51,9 +51,9 @@ def _local_imports(path: Path) -> list[Path]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    # lib.models.cnns runs the __init__.py of lib and lib.models first.
+    # fashion_cnn.models.cnns runs the __init__.py of fashion_cnn and fashion_cnn.models first.
     names = [name.split(".") for name in modules]
-    candidates = {STAGES.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
+    candidates = {ROOT.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
     files = [path.with_suffix(".py") for path in candidates] + [path / "__init__.py" for path in candidates]
     return [path for path in files if path.is_file()]
 

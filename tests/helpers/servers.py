@@ -15,8 +15,8 @@ import requests
 from mlflow import MlflowClient
 
 from crash import Started, wait_for_text
+from fashion_cnn.tracking.runs import ready_models
 from pipeline import environment, outputs, tool, tracked_runs
-from tracking.runs import ready_models
 
 
 def free_port() -> int:

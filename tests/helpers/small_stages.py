@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lib.fashion_mnist import IdxFile
-from lib.models.cnns import build_cnn
-from lib.training import data
+from fashion_cnn.data.fashion_mnist import IdxFile
+from fashion_cnn.models.cnns import build_cnn
+from fashion_cnn.training import train_data
 
 PARAMS = {
     "fetch": {"sources": ["unused"]},
@@ -35,7 +35,7 @@ PARAMS = {
     "evaluate_cnn": {"device": "cpu", "robustness_images": 40, "mistakes": 7},
     "plot_results": {"dpi": 50},
 }  # fmt: skip
-# Each name in lib.fashion_mnist, the file's, and how many images or labels it has here.
+# Each name in fashion_cnn.data.fashion_mnist, the file's, and how many images or labels it has here.
 FILES = {
     "TRAIN_IMAGES": ("train-images-idx3-ubyte", (250, 28, 28)),
     "TRAIN_LABELS": ("train-labels-idx1-ubyte", (250,)),
@@ -125,14 +125,14 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
         section, leaf = where.split("__")
         params[section][leaf] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    module, tracking = importlib.import_module(stage), MagicMock()
+    module, tracking = importlib.import_module(f"stages.{stage}"), MagicMock()
     tracking.open_run.return_value.__exit__.return_value = False
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
         patch.setattr("sys.argv", [stage, *arguments])
         for name, (file, shape) in FILES.items():
-            for reader in (module, data):
+            for reader in (module, train_data):
                 if hasattr(reader, name):
                     patch.setattr(reader, name, IdxFile(file, shape, ""))
         for name in ("open_run", "Outbox"):

@@ -8,9 +8,9 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
 from crash import Started
+from fashion_cnn.tracking.runs import ready_models
 from pipeline import tool, tracked_runs
 from recovery import Trial, next_log
-from tracking.runs import ready_models
 
 
 class Store:
@@ -70,7 +70,7 @@ def finished_without_models(project: Path) -> Path:
 def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
     """Kill a sync after `delay` seconds, complete one, and compare; None if it had ended before."""
     log = next_log(store.project)
-    started = Started(store.project, log, "tools/sync.py", MLFLOW_TRACKING_URI=store.uri)
+    started = Started(store.project, log, "-m", "fashion_cnn.commands.sync", MLFLOW_TRACKING_URI=store.uri)
     time.sleep(delay)
     if started.ended():
         return None
@@ -78,7 +78,11 @@ def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
     started.process.wait()
     trial = Trial(f"sync to a store {store.path.stem} after {delay:.1f} s")
     again = Started(
-        store.project, log.with_suffix(".again.log"), "tools/sync.py", MLFLOW_TRACKING_URI=store.uri
+        store.project,
+        log.with_suffix(".again.log"),
+        "-m",
+        "fashion_cnn.commands.sync",
+        MLFLOW_TRACKING_URI=store.uri,
     )
     if again.process.wait():
         trial.lose(f"the second sync fails: {again.printed()[-300:]}")

@@ -1,0 +1,21 @@
+"""Open the page of the trained CNNs, or print its path where there is no screen. Usage: make page"""
+
+import webbrowser
+
+from fashion_cnn.commands.ui import can_show
+from fashion_cnn.page.html import PAGE
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import run_stage
+
+
+def main() -> None:
+    """Print where the page is, and open it."""
+    if not PAGE.is_file():
+        raise StageError(f"{PAGE}: not found, expected the page that `make repro` writes")
+    print(f"{PAGE}: open it in a browser")
+    if can_show():
+        webbrowser.open(PAGE.resolve().as_uri())
+
+
+if __name__ == "__main__":
+    run_stage(main)

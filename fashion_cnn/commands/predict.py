@@ -1,0 +1,89 @@
+"""Name the garment in pictures.
+
+Usage: python -m fashion_cnn.commands.predict FILE …, or make predict FILE=picture.png. A picture of any size
+and mode is first made what the network knows: grey, light on black, 28×28. Prints the three most probable
+classes of each.
+"""
+
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fashion_cnn.commands.pictures import read_picture, write_picture
+from fashion_cnn.commands.registry import CHAMPION, Classifier, load_classifier
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.errors import StageError
+
+DEFAULT = CNNS["augmented"].weights
+TOP = 3
+
+
+def main() -> None:
+    """Classify each picture; a file that is none gets a line, and the others go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="FILE", help="a picture of one garment")
+    parser.add_argument(
+        "--model",
+        help=f"a file of weights, the id of a run, a version, or {CHAMPION} (default, if there is one)",
+    )
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="write what the network sees there")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
+    arguments = parser.parse_args()
+    names = [path.name for path in arguments.pictures]
+    if arguments.show and (twice := {name for name in names if names.count(name) > 1}):
+        raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
+    prepare_torch("cpu")
+    classify = load_classifier(arguments.model) if arguments.model else load_default()
+    answers = [answer(path, classify, arguments.show) for path in arguments.pictures]
+    if arguments.json:
+        print(json.dumps(answers, indent=2))
+    else:
+        for one in answers:
+            print(in_words(one), file=sys.stderr if "error" in one else sys.stdout)
+    sys.exit(any("error" in one for one in answers))
+
+
+def load_default() -> Classifier:
+    """The champion's classifier if there is one, else that of the weights in models/."""
+    try:
+        return load_classifier(CHAMPION)
+    except StageError as error:
+        print(f"{error}; using {DEFAULT}", file=sys.stderr)
+        return load_classifier(str(DEFAULT))
+
+
+def answer(path: Path, classify: Classifier, show: Path | None) -> dict:
+    """What is said about one file: its most probable classes, or why it cannot be read."""
+    try:
+        image, inverted = read_picture(path)
+    except StageError as error:
+        return {"file": str(path), "error": str(error)}
+    if show:
+        write_picture(show / f"{path.name}.28x28.png", image)
+    [probabilities] = classify(image[None])
+    order = np.argsort(-probabilities, kind="stable")[:TOP]
+    top = [
+        {"class": CLASSES[number], "probability": round(float(probabilities[number]), 4)} for number in order
+    ]
+    return {"file": str(path), "inverted": inverted, "top": top}
+
+
+def in_words(one: dict) -> str:
+    """One line about one file."""
+    if "error" in one:
+        return f"error: {one['error']}"
+    top = ", ".join(f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in one["top"])
+    return f"{one['file']}: {top}{' (inverted, as its border is light)' if one['inverted'] else ''}"
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,154 @@
+"""Register a trained CNN, and make it the champion if it is better beyond noise. Usage: make promote MODEL=…
+
+The model is a file of weights or the id of an MLflow run. It becomes a version of the registered model
+fashion-cnn. It gets the alias champion if there is none yet, or if it reads more val images than the
+champion, of those that neither was trained on, and McNemar's exact test gives a p below the level. The test
+split is not opened.
+"""
+
+from fashion_cnn.project.process import run_stage, start
+
+start()  # before torch is imported
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from fashion_cnn.commands.judgement import LEVEL, same_images
+from fashion_cnn.commands.registry import (
+    CHAMPION,
+    NAME,
+    RUN,
+    champion,
+    exported,
+    find_cnn_run,
+    of_network,
+    register,
+)
+from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
+from fashion_cnn.data.split import split_indices
+from fashion_cnn.models.cnns import load_cnn
+from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.provenance import repository_root
+from fashion_cnn.tracking.store import as_store_error, connect
+
+DEFAULT = CNNS["augmented"].weights
+
+
+def main() -> None:
+    """Compare, decide, register, and print the decision."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default=str(DEFAULT), help=f"default: {DEFAULT}")
+    parser.add_argument("--level", type=float, default=LEVEL, help="of McNemar's test (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="decide, and change nothing")
+    arguments = parser.parse_args()
+    if not 0 < arguments.level < 1:
+        raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
+    prepare_torch("cpu")
+    if not re.fullmatch(RUN, arguments.model):
+        load_cnn(Path(arguments.model))  # a fault of the file, not of the store
+    # Two at once would each compare with a champion that the other may replace.
+    with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
+        store = connect()
+        client, run = store.client, find_cnn_run(store, arguments.model)
+        before = champion(client)
+        if before and before.run_id == run.info.run_id:
+            print(f"{NAME} version {before.version}, of this run, is the champion already")
+            return
+        decision = decide(client, run, before, arguments.level)
+        print(decision.words)
+        if arguments.dry_run:
+            print("--dry-run: nothing was changed")
+        else:
+            carry_out(client, run, decision)
+
+
+@dataclass
+class Decision:
+    """Whether a run's model becomes the champion, why, and the numbers."""
+
+    promote: bool
+    words: str
+    numbers: dict[str, object]
+
+
+def decide(client, run, before, level: float) -> Decision:
+    """Compare a run's model with that of the version `before`, if there is one."""
+    if before is None:
+        images, labels = val_images(run)
+        accuracy = float(np.mean(reads(of_network(exported(client, run)), images) == labels))
+        words = f"there is no champion yet; val accuracy {100 * accuracy:.2f} % of {len(labels):,} images"
+        return Decision(True, words, {"val_accuracy": accuracy, "images": len(labels)})
+    images, labels = val_images(run, run_before := client.get_run(before.run_id))
+    a = reads(of_network(exported(client, run_before)), images) == labels
+    b = reads(of_network(exported(client, run)), images) == labels
+    judged = same_images("val", a, b, names=("the champion", "this model"))
+    promote = judged.p is not None and judged.p < level and judged.difference > 0
+    words = (
+        f"{'better' if promote else 'not better beyond noise'} than version {before.version}, the champion: "
+        f"{100 * b.mean():.2f} % against {100 * a.mean():.2f} % of {judged.n:,} val images that neither "
+        f"was trained on ({judged.how}, level {level:g})"
+    )
+    numbers = {
+        "val_accuracy": float(b.mean()),
+        "champion_before": before.version,
+        "champion_val_accuracy": float(a.mean()),
+        "p": judged.p,
+        "level": level,
+        "images": judged.n,
+    }
+    return Decision(promote, words, numbers)
+
+
+def reads(classify, images: np.ndarray) -> np.ndarray:
+    """The class that a classifier finds in each image."""
+    return classify(images).argmax(1)
+
+
+def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
+    """The val images of the runs, and their labels, without those that another of them was trained on."""
+    images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
+    in_val, in_train = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
+    for run in runs:
+        if "split.train_size" not in run.data.params:
+            raise StageError(f"{run.info.run_id}: the run lacks its params; `make sync` adds them")
+        size = run.data.params["split.train_size"]
+        train, val = split_indices(
+            len(labels),
+            int(run.data.params["split.val_size"]),
+            None if size in ("null", "None") else int(size),  # None: as earlier versions logged it
+            int(run.data.params["split.seed"]),
+        )
+        in_train[train], in_val[val] = True, True
+    keep = in_val & ~in_train
+    if not keep.any():
+        raise StageError("each training saw the other's val images, expected the same split.seed in both")
+    return images[keep], labels[keep]
+
+
+def carry_out(client, run, decision: Decision) -> None:
+    """Register the model, note the decision on its version, and move the alias if it is to be moved.
+
+    A version that was promoted once keeps the numbers of that.
+    """
+    version = register(client, run)
+    if decision.promote or version.tags.get("promoted") != "true":
+        for name, value in decision.numbers.items():
+            client.set_model_version_tag(NAME, version.version, name, str(value))
+        client.update_model_version(NAME, version.version, f"When it was compared: {decision.words}.")
+        client.set_model_version_tag(NAME, version.version, "promoted", str(decision.promote).lower())
+    if decision.promote:
+        client.set_registered_model_alias(NAME, CHAMPION, version.version)
+    print(f"{NAME} version {version.version}: {'champion' if decision.promote else 'registered'}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,83 @@
+"""Run a recipe, a few params that belong together, as a DVC experiment of its name.
+
+Usage: python -m fashion_cnn.commands.recipe [NAME], or make recipe NAME=… Without a name: the recipes there
+are. DVC writes the params into params.yaml, as with every experiment; `make back` restores it.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fashion_cnn.commands.dvc_experiments import experiments
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import PARAMS_PATH, Params, explain, parse_params, read_yaml
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.tracking.runs import as_yaml
+
+RECIPES = Path("recipes")
+
+
+def main() -> None:
+    """List the recipes, or run one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", help="one of recipes/; without it: list them")
+    name = parser.parse_args().name
+    if name is None:
+        print("\n".join(f"{path.stem:<12}{purpose(path)}" for path in sorted(RECIPES.glob("*.yaml"))))
+        print("\nrun one    make recipe NAME=…")
+        return
+    settings = read_recipe(name)
+    if name in [experiment.name for experiment in experiments()]:
+        raise StageError(
+            f"{name}: there is an experiment of this name; `dvc exp apply {name}` restores it, "
+            f"`dvc exp remove {name}` deletes it"
+        )
+    asked = command(name, settings)
+    print(shlex.join(asked), flush=True)
+    sys.exit(subprocess.run(asked, check=False).returncode)
+
+
+def command(name: str, settings: dict[str, object]) -> list[str]:
+    """The command that runs an experiment with these params."""
+    asked = ["dvc", "exp", "run", "--name", name]
+    for where, value in settings.items():
+        asked += ["-S", f"{where}={as_yaml(value)}"]
+    return asked
+
+
+def read_recipe(name: str) -> dict[str, object]:
+    """The params of a recipe, {"train_cnn.epochs": 4, …}. Raises StageError if it is none."""
+    path = RECIPES / f"{name}.yaml"
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name not in names:
+        raise StageError(
+            f"{name}: no recipe of this name, expected one of {RECIPES}/: {', '.join(names) or 'it is empty'}"
+        )
+    recipe, params = read_yaml(path), parse_params(PARAMS_PATH).model_dump()
+    if not isinstance(recipe, dict) or not all(isinstance(section, dict) for section in recipe.values()):
+        raise StageError(f"{path}: expected sections of params.yaml, each with some of its keys")
+    for section, changes in recipe.items():
+        params[section] = params.get(section, {}) | changes
+    try:
+        Params.model_validate(params)
+    except ValidationError as error:
+        raise StageError(f"{path}: {explain(error)}") from None
+    if not any(recipe.values()):
+        raise StageError(f"{path}: changes nothing, expected a param and its value")
+    return {f"{name}.{key}": value for name, changes in recipe.items() for key, value in changes.items()}
+
+
+def purpose(path: Path) -> str:
+    """The first line of a recipe, a comment."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[0].removeprefix("# ") if lines and lines[0].startswith("# ") else ""
+
+
+if __name__ == "__main__":
+    run_stage(main)

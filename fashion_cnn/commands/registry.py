@@ -1,0 +1,173 @@
+"""The registered model fashion-cnn: its versions and its champion, and loading a model by any name it has."""
+
+import re
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version as installed
+from pathlib import Path
+
+# isort: split
+import numpy as np
+import torch
+
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.models.cnns import LESSON, build_cnn, load_cnn, save_weights, to_input
+from fashion_cnn.project.catalog import CNNS, TRAININGS
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import sha256_of
+from fashion_cnn.tracking.runs import find_run, has_run, log_model_metrics, ready_models
+from fashion_cnn.tracking.store import Store, as_store_error, connect
+
+SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
+NAME, CHAMPION = "fashion-cnn", "champion"
+RUN = "[0-9a-f]{32}"
+# (N, 28, 28) uint8 to probabilities (N, 10).
+Classifier = Callable[[np.ndarray], np.ndarray]
+
+
+def load_classifier(model: str) -> Classifier:
+    """The classifier in a file of weights, of a run or a version, or the champion.
+
+    Raises StageError if there is none.
+    """
+    if model != CHAMPION and not re.fullmatch(rf"\d+|{RUN}", model):
+        return of_network(load_cnn(Path(model)))
+    with as_store_error():
+        store = connect()
+        if re.fullmatch(RUN, model):
+            return of_network(exported(store.client, find_cnn_run(store, model)))
+        return of_version(find_version(store.client, model))
+
+
+def of_network(network: Callable) -> Classifier:
+    """The classifier of a CNN that gives logits."""
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return (
+                torch.cat([network(to_input(part)) for part in torch.from_numpy(images).split(500)])
+                .softmax(1)
+                .numpy()
+            )
+
+    return classify
+
+
+def of_version(version) -> Classifier:
+    """The classifier of a version, as it is served."""
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}/{version.version}")
+    return lambda images: model.predict({"images": images}).to_numpy()
+
+
+def find_version(client, name: str):
+    """The version of a number, or the champion. Raises StageError if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if name == CHAMPION:
+            return client.get_model_version_by_alias(NAME, CHAMPION)
+        return client.get_model_version(NAME, name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        what = "no champion" if name == CHAMPION else f"no version {name}"
+        raise StageError(f"{NAME}: {what} is registered; `make promote` registers a model") from None
+
+
+def champion(client):
+    """The version that is the champion; None if there is none."""
+    try:
+        return find_version(client, CHAMPION)
+    except StageError:
+        return None
+
+
+def find_cnn_run(store: Store, model: str):
+    """The run of a CNN, by its id or by a file of its weights. Raises StageError if there is none."""
+    run_id: str | None = model
+    if not re.fullmatch(RUN, model):
+        run_id = find_run(store, weights_sha256=sha256_of(Path(model)))
+    if not run_id or not has_run(store, run_id):
+        raise StageError(
+            f"{model}: no run of it in MLflow, expected one; `make sync` makes the runs of models/"
+        )
+    run = store.client.get_run(run_id)
+    stage = run.data.tags.get("dvc_stage")
+    if stage not in [training.stage for training in CNNS.values()]:
+        raise StageError(f"{model}: a run of {stage or 'no stage'}, expected one of train_cnn")
+    return run
+
+
+def exported(client, run) -> torch.nn.Module:
+    """The model that the run has in MLflow. Raises StageError if it has none."""
+    import mlflow
+
+    served = (SERVED, "classifier")  # the second: as earlier versions named it
+    ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
+    if not ready:
+        raise StageError(
+            f"{run.info.run_id}: the run has no model; `make sync` adds it if its weights are here"
+        )
+    return mlflow.pytorch.load_model(ready[-1].model_uri)
+
+
+def register(client, run):
+    """The version of a run's model, which is registered if it has none."""
+    for version in client.search_model_versions(f"name = '{NAME}'"):
+        if version.run_id == run.info.run_id:
+            return version
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME, description=DESCRIPTION)
+    info = log_served_model(client, run)
+    log_model_metrics(client, run.info.run_id)
+    return client.create_model_version(NAME, info.model_uri, run.info.run_id, model_id=info.model_id)
+
+
+DESCRIPTION = (
+    "CNNs for Fashion-MNIST. Input `images`: (N, 28, 28) integers from 0 to 255, a light garment on black. "
+    "Output: the probability of each class, by its name. The alias `champion` is the version to use; "
+    "`make promote` decides on it."
+)
+
+
+def log_served_model(client, run):
+    """Log what is served: the run's weights with the code that makes probabilities of pixels."""
+    import mlflow
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    here = Path(__file__).resolve().parent
+    params = run.data.params
+    # Runs of earlier versions name no model: it was the lesson's.
+    name, views = params.get("train_cnn.model", LESSON), int(params.get("train_cnn.views", 1))
+    network = build_cnn(name, views)
+    try:
+        network.load_state_dict(exported(client, run).state_dict())
+    except RuntimeError:
+        raise StageError(
+            f"{run.info.run_id}: the run's model in MLflow is another than that of its params, {name}"
+        ) from None
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "cnn.safetensors"
+        if save_weights(network, weights) != run.data.tags["weights_sha256"]:
+            raise StageError(f"{run.info.run_id}: the model in MLflow has other weights than the run says")
+        return Model.log(
+            None,
+            flavor=mlflow.pyfunc,
+            run_id=run.info.run_id,
+            name=f"{TRAININGS[run.data.tags['dvc_stage']].weights.stem}{SERVED}",
+            python_model=str(here / "serving.py"),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(here.parent)],
+            signature=ModelSignature(
+                Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28), "images")]),
+                Schema([ColSpec("double", name) for name in CLASSES]),
+            ),
+            input_example={"images": np.zeros((2, 28, 28), np.uint8)},
+            pip_requirements=[
+                f"{name}=={installed(name).split('+')[0]}"
+                for name in ("torch", "torchsummary", "numpy", "pandas", "safetensors")
+            ],
+        )

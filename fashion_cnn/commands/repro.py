@@ -1,0 +1,167 @@
+"""Run the pipeline, both CNNs at once. Usage: python -m fashion_cnn.commands.repro.
+
+`dvc repro` alone makes the same, one stage after the other. Both CNNs at once, with half the cores each, take
+two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation proposes, and
+then one for all that is left: whatever stops this half-way, the next run of it or of `dvc repro` goes on.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import pty
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+
+from tqdm import tqdm
+
+from fashion_cnn.commands import summary
+from fashion_cnn.commands.mend_lock import mend_lock, mend_rwlock
+from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.process import die_with_parent, run_stage, usable_threads
+
+BEFORE = "augment_images"  # with what it reads, all that the trainings read
+DVC = [sys.executable, "-m", "dvc"]
+
+
+def main() -> None:
+    """Bring everything up to date, and say what came of it."""
+    mend_rwlock()
+    mend_lock()
+    cores = usable_threads()
+    if cores > 1 and not has_gpu() and both_change():
+        dvc("repro", BEFORE)
+        train_both(cores // 2)
+    dvc("repro")
+    summary.main()
+
+
+def dvc(*arguments: str) -> None:
+    """Run DVC; exit with its code if it fails, as it has said why."""
+    if code := subprocess.run([*DVC, *arguments], check=False).returncode:
+        sys.exit(code)
+
+
+def both_change() -> bool:
+    """Whether both CNNs must be trained, or both evaluated."""
+    chains = [training.evaluation for training in CNNS.values()]
+    asked = [*DVC, "status", "--json", "--with-deps", *chains]
+    done = subprocess.run(asked, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if done.returncode:  # `dvc repro` says why
+        return False
+    changed = json.loads(done.stdout)
+    own = [{training.stage, training.evaluation} & changed.keys() for training in CNNS.values()]
+    return all(own) or any("@" not in stage for stage in changed)
+
+
+def has_gpu() -> bool:
+    """Whether there is NVIDIA's driver: one training fills a GPU, and evaluates on it, too."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def train_both(threads: int) -> None:
+    """Train and evaluate both CNNs at once; if one fails or this is stopped, stop both and exit."""
+    chains = [Chain(position, images, threads) for position, images in enumerate(CNNS)]
+    try:
+        code = follow(chains)
+    except KeyboardInterrupt:
+        for chain in chains:
+            chain.stop()
+        follow(chains)
+        raise
+    finally:
+        for chain in reversed(chains):
+            chain.bar.close()
+    if code:
+        sys.exit(code)
+
+
+def follow(chains: list["Chain"]) -> int:
+    """Show what the chains print until all have ended; stop the others if one fails, and return its code."""
+    code = 0
+    with selectors.DefaultSelector() as selector:
+        for chain in chains:
+            if not chain.ended:
+                selector.register(chain.output, selectors.EVENT_READ, chain)
+        while selector.get_map():
+            for key, _ in selector.select():
+                key.data.show()
+                if key.data.ended:
+                    selector.unregister(key.fileobj)
+                    code = code or key.data.process.wait()
+            if code:
+                for chain in chains:
+                    chain.stop()
+    return code
+
+
+class Chain:
+    """A `dvc repro` that trains and evaluates one CNN; its progress has a line of its own on a terminal."""
+
+    def __init__(self, position: int, images: str, threads: int):
+        training = CNNS[images]
+        self.prefix, self.text, self.last = f"{images}: ", "", ""
+        self.advice = self.ended = self.stopped = False
+        self.bar = tqdm(position=position, bar_format="{desc}", leave=False, disable=None)
+        self.output, theirs = os.pipe() if self.bar.disable else terminal(len(self.prefix))
+        # In a group of its own, since Ctrl-C on the terminal would reach it twice, from there and from here.
+        self.process = subprocess.Popen(
+            [*DVC, "--wait-for-lock", "repro", "--single-item", training.stage, training.evaluation],
+            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, process_group=0,
+            preexec_fn=begin, env=os.environ | {"FASHION_CNN_THREADS": str(threads)},
+        )  # fmt: skip
+        os.close(theirs)
+
+    def show(self) -> None:
+        """Show what it has printed since; note its end."""
+        new = b""
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            new = os.read(self.output, 1 << 16)
+        self.ended = not new
+        *lines, self.text = (self.text + new.decode(errors="replace")).split("\n")
+        for line in lines:
+            self.show_line(line.rstrip("\r").rpartition("\r")[2].strip())
+        self.bar.set_description_str(self.prefix + self.text.rpartition("\r")[2])
+
+    def show_line(self, line: str) -> None:
+        """Show a line, unless it is DVC's advice at its end, or says once more that the stage has failed."""
+        self.advice = self.advice or line.startswith("To track the changes with git")
+        again = self.last.startswith(("error: ", "stopped on request")) and "failed to reproduce" in line
+        if line and not self.advice and not again:
+            tqdm.write(line if line.startswith("Running stage") else self.prefix + line)
+            self.last = line
+
+    def stop(self) -> None:
+        """Stop the stage at work, once: DVC itself waits for it, and says how it ended."""
+        if not self.ended and not self.stopped:
+            self.stopped = True
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGINT)
+
+
+def begin() -> None:
+    """What a chain's process does first: it ends with this one, and heeds a stop, also in the background."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's & makes ignored
+
+
+def terminal(margin: int) -> tuple[int, int]:
+    """A terminal's two ends, narrower by `margin` columns than the one this runs in."""
+    ours, theirs = pty.openpty()
+    columns, rows = shutil.get_terminal_size()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, max(20, columns - margin), 0, 0))
+    return ours, theirs
+
+
+if __name__ == "__main__":
+    run_stage(main)

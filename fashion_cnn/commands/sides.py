@@ -1,0 +1,196 @@
+"""What is compared: the results of the working tree, of git revisions, DVC experiments and MLflow runs."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
+
+from fashion_cnn.commands.dvc_experiments import experiments
+from fashion_cnn.commands.history import file_at
+from fashion_cnn.project.catalog import TRAININGS, Training
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import numbers
+from fashion_cnn.project.provenance import GitError, git
+
+WORKSPACE = "workspace"
+LOCK = Path("dvc.lock")
+# Gives the content of a file of the project, or None if there is no such file.
+Reader = Callable[[Path], bytes | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training came to."""
+
+    source: str  # what it was named by
+    training: str
+    weights_sha256: str
+    seed: int | None
+    metrics: dict[str, float]
+    labels: list[str]  # of each test image; empty without an evaluation
+    predictions: list[str]  # likewise
+    moved_images: int  # how many test images were shifted and rotated
+
+
+def read_side(side: str) -> dict[str, list[Result]]:
+    """The results that `side` names, by training; those of the same weights count once.
+
+    `side` is workspace, an experiment, a git revision, an MLflow run, or several with commas, and may end in
+    @original or @augmented. Raises StageError if it is none of these, or has no results.
+    """
+    names, _, images = side.rpartition("@")
+    if images not in {training.images for training in TRAININGS.values()}:
+        names, images = side, ""
+    found: dict[str, dict[str, Result]] = {}
+    for source in (source for name in names.split(",") for source in sources(name.strip())):
+        for result in results_of(source):
+            if images in ("", TRAININGS[result.training].images):
+                found.setdefault(result.training, {}).setdefault(result.weights_sha256, result)
+    if not found:
+        raise StageError(f"{side}: no results there, expected metrics/ as `dvc repro` writes it")
+    return {training: list(results.values()) for training, results in found.items()}
+
+
+def sources(name: str) -> list[str]:
+    """The experiments that a pattern matches; any other name as it is."""
+    if not re.search(r"[*?\[]", name):
+        return [name]
+    if found := sorted({one.name for one in experiments() if fnmatchcase(one.name, name)}):
+        return found
+    raise StageError(f"{name}: matches no experiment; `make compare` lists them")
+
+
+def results_of(source: str) -> list[Result]:
+    """The results of one source. Raises StageError if it does not exist, or its files are damaged."""
+    if re.fullmatch("[0-9a-f]{32}", source):
+        return [result_of_run(source)]
+    if source == WORKSPACE:
+        return results_in(source, lambda path: path.read_bytes() if path.is_file() else None)
+    revision = commit_of(source)
+    return results_in(source, lambda path: file_at(revision, path))
+
+
+def commit_of(name: str) -> str:
+    """The commit of an experiment (of HEAD's or the newest, if several have the name) or of a revision."""
+    try:
+        head = git("rev-parse", "HEAD").decode().strip()
+        named = [one for one in reversed(experiments()) if one.name == name]
+        named.sort(key=lambda one: one.baseline != head)  # HEAD's first, then the newest
+        if named:
+            return named[0].reference
+        return git("rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}").decode().strip()
+    except GitError as error:
+        raise StageError(
+            f"{name}: expected {WORKSPACE}, an experiment, a git revision or a run of MLflow ({error})"
+        ) from None
+
+
+def results_in(source: str, read: Reader) -> list[Result]:
+    """The results in metrics/ and dvc.lock."""
+    stages = load(source, LOCK, read, YAML(typ="safe").load, {}).get("stages") or {}
+    found = []
+    for training in TRAININGS.values():
+        metrics = load(source, training.metrics, read, json.loads, {})
+        if not metrics:
+            continue
+        if not isinstance(metrics.get("weights_sha256"), list):
+            raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
+        params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
+        section = training.stage.partition("@")[0]
+        seed = params.get(section, {}).get("seed", params.get(f"{section}.seed"))
+        # An experiment may have run the training alone; the evaluation there is then of other weights.
+        made = digest_of(training.weights, stages.get(training.stage, {}).get("outs", []))
+        is_evaluated = made == digest_of(
+            training.weights, stages.get(training.evaluation, {}).get("deps", [])
+        )
+        found.append(
+            with_evaluation(
+                source, training, metrics["weights_sha256"][0], seed, numbers(metrics),
+                read if is_evaluated else nothing,
+            )
+        )  # fmt: skip
+    return found
+
+
+def nothing(_: Path) -> None:
+    """The reader of a source that has no files."""
+
+
+def digest_of(path: Path, entries: list[dict]) -> str | None:
+    """The digest of a file among the deps or outs of a stage in dvc.lock."""
+    return next((entry["md5"] for entry in entries if entry["path"] == str(path)), None)
+
+
+def result_of_run(run_id: str) -> Result:
+    """The result of a run of MLflow, which `make sync` completes. Raises StageError if there is none."""
+    from fashion_cnn.tracking import runs
+    from fashion_cnn.tracking.store import as_store_error, connect
+
+    with as_store_error():
+        store = connect()
+        if not runs.has_run(store, run_id):
+            raise StageError(f"{run_id}: no run of this id in MLflow, expected one that `make ui` shows")
+        client = store.client
+        run = client.get_run(run_id)
+        training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))
+        if training is None or "weights_sha256" not in run.data.tags:
+            raise StageError(
+                f"{run_id}: a run in state {run.info.status}, expected a training that is finished"
+            )
+        folder = training.evaluation.partition("@")[0]
+        has = {Path(file.path).name for file in client.list_artifacts(run_id, folder)}
+
+        def read(path: Path) -> bytes | None:
+            if path.name not in has:
+                return None
+            return Path(client.download_artifacts(run_id, f"{folder}/{path.name}")).read_bytes()
+
+        seed = run.data.params.get(f"{training.stage.partition('@')[0]}.seed")
+        weights_sha256 = run.data.tags["weights_sha256"]
+        return with_evaluation(run_id, training, weights_sha256, seed and int(seed), run.data.metrics, read)
+
+
+def with_evaluation(
+    source: str, training: Training, weights_sha256: str, seed: int | None, metrics: dict, read: Reader
+) -> Result:
+    """The result of a training, with what its evaluation says if there is one."""
+    results = training.evaluation_results
+    evaluation = load(source, results.with_suffix(".json"), read, json.loads, {})
+    rows = load(source, results.with_name(f"{results.name}_confusion.csv"), read, read_rows, [])
+    return Result(
+        source=source,
+        training=training.stage,
+        weights_sha256=weights_sha256,
+        seed=seed,
+        metrics=metrics | numbers(evaluation),
+        labels=[actual for actual, _ in rows],
+        predictions=[predicted for _, predicted in rows],
+        moved_images=evaluation.get("shifts", [{"n": 0}])[0]["n"],
+    )
+
+
+def load(source: str, path: Path, read: Reader, parse: Callable, default):
+    """A file's content as `parse` reads it, or `default` if there is none. Raises StageError if damaged."""
+    if (content := read(path)) is None:
+        return default
+    try:
+        found = parse(content.decode("utf-8"))
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StageError(f"{path} of {source}: {reason}; expected it as a stage writes it") from None
+    if not isinstance(found, type(default)):
+        raise StageError(f"{path} of {source}: empty or cut short, expected it as a stage or DVC writes it")
+    return found
+
+
+def read_rows(text: str) -> list[tuple[str, str]]:
+    """The label and prediction of each image."""
+    header, *rows = csv.reader(text.splitlines())
+    if header != ["actual", "predicted"]:
+        raise ValueError(f"the columns are {', '.join(header)}")
+    return [(actual, predicted) for actual, predicted in rows]

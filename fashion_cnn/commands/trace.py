@@ -1,0 +1,126 @@
+"""Print where a run, a model file, a digest or a commit comes from, and how to restore it.
+
+Usage: python -m fashion_cnn.commands.trace RUN_ID | FILE | SHA256 | COMMIT [--json]
+"""
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+from fashion_cnn.commands.history import weights_at
+from fashion_cnn.project.catalog import TRAININGS
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import sha256_of
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.provenance import GitError, git
+from fashion_cnn.tracking.runs import NEWEST, TRAIN_IMAGES
+from fashion_cnn.tracking.store import connect
+
+
+def main() -> None:
+    """Find the runs of what was asked for, and print their lineage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", help="an MLflow run id, a file, a SHA-256 of weights, or a git commit")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
+    arguments = parser.parse_args()
+    store = connect()
+    searches = [
+        store.client.search_runs(store.experiments, query, order_by=NEWEST)
+        for query in queries(arguments.what)
+    ]
+    found = {run.info.run_id: run for runs in searches for run in runs}
+    if not found:
+        raise StageError(
+            f"{arguments.what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
+        )
+    traces = [trace(store.client, run) for run in found.values()]
+    print(json.dumps(traces, indent=2) if arguments.json else "\n\n".join(map(words, traces)))
+
+
+def queries(what: str) -> list[str]:
+    """The MLflow searches for the runs of `what`. Raises StageError if it is nothing known."""
+    if Path(what).is_file():
+        return [f"tags.weights_sha256 = '{sha256_of(Path(what))}'"]
+    if re.fullmatch("[0-9a-f]{64}", what):
+        return [f"tags.weights_sha256 = '{what}'"]
+    if re.fullmatch("[0-9a-f]{32}", what):
+        return [f"attributes.run_id = '{what}'"]
+    try:
+        commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()
+    except GitError as error:
+        raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
+    # Runs of its code, and those whose results it holds: a kept experiment ran on the commit before.
+    held = {sha256 for training in TRAININGS.values() if (sha256 := weights_at(commit, training))}
+    return [
+        f"tags.git_commit = '{commit}'",
+        *(f"tags.weights_sha256 = '{sha256}'" for sha256 in sorted(held)),
+    ]
+
+
+def trace(client, run) -> dict:
+    """All that ties `run` to code, data and params."""
+    tags = {
+        name: value for name, value in run.data.tags.items() if not name.startswith(("mlflow.", "synced_"))
+    }
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    lock = None
+    if "dvc.lock.json" in artifacts:
+        path = Path(client.download_artifacts(run.info.run_id, "dvc.lock.json"))
+        lock = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "run_id": run.info.run_id,
+        "status": run.info.status,
+        **tags,
+        "params": run.data.params,
+        "dvc_lock": lock,
+        "restore": restore(run, tags, "uncommitted.diff" in artifacts),
+    }
+
+
+def restore(run, tags: dict, has_diff: bool) -> list[str]:
+    """The commands that make the run's results again, from the DVC cache where it has them.
+
+    Quoted: params and tags come from a store that others may write to.
+    """
+    commands = [shlex.join(["git", "checkout", tags["git_commit"]])] if "git_commit" in tags else []
+    # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
+    if tags.get("git_dirty") == "true" and has_diff:
+        commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
+        commands.append("git apply uncommitted.diff")
+    elif tags.get("git_dirty") == "true":
+        commands.append("# the run had uncommitted changes, which it does not record")
+    changes = []
+    for name, value in sorted(run.data.params.items()):
+        if name != TRAIN_IMAGES:
+            changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
+    return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
+
+
+def words(trace: dict) -> str:
+    """The trace for people."""
+    dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty", ""), "")
+    machine = ", ".join(trace[name] for name in ("torch", "cpu_capability", "gpu") if name in trace)
+    lines = [
+        f"run {trace['run_id']} of {trace['dvc_stage']}, {trace['status']}",
+        f"  weights     {trace.get('weights_sha256', 'none')}",
+        f"  commit      {trace.get('git_commit', 'none')}{dirty}",
+        f"  experiment  {trace.get('dvc_exp_name', 'none: `dvc repro` or the script alone')}",
+        f"  made with   {machine}",
+    ]
+    if trace.get("stand_in"):
+        lines.append("  stand-in    holds results of weights that were not trained into this store")
+    for name, value in sorted(trace["params"].items()):
+        lines.append(f"  param       {name} = {value}")
+    for stage, entry in (trace["dvc_lock"] or {}).items():
+        for kind in ("deps", "outs"):
+            for item in entry.get(kind, []):
+                lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
+    if not trace["dvc_lock"]:
+        lines.append("  dvc.lock    not recorded yet; `make sync` records it")
+    return "\n".join([*lines, "  to restore it:", *(f"    {command}" for command in trace["restore"])])
+
+
+if __name__ == "__main__":
+    run_stage(main)

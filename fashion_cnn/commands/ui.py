@@ -1,0 +1,114 @@
+"""Serve MLflow's UI on this machine, and open it at the table of trainings. Usage: [PORT=5001] make ui
+
+MLflow's own start page shows other things first: an experiment's traces, or its runs without a metric.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import webbrowser
+
+import requests
+
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.tracking.store import CNNS, TOYS, as_store_error, connect, shown, store_url
+
+HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
+VIEW = "trainings"
+COLUMNS = [
+    "attributes.`Created`",
+    *(f"metrics.`{name}`" for name in ("val_accuracy", "test_accuracy")),
+    *(f"params.`train_cnn.{name}`" for name in ("learning_rate", "epochs", "batch_size", "seed")),
+    "params.`train_images`",
+]  # fmt: skip
+SAVED_VIEW = {
+    "searchFilter": "tags.dvc_stage LIKE 'train_cnn%'",  # in an old store, the toy's runs are here, too
+    "orderByKey": "metrics.`val_accuracy`",
+    "orderByAsc": False,
+    "selectedColumns": COLUMNS,
+    "compareRunsMode": "TABLE",
+}
+DESCRIPTION = """{}
+
+- **Compare:** select two runs and press *Compare*, or run `make compare` in the project.
+- **Restore a run:** `python -m fashion_cnn.commands.trace RUN_ID` prints the commands.
+- **Figures:** a run's artifacts have them, under `plot_results`.
+"""
+ABOUT = {
+    CNNS: "One run for each training of the CNN: `train_cnn@original` and `train_cnn@augmented`.",
+    TOYS: "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`.",
+}
+
+
+def main() -> None:
+    """Save the view, start the UI, and print its address; ends with the UI."""
+    port = free_port()
+    with as_store_error():
+        store = connect()
+        for name, what in ABOUT.items():
+            note = DESCRIPTION.format(what)
+            store.client.set_experiment_tag(store.experiment(name), "mlflow.note.content", note)
+        cnns, view = store.experiment(CNNS), json.dumps(SAVED_VIEW)
+        store.client.set_experiment_tag(cnns, f"mlflow.sharedViewState.{VIEW}", view)
+    path = f"/#/experiments/{cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    url = store_url()
+    if url.startswith("http"):  # a server has a UI of its own
+        print(f"MLflow: {shown(url).rstrip('/')}{path}")
+        return
+    # One worker serves one person. Of several, those that do not answer a ping within 5 s are killed, so that
+    # on a busy machine the UI would never open; and another process would wait for jobs that nobody sends.
+    command = [
+        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port),
+        "--workers", "1",
+    ]  # fmt: skip
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=os.environ | settings) as server:
+        try:
+            wait_until_ready(server, port)
+            address = f"http://{HOST}:{port}{path}"
+            print(f"MLflow: {address}\nCtrl-C ends it")
+            if can_show():
+                webbrowser.open(address)
+            server.wait()
+        finally:
+            server.terminate()
+
+
+def can_show() -> bool:
+    """Whether there is a screen; without one, Python may open a text browser in the terminal."""
+    return sys.platform == "darwin" or any(map(os.environ.get, ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")))
+
+
+def free_port() -> int:
+    """PORT, or 5000. Raises StageError if it is no port, or another program uses it."""
+    named = os.environ.get("PORT", "5000")
+    if not named.isdecimal() or not 0 < int(named) < 65536:
+        raise StageError(f"PORT is {named!r}, expected a number from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, int(named)))
+        except OSError as error:
+            raise StageError(f"port {named}: {error.strerror}; name another: PORT=5001 make ui") from None
+    return int(named)
+
+
+def wait_until_ready(server: subprocess.Popen, port: int) -> None:
+    """Wait until the UI answers. Raises StageError if it ends, or does not in time."""
+    deadline = time.monotonic() + START
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            if requests.get(f"http://{HOST}:{port}/health", timeout=5).ok:
+                return
+        except (requests.ConnectionError, requests.Timeout):
+            time.sleep(0.1)
+    fault = f"did not answer within {START} s" if server.poll() is None else "ended at once"
+    raise StageError(f"MLflow's UI {fault}; its messages are above")
+
+
+if __name__ == "__main__":
+    run_stage(main)

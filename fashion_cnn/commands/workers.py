@@ -1,0 +1,154 @@
+"""Where a search runs its trials: on this machine, or on a Ray cluster."""
+
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+from fashion_cnn.commands.trial import run, steadily
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.provenance import git
+from fashion_cnn.tracking.store import CONNECT, StoreError, connect
+
+ROOT = Path(__file__).resolve().parents[2]
+RETRIES = 3  # of a trial whose node was lost
+
+
+class Workers(NamedTuple):
+    """What runs trials."""
+
+    submit: Callable[[str, dict[str, str]], Future]  # whose result is the line that says why it failed, or ""
+    room: Callable[[], int]  # how many trials may run at once, now
+    fetch: Callable[[], object]  # brings the experiments of trials here
+
+
+@contextmanager
+def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
+    """Run trials on this machine, `jobs` at once; those that still run at the end are stopped."""
+    try:
+        connect()
+    except StoreError as error:
+        print(f"{error}; the trials are kept as experiments, and `make sync` sends them later")
+    processes: list[subprocess.Popen] = []
+    starting, is_over = Lock(), False
+
+    def attempt(name: str, settings: dict[str, str]) -> str:
+        with starting:
+            if is_over:
+                return "stopped"
+            # As long as this thread waits, the kernel ends the trial with it. In a session of its own, so
+            # that Ctrl-C comes once, from here.
+            process = subprocess.Popen(
+                command(str(ROOT), commit, name, stage, settings), cwd=ROOT,
+                start_new_session=True, text=True, env=environment(threads),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            processes.append(process)
+        _, said = process.communicate()
+        return fault(process.returncode, said)
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield Workers(lambda *trial: pool.submit(attempt, *trial), lambda: jobs, lambda: None)
+    finally:
+        with starting:
+            is_over = True
+        for process in processes:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> Iterator[Workers]:
+    """Run trials on a Ray cluster, each of whose nodes clones `origin`; those at work at the end are stopped.
+
+    Raises StageError if the cluster cannot be used, or `origin` lacks the commit.
+    """
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else without end
+    import ray
+
+    repository = address_of_origin()
+    if not git("branch", "--remotes", "--list", "origin/*", "--contains", commit):
+        raise StageError(
+            f"{commit[:10]}: not in origin, from which the nodes clone; `git push` brings it there"
+        )
+    # Sent with each trial, so that a node needs only the project's environment.
+    code = git("archive", commit, "fashion_cnn")
+
+    def attempt(name: str, settings: dict[str, str]) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["tar", "--extract", "--directory", folder], input=code, check=True)
+            done = subprocess.run(
+                command(repository, commit, name, stage, settings), cwd=folder,
+                check=False, text=True, stdin=subprocess.DEVNULL, capture_output=True,
+                env=environment(threads),
+            )  # fmt: skip
+        return fault(done.returncode, done.stderr)
+
+    def room() -> int:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        enough = 1e-9  # 1 / 0.2 may be a little less than 5
+        return sum(
+            int(min(one.get("CPU", 0) / threads, one.get("GPU", 0) / gpus + enough if gpus else math.inf))
+            for one in nodes
+        )
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    expected = "expected HOST:PORT of a cluster of which this machine is a node, and that has its token"
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=CONNECT).close()  # Ray takes minutes to say no
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise StageError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}; {expected}") from None
+    signal.signal(signal.SIGTERM, stop)  # which Ray has taken
+    # Ray runs a trial again if its node or its process is lost.
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(attempt)
+    names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"
+    # No pruning, whatever git's settings are: trials that ran here alone are kept.
+    fetch = ("git", "fetch", "--quiet", "--no-prune", "--no-tags", "origin", f"+{names}:{names}")
+    try:
+        yield Workers(lambda *trial: task.remote(*trial).future(), room, lambda: steadily(Path.cwd(), *fetch))
+    finally:
+        ray.shutdown()  # ends the trials, too
+        run(Path.cwd(), *fetch, check=False)  # what has ended since the search looked
+
+
+def address_of_origin() -> str:
+    """What nodes clone. Raises StageError if it is no address for them, or would show them a password."""
+    found = git("config", "--default", "", "--get", "remote.origin.url").decode().strip()
+    if not found:
+        raise StageError("git has no remote origin, expected the repository that nodes clone")
+    if re.match(r"https?://[^/]*@", found):
+        what = "has a user or a password, expected none, since it is sent to all nodes"
+        raise StageError(f"the address of origin {what}; a node's git takes them from a credential helper")
+    return str(Path(found).resolve()) if Path(found).exists() else found
+
+
+def command(repository: str, commit: str, name: str, stage: str, settings: dict) -> list[str]:
+    """The command of a trial. The kernel ends it when the process that waits for it ends."""
+    changes = [f"{path}={value}" for path, value in settings.items()]
+    trial = [sys.executable, "-m", "fashion_cnn.commands.trial", repository, commit, name, stage, *changes]
+    return ["setpriv", "--pdeathsig", "KILL", *trial]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """This process's, for a trial of so many threads."""
+    return os.environ | {"FASHION_CNN_THREADS": str(threads)}
+
+
+def fault(code: int, said: str) -> str:
+    """The line that says why a trial failed; empty if it did not."""
+    return "" if code == 0 else ("killed", *said.strip().splitlines())[-1].removeprefix("error: ")

@@ -1,0 +1,1 @@
+"""Fashion-MNIST: its files, the split, and the files of augmented copies."""

@@ -1,0 +1,85 @@
+"""What a model gets right and wrong on the test split, as it is and shifted or rotated."""
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, functional
+
+from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.models.inference import loss_and_accuracy, predict
+from fashion_cnn.project.files import pixels_to_text
+
+SHIFTS = range(-5, 6)  # pixels; positive is right and down
+ANGLES = range(-30, 31, 5)  # degrees; positive is counterclockwise
+
+
+def per_class(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
+    """Precision and recall of each class; precision is 0 for a class that is never predicted."""
+    rows = []
+    for number, name in enumerate(CLASSES):
+        actual, predicted = labels == number, predictions == number
+        hits = int((actual & predicted).sum())
+        precision, recall = hits / max(int(predicted.sum()), 1), hits / max(int(actual.sum()), 1)
+        rows.append({"class": name, "precision": precision, "recall": recall, "n": int(actual.sum())})
+    return rows
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
+    """One row an image, the form from which `dvc plots` counts its confusion template."""
+    return [
+        {"actual": CLASSES[label], "predicted": CLASSES[prediction]}
+        for label, prediction in zip(labels, predictions, strict=True)
+    ]
+
+
+def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count: int) -> list[dict]:
+    """The `count` wrong predictions of which the model is surest, surest first."""
+    confidences, predictions = logits.softmax(1).max(1)
+    wrong = np.flatnonzero(predictions.numpy() != labels)
+    order = wrong[np.argsort(-confidences.numpy()[wrong], kind="stable")][:count]
+    return [
+        {
+            "image": int(index),
+            "label": CLASSES[labels[index]],
+            "prediction": CLASSES[predictions[index]],
+            "confidence": confidences[index].item(),
+            "pixels": pixels_to_text(images[index]),
+        }
+        for index in order
+    ]
+
+
+def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict:
+    """Accuracy on `images` (N, 28, 28) uint8 when shifted along either axis, and when rotated.
+
+    Two tables, since pixels and degrees are no common axis; their columns differ but for `n`, since
+    `dvc plots` joins the tables of a file by row.
+    """
+
+    def accuracy(transform: str, amount: int) -> float:
+        return loss_and_accuracy(predict(model, move(images, transform, amount), device), labels)[1]
+
+    n = len(labels)
+    shifts = [
+        {"pixels": by, "shift_x": accuracy("shift_x", by), "shift_y": accuracy("shift_y", by), "n": n}
+        for by in SHIFTS
+    ]
+    rotations = [{"degrees": by, "rotation": accuracy("rotation", by), "n": n} for by in ANGLES]
+    return {"shifts": shifts, "rotations": rotations}
+
+
+def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
+    """`images` (N, 28, 28) uint8 by "shift_x" or "shift_y" (pixels) or "rotation" (degrees).
+
+    What comes into view is black; rotation interpolates bilinearly.
+    """
+    tensor = torch.from_numpy(images)
+    if transform == "rotation":
+        return functional.rotate(tensor, amount, InterpolationMode.BILINEAR).numpy()
+    translate = [amount, 0] if transform == "shift_x" else [0, amount]
+    return functional.affine(tensor, 0, translate, scale=1, shear=[0]).numpy()
+
+
+def mean_accuracy(rows: list[dict], amount: str, distance: int, *columns: str) -> float:
+    """Mean of `columns` in those rows of `robustness` whose `amount` is ±distance."""
+    return float(np.mean([row[name] for row in rows for name in columns if abs(row[amount]) == distance]))

@@ -1,0 +1,56 @@
+"""Reading params.yaml: validated as a whole before any work."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML, YAMLError
+
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.schema import Params, explain
+
+PARAMS_PATH = Path("params.yaml")
+
+
+def load_params(*sections: str, path: Path = PARAMS_PATH) -> SimpleNamespace:
+    """Validate all of `path` and return the named sections as attributes; of "section.key" that key alone.
+
+    Raises StageError, one line with the path, the value and what is allowed.
+    """
+    params, found = parse_params(path), SimpleNamespace()
+    for name in sections:
+        section, _, key = name.partition(".")
+        values = getattr(params, section)
+        setattr(found, section, SimpleNamespace(**{key: getattr(values, key)}) if key else values)
+    return found
+
+
+def leaves(params: SimpleNamespace) -> dict[str, object]:
+    """Flatten sections to {"train_cnn.epochs": 5, …}, the keys that DVC and MLflow show."""
+    return {
+        f"{name}.{leaf}": value
+        for name, section in vars(params).items()
+        for leaf, value in section.model_dump().items()
+    }
+
+
+def parse_params(path: Path = PARAMS_PATH) -> Params:
+    """Read and validate `path`; see load_params for the errors."""
+    try:
+        return Params.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise StageError(f"{path}: {explain(error)}") from None
+
+
+def read_yaml(path: Path) -> object:
+    """What a file of YAML holds. Raises StageError, one line, if it cannot be read."""
+    try:
+        # DVC's own reader, set up as DVC does: another might read 010, 1:30 or 1e-3 as another value.
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
+    except UnicodeDecodeError as error:
+        raise StageError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
+    # Beside its own errors, it lets through those of int(), of dates and of deep nesting.
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None

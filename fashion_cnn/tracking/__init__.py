@@ -1,0 +1,1 @@
+"""What writes runs into MLflow; no stage imports it."""

@@ -1,0 +1,228 @@
+"""The MLflow store: where it is, reaching it within seconds, and what it says when it cannot be used."""
+
+import logging
+import os
+import re
+import sqlite3
+import textwrap
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from dotenv import dotenv_values
+from filelock import FileLock
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from fashion_cnn.project.catalog import TOY
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import replace_atomically
+from fashion_cnn.project.provenance import repository_root
+from fashion_cnn.project.time_limit import at_most
+
+# Apart, since the toy's metrics and charts are others.
+CNNS, TOYS = "fashion-cnn", "fashion-cnn-toy"
+TEAM = Path("team.env")  # a team's addresses, which git keeps: hence no secret may be in it
+CONNECT = 30  # seconds in which a store must answer
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
+# Columns that hold a path of artifacts, which MLflow keeps absolute.
+ARTIFACT_PATHS = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
+
+
+class StoreError(StageError):
+    """The MLflow store cannot be reached or used."""
+
+
+class Store:
+    """A client of the store, and its experiments, each created when a run of it is."""
+
+    def __init__(self, client):
+        self.client = client
+        self._ids: dict[str, str] = {}
+
+    @property
+    def experiments(self) -> list[str]:
+        """The ids of those that exist: runs are looked for in all."""
+        return [found for name in (CNNS, TOYS) if (found := self._find(name))]
+
+    def experiment_of(self, training: str) -> str:
+        """The id of the experiment in which a training has its runs. Raises StoreError if it is deleted."""
+        return self.experiment(TOYS if training == TOY.stage else CNNS)
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is created if there is none. Raises StoreError if it is deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if found := self._find(name):
+            return found
+        url = store_url()
+        # MLflow's default is the current folder; a server has its own.
+        location = (repository_root() / "mlruns").as_uri() if is_sqlite(url) else None
+        try:
+            self._ids[name] = self.client.create_experiment(name, location, TRAINING_VIEW)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            if not self._find(name):  # else another process was faster
+                deleted = self.client.get_experiment_by_name(name).experiment_id
+                raise StoreError(
+                    f"MLflow store {shown(url)}: the experiment {name} is deleted; restore it with "
+                    f"`mlflow experiments restore --experiment-id {deleted}`"
+                ) from None
+        return self._ids[name]
+
+    def _find(self, name: str) -> str | None:
+        if name not in self._ids:
+            found = self.client.get_experiment_by_name(name)
+            if found is None or found.lifecycle_stage == "deleted":
+                return None
+            self._ids[name] = found.experiment_id
+        return self._ids[name]
+
+
+def prepare_mlflow() -> None:
+    """Set what MLflow reads from the environment; call it before anything imports mlflow."""
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID"):  # would credit all to another run or model
+        os.environ.pop(name, None)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's default retries for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def address(name: str) -> str | None:
+    """An address from the environment, or else from team.env. Raises StoreError if that may have a secret."""
+    found = dotenv_values(TEAM).get(name) if TEAM.exists() else None
+    if found and not is_sqlite(found) and found != shown(found):
+        raise StoreError(
+            f"{TEAM}: {name} has a user, a password or a query, expected an address alone, since git keeps "
+            "the file; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return os.environ.get(name) or found
+
+
+def store_url() -> str:
+    """MLFLOW_TRACKING_URI, or SQLite in the repository root; a relative path of SQLite is below the root.
+
+    The root, since DVC's temporary copies are deleted when their experiment ends.
+    """
+    named = address("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if not is_sqlite(named):
+        return named
+    try:
+        url = make_url(named)
+    except ArgumentError as error:
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI: {error}; expected sqlite:///file or a server's address"
+        ) from None
+    path = repository_root() / (url.database or "mlflow.db")
+    # The driver is named since MLflow makes the folder of any "sqlite:", and takes its address as the path,
+    # although % and the like are quoted in it.
+    return URL.create("sqlite+pysqlite", database=str(path), query=url.query).render_as_string()
+
+
+def is_sqlite(url: str) -> bool:
+    """Whether a store is a file of SQLite."""
+    return url.startswith(("sqlite:", "sqlite+"))
+
+
+def shown(url: str) -> str:
+    """A store's address without user and password; the path of a file of SQLite."""
+    if is_sqlite(url):
+        return make_url(url).database or url
+    return re.sub("^([^/]+://)[^/]*@", r"\1", url).partition("?")[0]  # a query may hold a token
+
+
+def store_name() -> str:
+    """The store's address as outboxes keep it: below the root, it moves with the project."""
+    root, name = f"{repository_root()}/", shown(store_url())
+    return name.removeprefix(root) if is_sqlite(store_url()) else name
+
+
+def connect() -> Store:
+    """The store, created with the experiment of the CNNs if there is none.
+
+    Raises StoreError within seconds if the store cannot be reached.
+    """
+    prepare_mlflow()
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    root, url = repository_root(), store_url()
+    mlflow.set_tracking_uri(url)
+    # Without the lock, stages that meet a new store at once crash while they create its tables.
+    with (
+        as_store_error(),
+        at_most(CONNECT, TimeoutError(f"no answer within {CONNECT} s")),
+        FileLock(root / "mlflow.db.lock"),
+    ):
+        if is_sqlite(url):
+            _prepare_sqlite(url)
+        store = Store(mlflow.MlflowClient())
+        store.experiment(CNNS)
+        return store
+
+
+def _prepare_sqlite(url: str) -> None:
+    """Create the file if it does not exist; check that it is writable, and that its artifacts are here."""
+    import mlflow
+
+    path = Path(shown(url))
+    if not path.exists() and path.parent.exists():
+        # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
+        # opens.
+        with replace_atomically(path) as partial:
+            partial.unlink(missing_ok=True)  # what an earlier kill left
+            mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
+    # MLflow tries for two minutes to open a file that SQLite refuses at once.
+    with closing(sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=10)) as database:
+        database.execute("BEGIN IMMEDIATE")  # refused if nothing can be written
+        if path == repository_root() / "mlflow.db":
+            _follow_the_folder(database)
+        database.commit()
+
+
+def _follow_the_folder(database: sqlite3.Connection) -> None:
+    """Name this folder in the paths of artifacts: the project may have been moved or copied."""
+    here = (repository_root() / "mlruns").as_uri()
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE name IN (?, ?)"
+    for (there,) in database.execute(query, [CNNS, TOYS]).fetchall():
+        if there != here and there.endswith("/mlruns"):  # another name would be the user's choice
+            for table, column in ARTIFACT_PATHS.items():
+                database.execute(
+                    f"UPDATE {table} SET {column} = :here || substr({column}, length(:there) + 1) "
+                    f"WHERE {column} = :there OR substr({column}, 1, length(:there) + 1) = :there || '/'",
+                    {"here": here, "there": there},
+                )
+
+
+@contextmanager
+def as_store_error() -> Iterator[None]:
+    """Raise StoreError, one line, if the store fails in the block."""
+    try:
+        yield
+    except store_faults() as error:
+        raise StoreError(f"MLflow store {shown(store_url())}: {reason(error)}") from None
+
+
+def store_faults() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its store, or the folder of its artifacts, cannot be used."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # ImportError: SQLAlchemy wants the driver of the database that the store's address names.
+    return (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError, ImportError)
+
+
+def reason(error: Exception) -> str:
+    """The fault in one line of at most 300 characters, cut between words."""
+    text = " ".join(str(error).split()).replace(store_url(), shown(store_url()))
+    return textwrap.shorten(text, 300, placeholder=" …")

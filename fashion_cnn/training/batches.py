@@ -1,0 +1,71 @@
+"""What each step takes: which images, in which variants, flipped and shifted how."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from fashion_cnn.schema import TrainCnn
+
+# The columns of a take. COUNT: as how many images it counts.
+INDEX, VARIANT, FLIP, DOWN, RIGHT, COUNT = range(N_COLUMNS := 6)
+
+
+def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: int) -> np.ndarray:
+    """The takes (N, 6) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
+
+    Variants and shifts are uniform. With `params.flips`, half of the images are mirrored in odd epochs, the
+    other half in even ones: an image is never seen the same way round in two epochs running.
+    """
+    rng = np.random.default_rng([params.seed, epoch])
+    takes = np.zeros((len(train), N_COLUMNS), np.int64)
+    takes[:, INDEX] = rng.permutation(train)
+    takes[:, VARIANT] = rng.integers(n_variants, size=len(train))
+    if params.flips:
+        first = np.random.default_rng([params.seed, 0]).integers(2, size=train.max() + 1)
+        takes[:, FLIP] = (first[takes[:, INDEX]] + epoch) % 2
+    if params.shift:
+        takes[:, [DOWN, RIGHT]] = rng.integers(-params.shift, params.shift + 1, size=(len(train), 2))
+    takes[:, COUNT] = 1
+    return takes
+
+
+def length(n: int, params: "TrainCnn", epoch: int) -> int:
+    """How many of `n` images an epoch takes: all, or from the second on all but half of the easy ones."""
+    return n - (int(params.easy * n) // 2 if epoch > 1 else 0)
+
+
+def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch: int) -> np.ndarray:
+    """`takes` (N, 6) of an epoch without a random half of the easy ones; the other half counts twice.
+
+    Easy are those with the least of `losses`, one for each image: the share `params.easy` of them.
+    """
+    left_out = len(takes) - length(len(takes), params, epoch)
+    easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]
+    rng = np.random.default_rng([params.seed, epoch, 1])  # with 0, NumPy's numbers would be draw_epoch's
+    gone, kept = rng.permutation(easy).reshape(2, left_out)
+    takes[kept, COUNT] = 2
+    return np.delete(takes, gone, axis=0)
+
+
+def cut(images: torch.Tensor, takes: torch.Tensor, moved: bool) -> torch.Tensor:
+    """The images of `takes` (B, 6), (B, 28, 28) uint8, of all variants `images` (V, N, 28, 28) uint8.
+
+    Unless `moved`, they are as they are. What a shift brings into view is black.
+    """
+    variant, index = takes[:, VARIANT], takes[:, INDEX]
+    if not moved:
+        return images[variant, index]
+    last = images.shape[-1] - 1
+    side = torch.arange(last + 1, device=images.device)
+    rows = side - takes[:, DOWN, None]  # (B, 28): the row of the image that each row shows
+    columns = side - takes[:, RIGHT, None]
+    seen = _inside(rows)[:, :, None] & _inside(columns)[:, None, :]
+    columns = torch.where(takes[:, FLIP, None] == 1, last - columns, columns)
+    rows, columns = rows.clamp(0, last), columns.clamp(0, last)
+    return images[variant[:, None, None], index[:, None, None], rows[:, :, None], columns[:, None, :]] * seen
+
+
+def _inside(places: torch.Tensor) -> torch.Tensor:
+    return (places >= 0) & (places < places.shape[-1])

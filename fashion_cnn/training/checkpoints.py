@@ -1,0 +1,125 @@
+"""The state of a training after its last finished epoch, so that a killed one resumes from there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from fashion_cnn.project.files import replace_atomically, write_text
+from fashion_cnn.project.provenance import repository_root
+
+LOCK = Path("dvc.lock")  # in DVC's temporary copies, theirs
+
+
+class Checkpoint:
+    """Weights, the optimizer's moments, the losses of images and the rows of metrics so far, in one file.
+
+    `key` is the digest of everything that determines the result, so that no training resumes from
+    another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage.
+    """
+
+    def __init__(self, key: str, folder: Path):
+        self.path = folder / f"{key}.safetensors"
+        self.rows, self.tensors = [], {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self.rows = json.loads(file.metadata()["rows"])
+                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            pass
+        # A fault of the disk. The training does not need the file.
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            print(f"checkpoint {self.path.name} is damaged ({error}); training starts from epoch 1")
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor) -> list[dict]:
+        """Restore `model`, `optimizer` and `losses` in place; return the rows of the epochs that are done."""
+        if self.rows:
+            print(f"resuming after epoch {len(self.rows)}")
+            model.load_state_dict(_part(self.tensors, "model."))
+            # Moments need the layout of their weights: the fused update walks through both as they lie.
+            state = {
+                number: {
+                    name: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
+                    for name, tensor in _part(self.tensors, f"adam.{number}.").items()
+                }
+                for number, parameter in enumerate(_parameters(optimizer))
+            }
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            losses.copy_(self.tensors["losses"])
+        return self.rows
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor, rows: list[dict]
+    ) -> None:
+        """Replace the file by the present state, whole or not at all."""
+        tensors = {"losses": losses} | {
+            f"model.{name}": tensor for name, tensor in model.state_dict().items()
+        }
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with replace_atomically(self.path) as partial:
+            partial.write_bytes(save(tensors, {"rows": json.dumps(rows)}))
+
+    def delete(self) -> None:
+        """Remove the file: the stage has written its outputs."""
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
+    """The checkpoint of a training that writes `weights`.
+
+    If the block succeeds, the checkpoint is deleted, or, if DVC runs the stage, kept until DVC has written
+    dvc.lock: a kill between the end of the stage and that write would cost the training. Two experiments
+    can run the very same training at once: the second waits, so that neither resumes from the other's
+    epochs.
+    """
+    folder = repository_root() / ".checkpoints"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        _delete_finished(folder, key)
+        checkpoint = Checkpoint(key, folder)
+        yield checkpoint
+        if "DVC_STAGE" in os.environ:
+            write_text(
+                folder / f"{key}.done", hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
+            )
+        else:
+            checkpoint.delete()
+
+
+def _delete_finished(folder: Path, key: str) -> None:
+    """Delete the checkpoints of finished trainings, except that of `key` if dvc.lock lacks its weights."""
+    for path in folder.glob("*.done"):
+        with suppress(FileNotFoundError):  # another training does the same
+            if path.stem != key or _is_recorded(path):
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+                path.unlink()
+
+
+def _is_recorded(done: Path) -> bool:
+    """Whether DVC has written dvc.lock since the training ended, with the weights whose digest `done` holds.
+
+    An older dvc.lock may name the same weights: that of a fresh clone does.
+    """
+    if not LOCK.exists() or LOCK.stat().st_mtime_ns < done.stat().st_mtime_ns:
+        return False
+    return done.read_text() in LOCK.read_text(encoding="utf-8")
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """In the order in which the optimizer numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

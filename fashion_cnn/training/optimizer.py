@@ -1,0 +1,98 @@
+"""How the weights move: AdamW or Muon, and the learning rate by step."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fashion_cnn.schema import TrainCnn
+
+RISE = 0.2  # of the steps of a one-cycle schedule
+MOMENTUM = 0.9  # of Muon: how much of each step goes into the next
+# Each turn sends a singular value s to a s + b s^3 + c s^5: five bring all but the smallest near 1.
+TURNS, A, B, C = 5, 3.4445, -4.7750, 2.0315
+
+
+def build_optimizer(model: nn.Module, params: "TrainCnn", device: torch.device) -> torch.optim.AdamW:
+    """AdamW or Muon; AdamW with `params.weight_decay` 0 is the lesson's Adam.
+
+    Only weights decay; biases and the scales of batch norm need no restraint.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    on_cuda = device.type == "cuda"
+    # A CUDA graph reads the rate where it lies; a number would be fixed at the capture.
+    rate = torch.tensor(float(params.learning_rate), device=device) if on_cuda else params.learning_rate
+    # fused: one pass over all weights instead of several for each.
+    groups: list[dict] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    kind = Muon if params.optimizer == "muon" else torch.optim.AdamW
+    return kind(groups, lr=rate, weight_decay=params.weight_decay, fused=True, capturable=on_cuda)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW for all but the weights of convolutions, whose steps go equally far in all directions.
+
+    Keller Jordan's Muon, scaled as by Liu et al. (arXiv 2502.16982), so that rates and decays are AdamW's.
+    torch.optim.Muon takes matrices alone, and computes in bfloat16, which few CPUs have.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all weights, and drop the gradients of convolutions."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.ndim < 4 or weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["step"] = torch.zeros(())  # AdamW reads it in each state that it loads
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"]
+                momentum.mul_(MOMENTUM).add_(weight.grad)
+                ahead = weight.grad + MOMENTUM * momentum  # Nesterov's: where momentum alone would lead
+                update = orthogonal(ahead.flatten(1))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                # An orthogonal matrix has entries of 1 / sqrt(its longer side); AdamW's are about 0.2.
+                weight.sub_(group["lr"] * 0.2 * max(update.shape) ** 0.5 * update.view_as(weight))
+                weight.grad = None  # AdamW passes over it
+        return super().step(closure)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` (M, N) with all singular values between 0.6 and 1.3, but those below 1 % of its norm.
+
+    The same for any positive multiple of it, and zeros for zeros.
+    """
+    scaled = matrix / (matrix.norm() + 1e-7)
+    square = scaled @ scaled.T  # (M, M): turning this takes half as long as turning the matrix
+    product = turn = _turn(square)
+    for _ in range(TURNS - 1):
+        square = turn @ square @ turn
+        turn = _turn(square)
+        product = turn @ product
+    return product @ scaled
+
+
+def _turn(square: torch.Tensor) -> torch.Tensor:
+    return A * torch.eye(len(square), device=square.device) + B * square + C * square @ square
+
+
+def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def scheduled(params: "TrainCnn", step: int, steps: int) -> float:
+    """The learning rate of `step`, from 0, of `steps`.
+
+    One-cycle rises evenly to `params.learning_rate` in the first fifth, and falls evenly towards 0.
+    """
+    if params.schedule == "constant":
+        return params.learning_rate
+    done = (step + 1) / (steps + 1)  # never 0 or 1, where a step would change nothing
+    return params.learning_rate * min(done / RISE, (1 - done) / (1 - RISE))
