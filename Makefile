@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-team repro back baseline compare recipe promote predict check test test-team committed seeds soak mutate page ui sync bench ladder clean
+.PHONY: help setup setup-team repro check test test-team committed seeds soak mutate bench ladder clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -24,26 +24,7 @@ help: ## list the targets
 setup: .venv/ready ## make .venv and install the locked dependencies
 setup-team: .venv/team ## the same, and what searches, a shared cache and a cluster need beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
-	@$(ACTIVATE) python -m fashion_cnn.commands.repro
-
-back: .venv/ready ## return from experiments to the committed params and results
-	@$(ACTIVATE) python -m fashion_cnn.commands.back
-
-baseline: ## commit this machine's results, to compare with from now on
-	git commit --message "Take this machine's results as the baseline" -- params.yaml dvc.lock metrics
-
-# A and B reach the shell as they are, so that it expands no pattern in them.
-compare: .venv/ready ## list the experiments, or compare two: make compare A=HEAD B=NAME
-	@$(ACTIVATE) python -m fashion_cnn.commands.compare $${A:+"$$A"} $${B:+"$$B"}
-
-recipe: .venv/ready ## list the recipes, or run one as an experiment: make recipe NAME=fast
-	@$(ACTIVATE) python -m fashion_cnn.commands.recipe $${NAME:+"$$NAME"}
-
-promote: .venv/ready ## register a CNN, and make it the champion if it is better: make promote MODEL=…
-	@$(ACTIVATE) python -m fashion_cnn.commands.promote $${MODEL:+"$$MODEL"}
-
-predict: .venv/ready ## name the garment in a picture: make predict FILE=picture.png
-	@$(ACTIVATE) python -m fashion_cnn.commands.predict $${FILE:+"$$FILE"}
+	@$(ACTIVATE) python -m fashion_cnn repro
 
 # Tests of a file stay in one process, in order: they share what takes a minute to make. Not loadgroup:
 # pytest-xdist 3.8 marks groups in a way that pytest 9.2 does not see.
@@ -84,16 +65,6 @@ bench: .venv/ready ## measure beside the lesson's own loops (one to two hours, q
 
 ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/ladder.csv, docs/pictures
 	@$(ACTIVATE) python benchmarks/ladder.py
-
-page: .venv/ready ## open the page on which the trained CNNs can be looked into
-	@$(ACTIVATE) python -m fashion_cnn.commands.page
-
-sync: .venv/ready ## bring MLflow's runs in line with dvc.lock and DVC's experiments
-	@$(ACTIVATE) python -m fashion_cnn.commands.sync
-
-ui: .venv/ready ## bring the runs in line, then open MLflow's table of trainings on 127.0.0.1:5000
-	-@$(ACTIVATE) python -m fashion_cnn.commands.sync
-	@$(ACTIVATE) python -m fashion_cnn.commands.ui
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv

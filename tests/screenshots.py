@@ -39,7 +39,7 @@ def take_page() -> None:
 def take_mlflow() -> None:
     """The table of runs; MLFLOW_TRACKING_URI may name another store than this project's."""
     settings = os.environ | {"PORT": str(free_port()), "BROWSER": "true"}
-    command = [sys.executable, "-m", "fashion_cnn.commands.ui"]
+    command = [sys.executable, "-m", "fashion_cnn", "ui"]
     with subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE) as server:
         try:
             address = next(line.split()[1] for line in server.stdout if line.startswith("MLflow: http"))

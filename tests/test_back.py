@@ -1,19 +1,21 @@
 """The way back from experiments, and what `make repro` says at its end, in a project of two stages."""
 
+import io
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
 from crash import Started, kill, stage_processes, wait_for_text, wait_until_gone
-from pipeline import dvc, environment, ran, set_params, tool, try_tool, two_stages
+from fashion_cnn.commands import summary
+from pipeline import dvc, ran, set_params, tool, try_tool, two_stages
 from project import git
 
 pytestmark = pytest.mark.slow
@@ -194,29 +196,34 @@ def test_back_in_an_empty_clone_makes_what_is_not_there(project, tmp_path):
     assert changes(clone) == ""
 
 
+def summary_of(project: Path) -> str:
+    with chdir(project), redirect_stdout(io.StringIO()) as said:
+        summary.main()
+    return said.getvalue()
+
+
 def test_the_summary_tells_the_same_other_params_and_other_bytes_apart(project):
-    assert "The results are the committed ones, byte for byte." in tool(project, "summary")
+    assert "The results are the committed ones, byte for byte." in summary_of(project)
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     dvc(project, "repro")
-    assert "those of your params and code, which differ from the committed ones" in tool(project, "summary")
+    assert "those of your params and code, which differ from the committed ones" in summary_of(project)
     tool(project, "back")
     of_another_machine(project)
     lock = (project / "dvc.lock").read_text()
     (project / "dvc.lock").write_text(lock.replace("ab" * 16, "cd" * 16))
-    told = tool(project, "summary")
+    told = summary_of(project)
     assert "1 of 5 outputs differ from the committed ones, the first of them models/toy_cnn.safe" in told
-    assert re.search("that is (not )?expected.*\n`make baseline` commits these results", told)
-    for command in ("make ui", "make back", "make repro"):
+    assert re.search("that is (not )?expected.*\n`fashion-cnn baseline` commits these results", told)
+    for command in ("fashion-cnn ui", "fashion-cnn back", "make repro"):
         assert command in told
 
 
 def test_a_baseline_is_what_later_results_are_compared_with(project):
     of_another_machine(project)
     tool(project, "back")
-    assert "1 of 5 outputs differ" in tool(project, "summary")
-    shutil.copy(Path(__file__).resolve().parents[1] / "Makefile", project)
+    assert "1 of 5 outputs differ" in summary_of(project)
     identity = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    subprocess.run(["make", "baseline"], cwd=project, check=True, env=environment(**identity))
-    assert "byte for byte" in tool(project, "summary")
+    tool(project, "baseline", **identity)
+    assert "byte for byte" in summary_of(project)
     assert changes(project) == ""
     assert json.loads(dvc(project, "status", "--json").stdout) == {}

@@ -47,32 +47,37 @@ def folder(tmp_path):
 def test_the_folders_name_is_no_command(folder):
     stand_in(folder / ".venv/bin/python")
     (folder / ".venv/ready").write_text(f"{folder}\n")
-    done = make(folder, "sync")
+    done = make(folder, "repro")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "called with: -m fashion_cnn.commands.sync" in done.stdout
+    assert "called with: -m fashion_cnn repro" in done.stdout
     assert not (folder / "ran").exists()
 
 
-def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_path):
+@pytest.fixture
+def no_uv(tmp_path, monkeypatch):
+    """So that pip installs, which the stand-in for Python answers for."""
+    (uv := tmp_path / "no uv/uv").parent.mkdir()
+    uv.write_text("#!/bin/sh\nexit 1\n")
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
+
+
+def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_path, no_uv):
     """It names the original's folder, whose code would run."""
     stand_in(folder / ".venv/bin/python")
     (folder / ".venv/ready").write_text(f"{folder}\n")
     stand_in(tmp_path / "bin/python3")
     copy = shutil.copytree(folder, tmp_path / "copy")
-    done = make(copy, "sync", f"PYTHON={tmp_path / 'bin/python3'}")
+    done = make(copy, "repro", f"PYTHON={tmp_path / 'bin/python3'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "called with: -m venv .venv" in done.stdout
     assert (copy / ".venv/ready").read_text() == f"{copy}\n"
-    assert "called with: -m venv" not in make(copy, "sync").stdout
-    assert "called with: -m venv" not in make(folder, "sync").stdout
+    assert "called with: -m venv" not in make(copy, "repro").stdout
+    assert "called with: -m venv" not in make(folder, "repro").stdout
 
 
-def test_the_name_of_python_is_no_command(folder, monkeypatch):
+def test_the_name_of_python_is_no_command(folder, no_uv):
     stand_in(folder / ODD)
-    (uv := folder / "bin/uv").parent.mkdir()
-    uv.write_text("#!/bin/sh\nexit 1\n")  # so that pip installs, which the stand-in answers for
-    uv.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
     done = make(folder, "setup", f"PYTHON=./{ODD.replace('$', '$$')}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "called with: -m venv .venv" in done.stdout

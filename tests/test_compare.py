@@ -10,6 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from fashion_cnn.cli import cli
 from fashion_cnn.commands import compare, judgement
 from fashion_cnn.commands.sides import read_side
 from fashion_cnn.project.errors import StageError
@@ -174,14 +175,13 @@ def experiment(folder: Path, name: str, seed: int, wrong: int) -> None:
     git(folder, "reset", "--quiet", "--hard", head)
 
 
-def run(monkeypatch, capsys, *arguments: str) -> str:
-    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
-    compare.main()
+def run(capsys, *arguments: str) -> str:
+    cli(["compare", *arguments], standalone_mode=False)
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_a_worse_experiment_is_told_with_the_numbers(results, monkeypatch, capsys):
-    told = run(monkeypatch, capsys, "HEAD", "slow-0")
+def test_a_worse_experiment_is_told_with_the_numbers(results, capsys):
+    told = run(capsys, "HEAD", "slow-0")
     assert "test_accuracy 0.9 0.8 −0.1" in told
     assert "Test images as they are: B is worse than A. Difference −10.00 points" in told
     assert "only A is right on 20 images, only B on 0; McNemar's exact test: p = 1.9e-06" in told
@@ -189,13 +189,13 @@ def test_a_worse_experiment_is_told_with_the_numbers(results, monkeypatch, capsy
     assert "To compare their settings, train each with several seeds" in told
 
 
-def test_the_same_weights_are_not_to_be_told_apart(results, monkeypatch, capsys):
-    told = run(monkeypatch, capsys, "HEAD", "workspace")
+def test_the_same_weights_are_not_to_be_told_apart(results, capsys):
+    told = run(capsys, "HEAD", "workspace")
     assert told.endswith("the same weights on both sides, so A and B are not to be told apart")
 
 
-def test_several_seeds_are_compared_by_seed(results, monkeypatch, capsys):
-    [compared] = json.loads(run(monkeypatch, capsys, "wide-*", "slow-0,slow-1", "--json"))
+def test_several_seeds_are_compared_by_seed(results, capsys):
+    [compared] = json.loads(run(capsys, "wide-*", "slow-0,slow-1", "--json"))
     assert compared["sources"] == [["wide-0", "wide-1"], ["slow-0", "slow-1"]]
     assert compared["metrics"]["test_accuracy"][1]["mean"] == pytest.approx(0.79)
     judged = compared["judgements"][0]
@@ -238,7 +238,7 @@ def test_a_side_that_is_nothing_is_named(results, side, words):
         read_side(side)
 
 
-def test_an_evaluation_of_other_weights_does_not_count(results, monkeypatch, capsys):
+def test_an_evaluation_of_other_weights_does_not_count(results, capsys):
     lock = yaml.safe_load((results / "dvc.lock").read_text())
     weights = {"path": "models/cnn_original.safetensors"}
     lock["stages"]["train_cnn@original"]["outs"] = [{**weights, "md5": "new"}]
@@ -248,15 +248,15 @@ def test_an_evaluation_of_other_weights_does_not_count(results, monkeypatch, cap
     metrics.write_text(json.dumps({"val_accuracy": 0.5, "weights_sha256": ["new"]}))
     [workspace] = read_side("workspace")["train_cnn@original"]
     assert workspace.metrics == {"val_accuracy": 0.5}
-    assert "not evaluated on both sides" in run(monkeypatch, capsys, "workspace")
+    assert "not evaluated on both sides" in run(capsys, "workspace")
 
 
-def test_results_of_an_early_version_are_compared_by_what_they_have(results, monkeypatch, capsys):
+def test_results_of_an_early_version_are_compared_by_what_they_have(results, capsys):
     path = results / "metrics/evaluate_cnn/original.json"
     path.write_text(json.dumps({"test_accuracy": 0.5}))
     metrics = results / "metrics/train_cnn/original.json"
     metrics.write_text(json.dumps({"weights_sha256": ["other"]}))
-    told = run(monkeypatch, capsys, "HEAD", "workspace")
+    told = run(capsys, "HEAD", "workspace")
     assert told.count("Test images") == 1
 
 
@@ -283,15 +283,14 @@ def test_damaged_results_are_named(results):
         compare.judgements([a], [b])
 
 
-def test_the_list_fits_a_hundred_columns_and_says_what_was_changed(results, monkeypatch, capsys):
+def test_the_list_fits_a_hundred_columns_and_says_what_was_changed(results, capsys):
     experiment(results, "a-name-that-is-longer-than-its-column", 5, 10)
-    monkeypatch.setattr("sys.argv", ["compare.py"])
-    compare.main()
+    cli(["compare"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     [row] = [line.split() for line in lines if line.startswith("slow-1")]
     assert row[1:5] == ["train_cnn.epochs=9,", "train_cnn…", "78.00", "78.00"]
-    for word in ("dvc exp apply", "dvc exp branch", "dvc exp remove", "--name", "make back"):
+    for word in ("dvc exp apply", "dvc exp branch", "dvc exp remove", "--name", "fashion-cnn back"):
         assert word in "\n".join(lines)
     shutil.rmtree(results / ".git/refs/exps")
-    assert "workspace 90.00 90.00" in run(monkeypatch, capsys)
+    assert "workspace 90.00 90.00" in run(capsys)

@@ -15,11 +15,14 @@ from project import ROOT, copy_of_project, git
 pytestmark = pytest.mark.committed
 
 # Not run: the set-up, all tests, the UI, which does not end, and a picture that the reader has.
-LEFT_OUT = ("make test", "make ui", ". .venv/bin/activate", "make predict FILE=picture.png")
+LEFT_OUT = ("make test", "fashion-cnn ui", ". .venv/bin/activate", "fashion-cnn predict picture.png")
 # As in the pages, but quick.
 QUICK = {"range(0,5)": "range(0,2)", "split.train_size=6000": "split.train_size=500"}
 MAKE = f"""make() {{
     command make -o .venv/ready ACTIVATE='PATH="{Path(sys.executable).parent}:$$PATH"' "$@"
+}}
+fashion-cnn() {{
+    python -m fashion_cnn "$@"
 }}
 """
 
@@ -76,21 +79,21 @@ def run_page(folder: Path, page: str) -> dict[str, str]:
 
 def test_the_walkthrough_goes_the_whole_way(project):
     told = run_page(project, "docs/walkthrough.md")
-    assert "train_cnn@original" in told["make compare A=HEAD B=slow"]
-    seeds = told["make compare A='base-*' B='slow-*'"]
+    assert "train_cnn@original" in told["fashion-cnn compare HEAD slow"]
+    seeds = told["fashion-cnn compare 'base-*' 'slow-*'"]
     assert "2 seeds, paired by seed, Student's t" in " ".join(seeds.split())
-    assert re.search(r"slow-2 +.*learning_rate=0\.0005", told["make compare"])
+    assert re.search(r"slow-2 +.*learning_rate=0\.0005", told["fashion-cnn compare"])
     first, second = (
-        told[f"make promote MODEL=models/cnn_{name}.safetensors"] for name in ("augmented", "original")
+        told[f"fashion-cnn promote models/cnn_{name}.safetensors"] for name in ("augmented", "original")
     )
     assert "there is no champion yet" in first
     assert "McNemar's exact test" in second
-    assert "docs/boot.png: " in told["make predict FILE=docs/boot.png"]
+    assert "docs/boot.png: " in told["fashion-cnn predict docs/boot.png"]
     assert git(project, "status", "--porcelain", "--", "params.yaml", "dvc.lock", "metrics") == ""
 
 
 def test_the_commands_of_the_readme_run(project):
     dvc(project, "exp", "remove", "slow", check=False)  # the walk-through has one of that name
     told = run_page(project, "README.md")
-    assert "restored from the last commit" in told["make back"]
-    assert "A  HEAD" in told["make compare A=HEAD B=workspace"]
+    assert "restored from the last commit" in told["fashion-cnn back"]
+    assert "A  HEAD" in told["fashion-cnn compare HEAD workspace"]

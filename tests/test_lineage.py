@@ -103,10 +103,19 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
             outbox.close()
     assert "the run records no uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     assert "uncommitted.diff" not in run_artifacts()
-    command = [sys.executable, "-m", "fashion_cnn.commands.trace", "ab" * 32, "--json"]
+    command = [sys.executable, "-m", "fashion_cnn", "trace", "ab" * 32, "--json"]
     if made_by == "stand-in":
         [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
+
+
+def test_a_hook_of_another_repository_changes_no_tag(repository, tmp_path_factory, monkeypatch):
+    plain, other = git_tags(), tmp_path_factory.mktemp("other")
+    git(other, "init", "--quiet")
+    git(other, "commit", "--quiet", "--allow-empty", "--message", "other")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert git_tags() == plain
 
 
 def test_the_diff_does_not_depend_on_the_users_settings(repository):
@@ -124,7 +133,7 @@ def test_the_diff_does_not_depend_on_the_users_settings(repository):
 
 @pytest.mark.parametrize("what", ["-x", "--all", "no-such-commit"])
 def test_trace_takes_no_option_for_a_commit(repository, what):
-    command = [sys.executable, "-m", "fashion_cnn.commands.trace", "--", what]
+    command = [sys.executable, "-m", "fashion_cnn", "trace", "--", what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {what}: expected a run id, a file, a SHA-256 or a git commit (")

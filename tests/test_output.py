@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from project import ROOT, STAGES
+from project import STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_a_real_failure_keeps_its_exit_code_and_its_line(folder, output):
         assert done.stderr.splitlines()[-1] == "error: the fault"
 
 
-@pytest.mark.parametrize("command", ["stage.py", f"'{ROOT}/fashion_cnn/commands/trace.py' --help"])
+@pytest.mark.parametrize("command", ["stage.py", "-m fashion_cnn trace --help"])
 def test_a_full_disk_behind_the_output_is_reported_when_the_work_is_done(folder, command):
     done = sh(folder, f"python {command} >/dev/full")
     assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
@@ -86,7 +86,7 @@ def test_a_training_whose_output_nobody_reads_is_whole(workspace):
 
 def test_a_lock_is_mended_though_nobody_reads_of_it(workspace):
     (workspace / "dvc.lock").write_text("schema: '2.0'\nsta")
-    done = sh(workspace, f"python '{ROOT}/fashion_cnn/commands/mend_lock.py' | head -0")
+    done = sh(workspace, "python -m fashion_cnn.commands.mend_lock | head -0")
     assert (done.returncode, done.stderr) == (0, "")
     assert not (workspace / "dvc.lock").exists()
 

@@ -137,7 +137,9 @@ def build_in(folder, model: str):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The folder of a page, with what it was made of."""
-    return build_in(tmp_path_factory.mktemp("page"), "lesson")
+    folder = build_in(tmp_path_factory.mktemp("page"), "lesson")
+    (folder / "dvc.yaml").touch()  # which the command fashion-cnn looks for
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +520,7 @@ def test_a_missing_or_damaged_file_is_named(built, tmp_path, monkeypatch, path):
 
 def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
     def make_page(folder):
-        command = [sys.executable, "-m", "fashion_cnn.commands.page"]
+        command = [sys.executable, "-m", "fashion_cnn", "page"]
         settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
         return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
 

@@ -484,7 +484,7 @@ AT_ONCE = ("train_cnn@original", "train_cnn@augmented")
 def start_both(project: Path) -> Started:
     """Begin `make repro` with both trainings to do, and wait until each has finished an epoch."""
     log = project.parent / "logs" / f"both-{time.time_ns()}.log"
-    started = Started(project, log, "-m", "fashion_cnn.commands.repro", FASHION_CNN_THREADS="2")
+    started = Started(project, log, "-m", "fashion_cnn", "repro", FASHION_CNN_THREADS="2")
     while not all(f"{images}: epoch " in started.printed() for images in ("original", "augmented")):
         assert not started.ended(), started.printed()
         time.sleep(0.05)

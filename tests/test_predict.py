@@ -1,6 +1,8 @@
 """predict: what becomes of a picture before the network sees it, and what is said about each file."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from fashion_cnn.commands import predict
+from fashion_cnn.cli import cli
 from fashion_cnn.commands.pictures import read_picture
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
@@ -141,26 +143,26 @@ def weights(tmp_path) -> Path:
     return tmp_path / "cnn.safetensors"
 
 
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, arguments)])
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stop:
-        predict.main()
+        cli(["predict", *map(str, arguments)], standalone_mode=False)
     return int(stop.value.code), *capsys.readouterr()
 
 
-def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(tmp_path, weights, monkeypatch, capsys):
-    bad, good = tmp_path / "absent.png", save(tmp_path, drawn((300, 200), (30, 20, 80, 120)))
-    code, told, faults = run(monkeypatch, capsys, bad, good, "--model", weights, "--show", tmp_path / "seen")
+def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp_path, weights, capsys):
+    (bad := tmp_path / "bad.png").write_text("no picture")
+    good = save(tmp_path, drawn((300, 200), (30, 20, 80, 120)))
+    code, told, faults = run(capsys, bad, good, "--model", weights, "--show", tmp_path / "seen")
     assert code == 1
-    assert faults.startswith(f"error: {bad}: No such file")
+    assert faults.startswith(f"error: {bad}: no picture that Pillow reads")
     assert told.startswith(f"{good}: ")
     assert told.endswith(" % (inverted, as its border is light)\n")
     assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 
 
-def test_the_probabilities_are_those_of_the_model(tmp_path, weights, images, monkeypatch, capsys):
+def test_the_probabilities_are_those_of_the_model(workspace, tmp_path, weights, images, capsys):
     path = save(tmp_path, Image.fromarray(images[1] // 2))
-    code, told, _ = run(monkeypatch, capsys, path, "--model", weights, "--json")
+    code, told, _ = run(capsys, path, "--model", weights, "--json")
     [one] = json.loads(told)
     with torch.inference_mode():
         logits = fresh(build_cnn, 0)(torch.from_numpy(images[1] // 2)[None, None].float() / 255)[0].double()
@@ -171,6 +173,16 @@ def test_the_probabilities_are_those_of_the_model(tmp_path, weights, images, mon
     assert found == pytest.approx(expected.values[:3].tolist(), abs=1e-4)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+def test_a_model_that_is_not_there_is_named(workspace, tmp_path, capsys):
+    (tmp_path / "picture.png").touch()
     with pytest.raises(StageError, match=r"no-such-model: not found"):
-        run(monkeypatch, capsys, tmp_path / "picture.png", "--model", "no-such-model")
+        run(capsys, tmp_path / "picture.png", "--model", "no-such-model")
+
+
+def test_a_file_that_is_not_there_is_refused_before_torch_is_imported(workspace):
+    code = "import sys\nfrom fashion_cnn.cli import main\nfrom fashion_cnn.project import process\n"
+    code += "process.os._exit = lambda code: print(code, 'torch' in sys.modules)\nmain()"
+    command = [sys.executable, "-c", code, "predict", "absent.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "'absent.png' does not exist" in done.stderr
+    assert done.stdout.split() == ["2", "False"]

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
+from fashion_cnn.cli import cli
 from fashion_cnn.commands import promote, registry
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.data.split import split_indices
@@ -80,9 +81,7 @@ def add_run(store, weights: Path, **split: object) -> str:
     return run_id
 
 
-def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(
-    store, data, workspace, monkeypatch, capsys
-):
+def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(store, data, workspace, capsys):
     weights = workspace / "residual.safetensors"
     model = fresh(lambda: build_cnn("residual", views=6), 0)
     images = torch.from_numpy(data["train-images"][:40])[:, None].float() / 255
@@ -91,7 +90,7 @@ def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(
     save_weights(model, weights)
     run_id = add_run(store, weights)
     runs.log_params(store.client, run_id, {"train_cnn.model": "residual", "train_cnn.views": 6})
-    assert "champion" in run(monkeypatch, capsys, weights)
+    assert "champion" in run(capsys, weights)
     with torch.inference_mode():
         expected = model.eval()(images).softmax(1).numpy()
     assert not np.allclose(expected[0], expected[1], atol=1e-4)
@@ -100,9 +99,8 @@ def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(
         assert np.abs(found - expected).max() < 1e-5, name
 
 
-def run(monkeypatch, capsys, *arguments: object) -> str:
-    monkeypatch.setattr("sys.argv", ["promote.py", *map(str, arguments)])
-    promote.main()
+def run(capsys, *arguments: object) -> str:
+    cli(["promote", *map(str, arguments)], standalone_mode=False)
     return capsys.readouterr().out
 
 
@@ -112,25 +110,23 @@ def reads_right(weights: Path, data, indices: np.ndarray) -> np.ndarray:
         return load_weights(build_cnn(), weights)(images).argmax(1).numpy() == data["train-labels"][indices]
 
 
-def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
-    store, trained, data, monkeypatch, capsys
-):
+def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, trained, data, capsys):
     client = store.client
     untrained, barely, better = trained
     ids = [add_run(store, weights) for weights in trained]
-    told = run(monkeypatch, capsys, untrained, "--dry-run")
+    told = run(capsys, untrained, "--dry-run")
     assert told.endswith("--dry-run: nothing was changed\n")
     assert client.search_registered_models() == []
 
-    assert "no champion yet" in run(monkeypatch, capsys, untrained)
-    told = run(monkeypatch, capsys, ids[1])  # by the id of its run
+    assert "no champion yet" in run(capsys, untrained)
+    told = run(capsys, ids[1])  # by the id of its run
     _, val = split_indices(250, 100, None, 3)
     right = {path: reads_right(path, data, val) for path in trained}
     assert f"{right[barely].mean():.2%}".replace("%", " %") in told
     assert "not better beyond noise than version 1" in told
     assert registry.champion(client).version == 1
 
-    told = run(monkeypatch, capsys, better)
+    told = run(capsys, better)
     version = registry.champion(client)
     assert version.run_id == ids[2]
     only = (right[better] & ~right[untrained]).sum(), (right[untrained] & ~right[better]).sum()
@@ -146,22 +142,22 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(
     )
     assert f"this model on {only[0]}; McNemar's exact test" in version.description
 
-    assert "is the champion already" in run(monkeypatch, capsys, better)
-    assert "not better" in run(monkeypatch, capsys, untrained)
+    assert "is the champion already" in run(capsys, better)
+    assert "not better" in run(capsys, untrained)
     assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # as it was then
     assert registry.champion(client).run_id == ids[2]
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
 
 
-def test_a_stricter_level_asks_for_more(store, trained, monkeypatch, capsys):
+def test_a_stricter_level_asks_for_more(store, trained, capsys):
     client = store.client
     for weights in trained[1:]:
         add_run(store, weights)
-    run(monkeypatch, capsys, trained[1])
-    assert "not better beyond noise" in run(monkeypatch, capsys, trained[2], "--level", "1e-60")
+    run(capsys, trained[1])
+    assert "not better beyond noise" in run(capsys, trained[2], "--level", "1e-60")
     assert registry.champion(client).version == 1
     with pytest.raises(StageError, match=r"--level is 2\.0, expected a number between 0 and 1"):
-        run(monkeypatch, capsys, trained[2], "--level", "2")
+        run(capsys, trained[2], "--level", "2")
 
 
 def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, data):
@@ -182,7 +178,7 @@ def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
         "import sys, numpy as np; from fashion_cnn.commands import promote;"
         "data = dict(np.load('data.npz'));"
         "promote.read_idx = lambda file: data[file.name[:12]];"
-        "promote.main()"
+        "promote.main(sys.argv[1], 0.05, False)"
     )
     np.savez("data.npz", **{name: promote.read_idx(Mock(name)) for name in ("train-images", "train-labels")})
     command = [sys.executable, "-c", code]
@@ -212,27 +208,27 @@ class Mock:
         ("absent.safetensors", "absent.safetensors: not found"),
     ],
 )
-def test_a_model_that_is_not_there_is_named(store, monkeypatch, capsys, model, words):
+def test_a_model_that_is_not_there_is_named(store, capsys, model, words):
     with pytest.raises(StageError, match=words):
-        run(monkeypatch, capsys, model)
+        run(capsys, model)
 
 
-def test_a_run_without_params_is_named_with_the_way_out(store, trained, monkeypatch, capsys):
+def test_a_run_without_params_is_named_with_the_way_out(store, trained, capsys):
     runs.stand_in(store, "train_cnn@original", sha256_of(trained[0]), {}, None)
-    with pytest.raises(StageError, match="the run lacks its params; `make sync` adds them"):
-        run(monkeypatch, capsys, trained[0])
+    with pytest.raises(StageError, match="the run lacks its params; `fashion-cnn sync` adds them"):
+        run(capsys, trained[0])
 
 
-def test_weights_without_a_run_are_named_with_the_way_out(store, trained, monkeypatch, capsys):
-    with pytest.raises(StageError, match="no run of it in MLflow, expected one; `make sync`"):
-        run(monkeypatch, capsys, trained[0])
+def test_weights_without_a_run_are_named_with_the_way_out(store, trained, capsys):
+    with pytest.raises(StageError, match="no run of it in MLflow, expected one; `fashion-cnn sync`"):
+        run(capsys, trained[0])
 
 
 @pytest.fixture
-def server(store, trained, monkeypatch, capsys):
+def server(store, trained, capsys):
     """The champion, served by MLflow on this machine."""
     add_run(store, trained[2])
-    run(monkeypatch, capsys, trained[2])
+    run(capsys, trained[2])
     port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/fashion-cnn@champion",

@@ -1,4 +1,4 @@
-"""Recipes: the files, `make recipe`, and the experiment that one becomes."""
+"""Recipes: the files, `fashion-cnn recipe`, and the experiment that one becomes."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 
+from fashion_cnn.cli import cli
 from fashion_cnn.commands import recipe
 from fashion_cnn.commands.dvc_experiments import Experiment
 from fashion_cnn.project.errors import StageError
@@ -34,9 +35,8 @@ def folder(workspace, monkeypatch):
     return workspace
 
 
-def run(monkeypatch, capsys, *arguments) -> str:
-    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
-    recipe.main()
+def run(capsys, *arguments) -> str:
+    cli(["recipe", *arguments], standalone_mode=False)
     return capsys.readouterr().out
 
 
@@ -55,8 +55,8 @@ def test_a_committed_recipe_fits_the_committed_params_and_says_what_it_is_for(na
         assert value != committed[section][key], f"{where} is {value} without this recipe, too"
 
 
-def test_without_a_name_the_recipes_are_listed(folder, monkeypatch, capsys):
-    assert run(monkeypatch, capsys).splitlines()[:2] == [
+def test_without_a_name_the_recipes_are_listed(folder, capsys):
+    assert run(capsys).splitlines()[:2] == [
         "long        A long one.", "short       Two epochs, mirrored.",
     ]  # fmt: skip
 
@@ -73,15 +73,15 @@ def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_other
     monkeypatch.setattr(recipe.subprocess, "run", dvc)
     before = (folder / "params.yaml").read_bytes()
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, capsys, "short")
+        run(capsys, "short")
     assert ended.value.code == 7  # that of dvc
     [command] = asked
     assert command == [
-        "dvc", "exp", "run", "--name", "short",
+        sys.executable, "-m", "dvc", "exp", "run", "--name", "short",
         "-S", "train_cnn.epochs=2", "-S", "train_cnn.schedule=one-cycle",
         "-S", "train_cnn.flips=true", "-S", "train_cnn.learning_rate=0.01", "-S", "split.train_size=null",
     ]  # fmt: skip
-    assert shlex.split(capsys.readouterr().out) == command
+    assert shlex.split(capsys.readouterr().out) == command[2:]  # as a person would type it
     assert (folder / "params.yaml").read_bytes() == before
 
 
@@ -119,13 +119,13 @@ def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, caps
     made = Experiment("short", "0" * 40, "refs/exps/…")
     monkeypatch.setattr(recipe, "experiments", lambda: [made])
     with pytest.raises(StageError, match=r"dvc exp apply short.*dvc exp remove short"):
-        run(monkeypatch, capsys, "short")
+        run(capsys, "short")
 
 
 @pytest.mark.parametrize("content", ["", "\xff", "train_cnn:\n  epochs: 1\n"])
-def test_a_file_without_a_purpose_is_listed_without_one(folder, monkeypatch, capsys, content):
+def test_a_file_without_a_purpose_is_listed_without_one(folder, capsys, content):
     (folder / "recipes/bare.yaml").write_bytes(content.encode("latin-1"))
-    assert run(monkeypatch, capsys).splitlines()[0] == "bare        "
+    assert run(capsys).splitlines()[0] == "bare        "
 
 
 def test_a_folder_without_recipes_says_so(folder):

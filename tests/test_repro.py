@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from fashion_cnn.commands import repro
+from fashion_cnn.commands import repro, sync
 from project import ROOT
 
 
@@ -19,6 +19,7 @@ def done(monkeypatch) -> list:
     monkeypatch.setattr(repro, "mend_lock", lambda: None)
     monkeypatch.setattr(repro, "dvc", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(repro, "train_both", calls.append)
+    monkeypatch.setattr(sync, "main", lambda is_quiet: calls.append("sync"))
     monkeypatch.setattr(repro.summary, "main", lambda: calls.append("summary"))
     monkeypatch.setattr(repro, "usable_threads", lambda: 5)
     monkeypatch.setattr(repro, "has_gpu", lambda: False)
@@ -26,7 +27,7 @@ def done(monkeypatch) -> list:
     return calls
 
 
-ALONE = [("repro",), "summary"]
+ALONE = [("repro",), "sync", "summary"]
 
 
 def test_both_cnns_get_half_the_cores_each(done):

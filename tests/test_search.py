@@ -79,7 +79,7 @@ def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_cost
     assert done.returncode == 0, done.stdout + done.stderr
     assert [params["batch_size"] for params, _ in trials_of(project).values()] == [50]
     assert re.search(
-        r"^MLflow store http://127.0.0.1:9: .* and `make sync` sends them later$", done.stdout, re.M
+        r"^MLflow store http://127.0.0.1:9: .* and `fashion-cnn sync` sends them later$", done.stdout, re.M
     )
     assert re.search(r"^  failed: params.yaml: train_cnn.batch_size is 0, expected .*$", done.stdout, re.M)
     assert "1 of 2 done, 0 running, 1 failed" in done.stdout

@@ -115,7 +115,7 @@ def test_only_evaluate_cnn_reads_the_test_split():
 
 
 def test_no_script_loads_torch_before_the_project_has_set_its_environment():
-    for path in (*STAGES.glob("*.py"), PACKAGE / "commands/predict.py", PACKAGE / "commands/promote.py"):
+    for path in STAGES.glob("*.py"):
         first, second = [node for node in parsed(path).body if not is_docstring(node)][:2]
         assert ast.unparse(first) == "from fashion_cnn.project.process import run_stage, start", path
         assert ast.unparse(second) == "start()", path

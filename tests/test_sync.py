@@ -1,4 +1,4 @@
-"""`make sync` makes the runs of experiments in a new store from what git has of them."""
+"""`fashion-cnn sync` makes the runs of experiments in a new store from what git has of them."""
 
 import hashlib
 import json

@@ -104,7 +104,7 @@ def test_a_training_is_one_whole_run(workspace):
     train(workspace)
     [run] = all_runs()
     assert run.info.run_name == "train_toy_cnn"
-    assert f"python -m fashion_cnn.commands.trace {run.info.run_id}" in run.data.tags["mlflow.note.content"]
+    assert f"fashion-cnn trace {run.info.run_id}" in run.data.tags["mlflow.note.content"]
     assert_whole(run, workspace)
     assert run.info.start_time <= run.info.end_time
     assert run.info.artifact_uri.startswith((workspace / "mlruns").as_uri())
@@ -281,7 +281,7 @@ def test_an_unreachable_store_costs_no_training_and_a_line_says_so(workspace, mo
     assert started.returncode == 0
     *_, line = printed.splitlines()
     assert line.startswith("MLflow store http://127.0.0.1:9: ")
-    assert line.endswith("`make sync` sends the rest")
+    assert line.endswith("`fashion-cnn sync` sends the rest")
     assert "secret" not in printed
     assert b"secret" not in b"".join(path.read_bytes() for path in outboxes().rglob("*") if path.is_file())
     assert send_left_over(connect()) == []
@@ -309,7 +309,7 @@ outbox.WAIT, outbox.SENDER = 0.5, Path("hangs.py")
 @pytest.mark.parametrize(
     ("require", "line"),
     [
-        ("", "MLflow: not everything was sent within 0.5 s; `make sync` sends the rest"),
+        ("", "MLflow: not everything was sent within 0.5 s; `fashion-cnn sync` sends the rest"),
         ("1", "MLflow: the store did not answer within 1.0 s; the stage stops since REQUIRE_MLFLOW is set"),
     ],
 )
@@ -354,7 +354,9 @@ def test_an_outbox_that_was_begun_in_another_store_stays_for_it(unsent, monkeypa
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{unsent}/other.db")
         [line] = send_left_over(connect())
-        assert line.startswith("MLflow: a run begun in another store, mlflow.db, where `make sync` ends it")
+        assert line.startswith(
+            "MLflow: a run begun in another store, mlflow.db, where `fashion-cnn sync` ends it"
+        )
         assert all_runs() == []
     assert send_left_over(connect()) == []
     assert_whole(all_runs()[0], unsent)

@@ -1,4 +1,4 @@
-"""make ui: its address leads a fresh browser to the table of trainings, and on from there."""
+"""fashion-cnn ui: its address leads a fresh browser to the table of trainings, and on from there."""
 
 import os
 import shutil
@@ -24,12 +24,12 @@ pytestmark = [
 ]
 
 
-def start(**more: str) -> subprocess.Popen:
-    settings = environment(DVC_ROOT=os.environ["DVC_ROOT"], **more)
+def start(port: object) -> subprocess.Popen:
+    settings = environment(DVC_ROOT=os.environ["DVC_ROOT"])
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         settings.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, "-m", "fashion_cnn.commands.ui"],
+        [sys.executable, "-m", "fashion_cnn", "ui", "--port", str(port)],
         env=settings, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -40,6 +40,7 @@ def address(tmp_path_factory, new_store):
     folder = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        (folder / "dvc.yaml").touch()
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         shutil.copy(new_store, folder / "mlflow.db")
@@ -58,7 +59,7 @@ def address(tmp_path_factory, new_store):
             if training is not TOY:
                 save_weights(fresh(build_cnn, 0), folder / "cnn.safetensors")
                 runs.log_model(store.client, run_id, training.stage, folder / "cnn.safetensors")
-        started = start(PORT=str(free_port()))
+        started = start(free_port())
         try:
             line = next((line for line in started.stdout if line.startswith("MLflow: http")), None)
             assert line, started.stderr.read()
@@ -110,10 +111,10 @@ def test_from_the_table_it_is_one_step_to_a_run_a_comparison_and_the_models(addr
 def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        _, fault = start(PORT=str(port)).communicate(timeout=60)
-    assert fault == f"error: port {port}: Address already in use; name another: PORT=5001 make ui\n"
-    _, fault = start(PORT="many").communicate(timeout=60)
-    assert fault == "error: PORT is 'many', expected a number from 1 to 65535\n"
+        _, fault = start(port).communicate(timeout=60)
+    assert fault == f"error: port {port}: Address already in use; name another: fashion-cnn ui --port 5001\n"
+    _, fault = start("many").communicate(timeout=60)
+    assert "Error: Invalid value for '--port': 'many' is not a valid integer range." in fault
 
 
 def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
@@ -125,6 +126,7 @@ def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
     monkeypatch.setattr(ui, "connect", lambda: SimpleNamespace(client=Client(), experiment=lambda name: "7"))
-    ui.main()
+    monkeypatch.setattr(ui.sync, "main", lambda: None)
+    ui.main(5000)
     told = capsys.readouterr().out
     assert told.startswith("MLflow: http://host:5000/#/experiments/7/runs?workflowType=machine_learning&")

@@ -1,4 +1,4 @@
-"""Return from experiments to the committed params and results, without training again. Usage: make back.
+"""Return from experiments to the committed params and results, without training again.
 
 Restores params.yaml, dvc.lock and metrics/ from the last commit, also what `dvc exp run` has staged, and
 puts HEAD on its branch again, which a killed one leaves on none. Code is left alone. Results stay in DVC's
@@ -10,12 +10,13 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 
 from dvc.utils.serialize import dump_yaml
 
 from fashion_cnn.commands.mend_lock import LOCK, is_at_work, mend_rwlock, read_lock, rwlock_users
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.process import DVC
 from fashion_cnn.project.provenance import NOT_CODE, GitError, git
 
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
@@ -38,9 +39,16 @@ def main() -> None:
     print(f"restored from the last commit: {', '.join(SETTINGS_AND_RESULTS)}", flush=True)
     drop_unknown_results()
     # Stages that DVC has seen with these params come from its cache; it runs what it has never seen.
-    if subprocess.run(["dvc", "repro"], check=False).returncode:
+    if subprocess.run([*DVC, "repro"], check=False).returncode:
         raise StageError("`dvc repro` failed, expected it to restore the outputs; its message is above")
     say_where_changes_are()
+
+
+def commit_results() -> None:
+    """Make the results of this tree the ones that later ones are compared with."""
+    message = "Take this machine's results as the baseline"
+    commit = ["git", "commit", "--message", message, "--", *SETTINGS_AND_RESULTS]
+    sys.exit(subprocess.run(commit, check=False).returncode)
 
 
 def refuse_while_dvc_works() -> None:
@@ -56,7 +64,7 @@ def return_to_branch() -> None:
     at_head = git("for-each-ref", "--points-at=HEAD", "--format=%(refname)", "refs/heads").decode().split()
     left = re.search(r"^checkout: moving from (\S+) to", git("reflog", "-1", "--format=%gs").decode())
     if left and f"refs/heads/{left[1]}" in at_head:
-        git("symbolic-ref", "-m", "make back", "HEAD", f"refs/heads/{left[1]}")
+        git("symbolic-ref", "-m", "fashion-cnn back", "HEAD", f"refs/heads/{left[1]}")
         print(f"HEAD is on branch {left[1]} again", flush=True)
 
 
@@ -84,7 +92,7 @@ def drop_unknown_results() -> None:
     They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
     its entry, DVC looks for this machine's own results in its run cache.
     """
-    done = subprocess.run(["dvc", "data", "status", "--json"], check=False, capture_output=True, text=True)
+    done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
     if done.returncode:
         raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")
     unknown = set(json.loads(done.stdout).get("not_in_cache", []))
@@ -97,7 +105,3 @@ def drop_unknown_results() -> None:
     if len(kept) < len(lock["stages"]):
         print(f"not in DVC's cache, so made on another machine: {', '.join(sorted(unknown))}", flush=True)
         dump_yaml(LOCK, lock | {"stages": kept})
-
-
-if __name__ == "__main__":
-    run_stage(main)

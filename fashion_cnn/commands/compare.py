@@ -1,13 +1,5 @@
-"""Compare trained models or settings: is B better than A, worse, or not to be told apart?
+"""Compare trained models or settings: is B better than A, worse, or not to be told apart?"""
 
-Usage: python -m fashion_cnn.commands.compare A B, or make compare A=… B=…
-
-A and B are each one of: workspace, a DVC experiment, a git revision, the id of an MLflow run. A comma or a
-pattern takes several, such as 'slow-*' for the seeds of a setting; @original or @augmented at the end takes
-that training alone. One side alone is compared with HEAD. Without any: a table of all experiments.
-"""
-
-import argparse
 import json
 import textwrap
 from collections.abc import Sequence
@@ -21,38 +13,30 @@ from fashion_cnn.commands.judgement import ALIKE, Judgement
 from fashion_cnn.commands.sides import WORKSPACE, Result, read_side, results_of
 from fashion_cnn.project.catalog import CNNS, TOY
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage
 
 MOVED = {
     "test_accuracy_shift_3px": "shifted by ±3 px",
     "test_accuracy_rotation_15deg": "rotated by ±15°",
 }
 NEXT = """
-compare   make compare A=HEAD B=NAME
+compare   fashion-cnn compare NAME
 name one  dvc exp run --name NAME -S train_cnn.learning_rate=0.0005; dvc exp rename OLD NEW
 keep one  dvc exp apply NAME, then commit; or dvc exp branch NAME BRANCH
 drop one  dvc exp remove NAME
-go back   make back"""
+go back   fashion-cnn back"""
 
 
-def main() -> None:
-    """Compare two sides, or list the experiments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sides", nargs="*", metavar="A B", help="what to compare")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
-    arguments = parser.parse_args()
-    if not arguments.sides:
-        rows = [row_of_workspace(), *map(row_of, experiments())]
-        print(json.dumps(rows, indent=2) if arguments.json else listed(rows))
-    elif len(arguments.sides) <= 2:
-        a, b = arguments.sides if len(arguments.sides) == 2 else ("HEAD", arguments.sides[0])
-        compared = [compare(*pair) for pair in pairs(a, b)]
-        words = "\n\n".join([f"A  {a}\nB  {b}", *map(in_words, compared)])
-        print(json.dumps(compared, indent=2) if arguments.json else words)
-    else:
-        raise StageError(f"{len(arguments.sides)} sides, expected A and B; commas join the seeds of one side")
+def main(a: str, b: str, as_json: bool) -> None:
+    """Compare two sides."""
+    compared = [compare(*pair) for pair in pairs(a, b)]
+    words = "\n\n".join([f"A  {a}\nB  {b}", *map(in_words, compared)])
+    print(json.dumps(compared, indent=2) if as_json else words)
+
+
+def list_all(as_json: bool) -> None:
+    """List the experiments."""
+    rows = [row_of_workspace(), *map(row_of, experiments())]
+    print(json.dumps(rows, indent=2) if as_json else listed(rows))
 
 
 def pairs(a: str, b: str) -> list[tuple[list[Result], list[Result]]]:
@@ -102,7 +86,7 @@ def judgements(a: list[Result], b: list[Result]) -> list[Judgement]:
     if not left.labels or left.labels != right.labels:
         raise StageError(
             f"{left.source} and {right.source}: no predictions of the same test images, expected the tables "
-            "that evaluate_cnn writes; `make sync` completes a run of MLflow"
+            "that evaluate_cnn writes; `fashion-cnn sync` completes a run of MLflow"
         )
     labels, n = np.array(left.labels), min(left.moved_images, right.moved_images)
     rights = [np.array(side.predictions) == labels for side in (left, right)]
@@ -233,7 +217,3 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -1,11 +1,10 @@
-"""Open the page of the trained CNNs, or print its path where there is no screen. Usage: make page"""
+"""Open the page of the trained CNNs, or print its path where there is no screen."""
 
 import webbrowser
 
 from fashion_cnn.commands.ui import can_show
 from fashion_cnn.page.html import PAGE
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage
 
 
 def main() -> None:
@@ -15,7 +14,3 @@ def main() -> None:
     print(f"{PAGE}: open it in a browser")
     if can_show():
         webbrowser.open(PAGE.resolve().as_uri())
-
-
-if __name__ == "__main__":
-    run_stage(main)

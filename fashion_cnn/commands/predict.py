@@ -1,17 +1,8 @@
-"""Name the garment in pictures.
+"""Name the garment in pictures: the three most probable classes of each."""
 
-Usage: python -m fashion_cnn.commands.predict FILE …, or make predict FILE=picture.png. A picture of any size
-and mode is first made what the network knows: grey, light on black, 28×28. Prints the three most probable
-classes of each.
-"""
-
-from fashion_cnn.project.process import run_stage, start
-
-start()  # before torch is imported
-
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +18,15 @@ DEFAULT = CNNS["augmented"].weights
 TOP = 3
 
 
-def main() -> None:
+def main(pictures: Sequence[Path], model: str | None, show: Path | None, as_json: bool) -> None:
     """Classify each picture; a file that is none gets a line, and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="FILE", help="a picture of one garment")
-    parser.add_argument(
-        "--model",
-        help=f"a file of weights, the id of a run, a version, or {CHAMPION} (default, if there is one)",
-    )
-    parser.add_argument("--show", type=Path, metavar="FOLDER", help="write what the network sees there")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
-    arguments = parser.parse_args()
-    names = [path.name for path in arguments.pictures]
-    if arguments.show and (twice := {name for name in names if names.count(name) > 1}):
+    names = [path.name for path in pictures]
+    if show and (twice := {name for name in names if names.count(name) > 1}):
         raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
     prepare_torch("cpu")
-    classify = load_classifier(arguments.model) if arguments.model else load_default()
-    answers = [answer(path, classify, arguments.show) for path in arguments.pictures]
-    if arguments.json:
+    classify = load_classifier(model) if model else load_default()
+    answers = [answer(path, classify, show) for path in pictures]
+    if as_json:
         print(json.dumps(answers, indent=2))
     else:
         for one in answers:
@@ -83,7 +65,3 @@ def in_words(one: dict) -> str:
         return f"error: {one['error']}"
     top = ", ".join(f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in one["top"])
     return f"{one['file']}: {top}{' (inverted, as its border is light)' if one['inverted'] else ''}"
-
-
-if __name__ == "__main__":
-    run_stage(main)

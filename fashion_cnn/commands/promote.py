@@ -1,16 +1,5 @@
-"""Register a trained CNN, and make it the champion if it is better beyond noise. Usage: make promote MODEL=…
+"""Register a trained CNN, and make it the champion if it is better beyond noise."""
 
-The model is a file of weights or the id of an MLflow run. It becomes a version of the registered model
-fashion-cnn. It gets the alias champion if there is none yet, or if it reads more val images than the
-champion, of those that neither was trained on, and McNemar's exact test gives a p below the level. The test
-split is not opened.
-"""
-
-from fashion_cnn.project.process import run_stage, start
-
-start()  # before torch is imported
-
-import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from fashion_cnn.commands.judgement import LEVEL, same_images
+from fashion_cnn.commands.judgement import same_images
 from fashion_cnn.commands.registry import (
     CHAMPION,
     NAME,
@@ -33,39 +22,27 @@ from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from fashion_cnn.data.split import split_indices
 from fashion_cnn.models.cnns import load_cnn
 from fashion_cnn.models.device import prepare_torch
-from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.provenance import repository_root
 from fashion_cnn.tracking.store import as_store_error, connect
 
-DEFAULT = CNNS["augmented"].weights
 
-
-def main() -> None:
+def main(model: str, level: float, dry_run: bool) -> None:
     """Compare, decide, register, and print the decision."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default=str(DEFAULT), help=f"default: {DEFAULT}")
-    parser.add_argument("--level", type=float, default=LEVEL, help="of McNemar's test (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="decide, and change nothing")
-    arguments = parser.parse_args()
-    if not 0 < arguments.level < 1:
-        raise StageError(f"--level is {arguments.level}, expected a number between 0 and 1")
     prepare_torch("cpu")
-    if not re.fullmatch(RUN, arguments.model):
-        load_cnn(Path(arguments.model))  # a fault of the file, not of the store
+    if not re.fullmatch(RUN, model):
+        load_cnn(Path(model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
         store = connect()
-        client, run = store.client, find_cnn_run(store, arguments.model)
+        client, run = store.client, find_cnn_run(store, model)
         before = champion(client)
         if before and before.run_id == run.info.run_id:
             print(f"{NAME} version {before.version}, of this run, is the champion already")
             return
-        decision = decide(client, run, before, arguments.level)
+        decision = decide(client, run, before, level)
         print(decision.words)
-        if arguments.dry_run:
+        if dry_run:
             print("--dry-run: nothing was changed")
         else:
             carry_out(client, run, decision)
@@ -119,7 +96,7 @@ def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
     in_val, in_train = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
     for run in runs:
         if "split.train_size" not in run.data.params:
-            raise StageError(f"{run.info.run_id}: the run lacks its params; `make sync` adds them")
+            raise StageError(f"{run.info.run_id}: the run lacks its params; `fashion-cnn sync` adds them")
         size = run.data.params["split.train_size"]
         train, val = split_indices(
             len(labels),
@@ -148,7 +125,3 @@ def carry_out(client, run, decision: Decision) -> None:
     if decision.promote:
         client.set_registered_model_alias(NAME, CHAMPION, version.version)
     print(f"{NAME} version {version.version}: {'champion' if decision.promote else 'registered'}")
-
-
-if __name__ == "__main__":
-    run_stage(main)

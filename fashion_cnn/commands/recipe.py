@@ -1,10 +1,5 @@
-"""Run a recipe, a few params that belong together, as a DVC experiment of its name.
+"""Run a recipe, a few params that belong together, as a DVC experiment of its name."""
 
-Usage: python -m fashion_cnn.commands.recipe [NAME], or make recipe NAME=… Without a name: the recipes there
-are. DVC writes the params into params.yaml, as with every experiment; `make back` restores it.
-"""
-
-import argparse
 import shlex
 import subprocess
 import sys
@@ -15,23 +10,20 @@ from pydantic import ValidationError
 from fashion_cnn.commands.dvc_experiments import experiments
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.params import PARAMS_PATH, Params, explain, parse_params, read_yaml
-from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.process import DVC
 from fashion_cnn.tracking.runs import as_yaml
 
 RECIPES = Path("recipes")
 
 
-def main() -> None:
-    """List the recipes, or run one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", nargs="?", help="one of recipes/; without it: list them")
-    name = parser.parse_args().name
-    if name is None:
-        print("\n".join(f"{path.stem:<12}{purpose(path)}" for path in sorted(RECIPES.glob("*.yaml"))))
-        print("\nrun one    make recipe NAME=…")
-        return
+def list_all() -> None:
+    """List the recipes."""
+    print("\n".join(f"{path.stem:<12}{purpose(path)}" for path in sorted(RECIPES.glob("*.yaml"))))
+    print("\nrun one    fashion-cnn recipe NAME")
+
+
+def main(name: str) -> None:
+    """Run a recipe."""
     settings = read_recipe(name)
     if name in [experiment.name for experiment in experiments()]:
         raise StageError(
@@ -39,13 +31,13 @@ def main() -> None:
             f"`dvc exp remove {name}` deletes it"
         )
     asked = command(name, settings)
-    print(shlex.join(asked), flush=True)
-    sys.exit(subprocess.run(asked, check=False).returncode)
+    print(shlex.join(["dvc", *asked]), flush=True)
+    sys.exit(subprocess.run([*DVC, *asked], check=False).returncode)
 
 
 def command(name: str, settings: dict[str, object]) -> list[str]:
-    """The command that runs an experiment with these params."""
-    asked = ["dvc", "exp", "run", "--name", name]
+    """The arguments of DVC that run an experiment with these params."""
+    asked = ["exp", "run", "--name", name]
     for where, value in settings.items():
         asked += ["-S", f"{where}={as_yaml(value)}"]
     return asked
@@ -77,7 +69,3 @@ def purpose(path: Path) -> str:
     """The first line of a recipe, a comment."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return lines[0].removeprefix("# ") if lines and lines[0].startswith("# ") else ""
-
-
-if __name__ == "__main__":
-    run_stage(main)

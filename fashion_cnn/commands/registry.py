@@ -73,7 +73,7 @@ def find_version(client, name: str):
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         what = "no champion" if name == CHAMPION else f"no version {name}"
-        raise StageError(f"{NAME}: {what} is registered; `make promote` registers a model") from None
+        raise StageError(f"{NAME}: {what} is registered; `fashion-cnn promote` registers a model") from None
 
 
 def champion(client):
@@ -91,7 +91,7 @@ def find_cnn_run(store: Store, model: str):
         run_id = find_run(store, weights_sha256=sha256_of(Path(model)))
     if not run_id or not has_run(store, run_id):
         raise StageError(
-            f"{model}: no run of it in MLflow, expected one; `make sync` makes the runs of models/"
+            f"{model}: no run of it in MLflow, expected one; `fashion-cnn sync` makes the runs of models/"
         )
     run = store.client.get_run(run_id)
     stage = run.data.tags.get("dvc_stage")
@@ -108,7 +108,7 @@ def exported(client, run) -> torch.nn.Module:
     ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
     if not ready:
         raise StageError(
-            f"{run.info.run_id}: the run has no model; `make sync` adds it if its weights are here"
+            f"{run.info.run_id}: the run has no model; `fashion-cnn sync` adds it if its weights are here"
         )
     return mlflow.pytorch.load_model(ready[-1].model_uri)
 
@@ -128,7 +128,7 @@ def register(client, run):
 DESCRIPTION = (
     "CNNs for Fashion-MNIST. Input `images`: (N, 28, 28) integers from 0 to 255, a light garment on black. "
     "Output: the probability of each class, by its name. The alias `champion` is the version to use; "
-    "`make promote` decides on it."
+    "`fashion-cnn promote` decides on it."
 )
 
 

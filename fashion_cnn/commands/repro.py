@@ -1,4 +1,4 @@
-"""Run the pipeline, both CNNs at once. Usage: python -m fashion_cnn.commands.repro.
+"""Run the pipeline, both CNNs at once.
 
 `dvc repro` alone makes the same, one stage after the other. Both CNNs at once, with half the cores each, take
 two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation proposes, and
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from fashion_cnn.commands import summary
 from fashion_cnn.commands.mend_lock import mend_lock, mend_rwlock
 from fashion_cnn.project.catalog import CNNS
-from fashion_cnn.project.process import die_with_parent, run_stage, usable_threads
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import DVC, die_with_parent, usable_threads
 
 BEFORE = "augment_images"  # with what it reads, all that the trainings read
-DVC = [sys.executable, "-m", "dvc"]
 
 
 def main() -> None:
@@ -39,7 +39,18 @@ def main() -> None:
         dvc("repro", BEFORE)
         train_both(cores // 2)
     dvc("repro")
+    sync_runs()
     summary.main()
+
+
+def sync_runs() -> None:
+    """Bring MLflow's runs in line: DVC may have restored results without running their stages."""
+    from fashion_cnn.commands import sync  # here, since it takes a second that DVC's start need not wait for
+
+    try:
+        sync.main(is_quiet=True)
+    except StageError as error:  # which costs no result
+        print(f"MLflow: {error}; `fashion-cnn sync` tries again")
 
 
 def dvc(*arguments: str) -> None:
@@ -161,7 +172,3 @@ def terminal(margin: int) -> tuple[int, int]:
     columns, rows = shutil.get_terminal_size()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, max(20, columns - margin), 0, 0))
     return ours, theirs
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -62,7 +62,7 @@ def sources(name: str) -> list[str]:
         return [name]
     if found := sorted({one.name for one in experiments() if fnmatchcase(one.name, name)}):
         return found
-    raise StageError(f"{name}: matches no experiment; `make compare` lists them")
+    raise StageError(f"{name}: matches no experiment; `fashion-cnn compare` lists them")
 
 
 def results_of(source: str) -> list[Result]:
@@ -127,14 +127,16 @@ def digest_of(path: Path, entries: list[dict]) -> str | None:
 
 
 def result_of_run(run_id: str) -> Result:
-    """The result of a run of MLflow, which `make sync` completes. Raises StageError if there is none."""
+    """The result of a run of MLflow, which sync completes. Raises StageError if there is none."""
     from fashion_cnn.tracking import runs
     from fashion_cnn.tracking.store import as_store_error, connect
 
     with as_store_error():
         store = connect()
         if not runs.has_run(store, run_id):
-            raise StageError(f"{run_id}: no run of this id in MLflow, expected one that `make ui` shows")
+            raise StageError(
+                f"{run_id}: no run of this id in MLflow, expected one that `fashion-cnn ui` shows"
+            )
         client = store.client
         run = client.get_run(run_id)
         training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))

@@ -1,18 +1,17 @@
-"""Say what `make repro` has made, and what can be done next: python -m fashion_cnn.commands.summary."""
+"""Say what `make repro` has made, and what can be done next."""
 
 from ruamel.yaml import YAML
 
 from fashion_cnn.commands.mend_lock import LOCK, read_lock
 from fashion_cnn.models.device import why_not_portable
-from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.provenance import GitError, git
 
-NEXT = """
-  look         make page opens the CNNs of this run; metrics/figures/ has the pictures
-  compare      make compare A=HEAD B=workspace, or make ui
+NEXT = """After `. .venv/bin/activate`:
+  look         fashion-cnn page opens the CNNs of this run; metrics/figures/ has the pictures
+  compare      fashion-cnn compare HEAD workspace, or fashion-cnn ui
   experiment   edit params.yaml and run `make repro`: only what the change reaches runs again
-  return       make back restores the committed params and results
-  use          make predict FILE=docs/boot.png"""
+  return       fashion-cnn back restores the committed params and results
+  use          fashion-cnn predict docs/boot.png"""
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def compared(lock: dict, committed: dict | None) -> str:
     return (
         f"{len(different)} of {len(outs)} outputs differ from the committed ones, the first of them "
         f"{different[0]}; that is {expected}.\n"
-        "`make baseline` commits these results, so that later ones are compared with them."
+        "`fashion-cnn baseline` commits these results, so that later ones are compared with them."
     )
 
 
@@ -55,7 +54,3 @@ def inputs(stage: dict, made: set[str]) -> list:
     """What a stage was given: its command, params and those deps that no stage has made."""
     deps = [(dep["path"], dep["md5"]) for dep in stage.get("deps", []) if dep["path"] not in made]
     return [stage["cmd"], stage.get("params"), deps]
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -1,8 +1,8 @@
-"""Bring the tracked runs in line with dvc.lock, metrics and experiments. Usage: make sync.
+"""Bring the tracked runs in line with dvc.lock, metrics and experiments.
 
 Stages report as they run. But DVC restores results from its cache without running stages, a store may be
 new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. A second
-`make sync` changes nothing.
+sync changes nothing.
 """
 
 import hashlib
@@ -24,7 +24,6 @@ from fashion_cnn.lesson.results import NUMBER, TOY_CURVE, read_table, read_weigh
 from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import numbers, read_json
-from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.provenance import NOT_CODE, GitError, git, git_diff, git_tags
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.sender import send_left_over
@@ -35,8 +34,11 @@ CODE, RUNS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as 
 Origin = Callable[[], tuple[dict, str | None]]  # tags of a run, and the uncommitted changes of its code
 
 
-def main() -> None:
-    """Send what was missed, then compare the trainings of experiments and of dvc.lock with their runs."""
+def main(is_quiet: bool = False) -> None:
+    """Send what was missed, then compare the trainings of experiments and of dvc.lock with their runs.
+
+    `is_quiet`: say nothing of runs that are up to date.
+    """
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
     stages = read_stages(LOCK.read_bytes())
@@ -52,7 +54,8 @@ def main() -> None:
             found = runs.find_runs(store, weights_sha256=result.weights_sha256, dvc_stage=stage)
             target, origin = next(iter(found), None), partial(_origin_of_tree, stages[stage])
             for run_id, changes in sync_runs(store, result, found, target, origin, replace=True).items():
-                print(f"sync: {stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
+                if changes or not is_quiet:
+                    print(f"sync: {stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
 
 
 class Results(NamedTuple):
@@ -310,7 +313,7 @@ def _sync_lock(client, run_id: str, results: Results, replace: bool) -> bool:
             has = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
         try:
             return json.loads(has)[stage] == results.lock[stage]
-        except (ValueError, LookupError, TypeError):  # none that make sync wrote
+        except (ValueError, LookupError, TypeError):  # none that sync wrote
             return True
 
     return _once(
@@ -351,7 +354,3 @@ def _check(out: dict) -> Path:
     if not path.exists() and path.parts[0] == "metrics":
         raise StageError(f"{path}: not found, expected as in dvc.lock; `dvc repro` makes it")
     return path
-
-
-if __name__ == "__main__":
-    run_stage(main)

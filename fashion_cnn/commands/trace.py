@@ -1,9 +1,5 @@
-"""Print where a run, a model file, a digest or a commit comes from, and how to restore it.
+"""Print where a run, a model file, a digest or a commit comes from, and how to restore it."""
 
-Usage: python -m fashion_cnn.commands.trace RUN_ID | FILE | SHA256 | COMMIT [--json]
-"""
-
-import argparse
 import json
 import re
 import shlex
@@ -13,30 +9,24 @@ from fashion_cnn.commands.history import weights_at
 from fashion_cnn.project.catalog import TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.provenance import GitError, git
 from fashion_cnn.tracking.runs import NEWEST, TRAIN_IMAGES
 from fashion_cnn.tracking.store import connect
 
 
-def main() -> None:
+def main(what: str, as_json: bool) -> None:
     """Find the runs of what was asked for, and print their lineage."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", help="an MLflow run id, a file, a SHA-256 of weights, or a git commit")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of words")
-    arguments = parser.parse_args()
     store = connect()
     searches = [
-        store.client.search_runs(store.experiments, query, order_by=NEWEST)
-        for query in queries(arguments.what)
+        store.client.search_runs(store.experiments, query, order_by=NEWEST) for query in queries(what)
     ]
     found = {run.info.run_id: run for runs in searches for run in runs}
     if not found:
         raise StageError(
-            f"{arguments.what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
+            f"{what}: no run found; expected a run id, a file of weights, its SHA-256 or a commit"
         )
     traces = [trace(store.client, run) for run in found.values()]
-    print(json.dumps(traces, indent=2) if arguments.json else "\n\n".join(map(words, traces)))
+    print(json.dumps(traces, indent=2) if as_json else "\n\n".join(map(words, traces)))
 
 
 def queries(what: str) -> list[str]:
@@ -118,9 +108,5 @@ def words(trace: dict) -> str:
             for item in entry.get(kind, []):
                 lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
     if not trace["dvc_lock"]:
-        lines.append("  dvc.lock    not recorded yet; `make sync` records it")
+        lines.append("  dvc.lock    not recorded yet; `fashion-cnn sync` records it")
     return "\n".join([*lines, "  to restore it:", *(f"    {command}" for command in trace["restore"])])
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -21,9 +21,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.process import DVC, run_stage
 
-DVC = (sys.executable, "-m", "dvc")
 PAUSES = (5, 20, 60)  # seconds after which a repository or a remote that did not answer is tried again
 # `dvc exp run` and git would take these as their own.
 OTHERS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")

@@ -1,4 +1,4 @@
-"""Serve MLflow's UI on this machine, and open it at the table of trainings. Usage: [PORT=5001] make ui
+"""Serve MLflow's UI on this machine, and open it at the table of trainings.
 
 MLflow's own start page shows other things first: an experiment's traces, or its runs without a metric.
 """
@@ -13,8 +13,8 @@ import webbrowser
 
 import requests
 
+from fashion_cnn.commands import sync
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage
 from fashion_cnn.tracking.store import CNNS, TOYS, as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
@@ -34,8 +34,8 @@ SAVED_VIEW = {
 }
 DESCRIPTION = """{}
 
-- **Compare:** select two runs and press *Compare*, or run `make compare` in the project.
-- **Restore a run:** `python -m fashion_cnn.commands.trace RUN_ID` prints the commands.
+- **Compare:** select two runs and press *Compare*, or run `fashion-cnn compare` in the project.
+- **Restore a run:** `fashion-cnn trace RUN_ID` prints the commands.
 - **Figures:** a run's artifacts have them, under `plot_results`.
 """
 ABOUT = {
@@ -44,9 +44,13 @@ ABOUT = {
 }
 
 
-def main() -> None:
-    """Save the view, start the UI, and print its address; ends with the UI."""
-    port = free_port()
+def main(port: int) -> None:
+    """Bring the runs in line, save the view, start the UI, and print its address; ends with the UI."""
+    check_free(port)
+    try:
+        sync.main()
+    except StageError as error:  # what there is can be shown
+        print(f"error: {error}", file=sys.stderr)
     with as_store_error():
         store = connect()
         for name, what in ABOUT.items():
@@ -83,18 +87,16 @@ def can_show() -> bool:
     return sys.platform == "darwin" or any(map(os.environ.get, ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")))
 
 
-def free_port() -> int:
-    """PORT, or 5000. Raises StageError if it is no port, or another program uses it."""
-    named = os.environ.get("PORT", "5000")
-    if not named.isdecimal() or not 0 < int(named) < 65536:
-        raise StageError(f"PORT is {named!r}, expected a number from 1 to 65535")
+def check_free(port: int) -> None:
+    """Raise StageError if another program uses the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, int(named)))
+            probe.bind((HOST, port))
         except OSError as error:
-            raise StageError(f"port {named}: {error.strerror}; name another: PORT=5001 make ui") from None
-    return int(named)
+            raise StageError(
+                f"port {port}: {error.strerror}; name another: fashion-cnn ui --port 5001"
+            ) from None
 
 
 def wait_until_ready(server: subprocess.Popen, port: int) -> None:
@@ -108,7 +110,3 @@ def wait_until_ready(server: subprocess.Popen, port: int) -> None:
             time.sleep(0.1)
     fault = f"did not answer within {START} s" if server.poll() is None else "ended at once"
     raise StageError(f"MLflow's UI {fault}; its messages are above")
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -39,7 +39,7 @@ def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
     try:
         connect()
     except StoreError as error:
-        print(f"{error}; the trials are kept as experiments, and `make sync` sends them later")
+        print(f"{error}; the trials are kept as experiments, and `fashion-cnn sync` sends them later")
     processes: list[subprocess.Popen] = []
     starting, is_over = Lock(), False
 

@@ -96,9 +96,9 @@ class Outbox:
         try:
             said, _ = self._sender.communicate(timeout=WAIT)
         except subprocess.TimeoutExpired:
-            said = f"MLflow: not everything was sent within {WAIT} s; `make sync` sends the rest\n"
+            said = f"MLflow: not everything was sent within {WAIT} s; `fashion-cnn sync` sends the rest\n"
             self._sender.kill()  # not waited for: it may hang in a file system that does not answer
-        print(said.strip() or "MLflow: the sender has failed; `make sync` sends the rest")
+        print(said.strip() or "MLflow: the sender has failed; `fashion-cnn sync` sends the rest")
 
     def _require_store(self) -> None:
         """Raise StageError unless the sender says, by an empty first line, that it has reached the store."""

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from fashion_cnn.project.errors import StageError
 
+DVC = (sys.executable, "-m", "dvc")  # this environment's, whatever is on the path
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 # What these libraries read from the environment changes the last bits of results, or the speed. No

@@ -15,6 +15,8 @@ from fashion_cnn.project.errors import StageError
 
 # Settings and results, which a run records itself; every other change makes a tree dirty.
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
+# What a git hook sets, and may name another repository than that of the current folder.
+ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 
 
 class GitError(StageError):
@@ -24,7 +26,7 @@ class GitError(StageError):
 def repository_root() -> Path:
     """The repository a stage belongs to; in a copy, made by DVC or for a trial, what it was made from."""
     named = os.environ.get("FASHION_CNN_ROOT") or os.environ.get("DVC_ROOT")
-    return Path(named or Path(__file__).resolve().parents[2])
+    return Path(named) if named else Path.cwd()
 
 
 def git_tags() -> dict[str, str]:
@@ -96,12 +98,17 @@ def result_key(stage: str, params: dict[str, object], data_digest: str) -> str:
     return hasher.hexdigest()
 
 
+def _here() -> dict[str, str]:
+    """The environment in which git finds the repository of the current folder."""
+    return {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+
+
 def git(*arguments: str, **environment: str) -> bytes:
     """What git prints. Raises GitError if it fails: without git, a repository, or what was asked for."""
     # Without the option, `git status` locks the index, and a kill leaves a lock that stops the user's git.
     command = ["git", "--no-optional-locks", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
+        done = subprocess.run(command, capture_output=True, env=_here() | environment, check=False)
     except OSError as error:
         raise GitError(f"git cannot be run: {error.strerror}") from None
     if done.returncode:

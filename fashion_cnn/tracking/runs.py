@@ -26,7 +26,7 @@ TRAIN_IMAGES = "train_images"  # a param of runs that is not one of params.yaml
 COLOR = "mlflow.runColor"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
 NOTE = (
-    "`python -m fashion_cnn.commands.trace {}`, in the project, prints what this run was made from and the "
+    "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
     "commands that restore it. Figures and tables are artifacts, under the stage that made them."
 )
 
@@ -296,5 +296,5 @@ def now() -> int:
 
 
 def synced_tag(stage: str) -> str:
-    """The tag by which `make sync` knows that a run has what the stage wrote."""
+    """The tag by which `fashion-cnn sync` knows that a run has what the stage wrote."""
     return f"synced_{stage}"

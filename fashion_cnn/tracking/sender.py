@@ -24,7 +24,7 @@ from fashion_cnn.project.process import run_stage
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
 
-LATER = "`make sync` sends the rest"
+LATER = "`fashion-cnn sync` sends the rest"
 GONE = ".gone-"  # the prefix of an outbox that is being deleted
 STATE = "sent.json"  # in an outbox: how far it has come
 LOOK = 0.3  # seconds between looks at the outbox
@@ -124,7 +124,7 @@ class Delivery:
         Waits for `wait` seconds for the end of the stage, as a pipe and a lock need not close at once.
         """
         if self.store != store_name():
-            return f"MLflow: a run begun in another store, {self.store}, where `make sync` ends it"
+            return f"MLflow: a run begun in another store, {self.store}, where `fashion-cnn sync` ends it"
         ended = self.stage_has_ended(wait)  # before the events are read, so that none comes after
         try:
             events = self.events()
@@ -225,7 +225,7 @@ class Delivery:
         found = runs.find_runs(self.mlflow, weights_sha256=weights, dvc_stage=training)
         ids = [run.info.run_id for run in found]
         if not ids:
-            # An experiment may report on weights that its commit has; `make sync` finds out.
+            # An experiment may report on weights that its commit has; `fashion-cnn sync` finds out.
             is_known = "dvc_exp_name" not in event["tags"]
             origin = (event["tags"], event["diff"]) if is_known else ({}, None)
             ids = [runs.stand_in(self.mlflow, training, weights, *origin)]

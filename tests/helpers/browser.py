@@ -31,7 +31,7 @@ def open_page(width: int, height: int, **settings) -> Iterator:
 
 
 def see_table(page, address: str) -> None:
-    """The address that `make ui` prints, without the panel that MLflow opens beside it."""
+    """The address that `fashion-cnn ui` prints, without the panel that MLflow opens beside it."""
     page.goto(address)
     page.get_by_text("val_accuracy").first.wait_for()
     close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")

@@ -68,7 +68,7 @@ def undisturbed(project: Path) -> tuple[dict, float]:
 
 
 def kill_experiment(project: Path, command: tuple, strike: Strike, what: str, entry: dict) -> Trial | None:
-    """Kill an experiment's first run, go back by `make back`, and run it again; None if it was complete."""
+    """Kill an experiment's first run, go back, and run it again; None if it was complete."""
     forget_caches(project, entry)
     runs, log = run_statuses(project, STAGE), next_log(project)
     git(project, "restore", EDITED)

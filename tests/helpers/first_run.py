@@ -47,7 +47,7 @@ class FirstRun:
     def killed(self) -> bool:
         """Run until a random moment and kill; False if the pipeline has completed before."""
         log = next_log(self.project).with_suffix(f".{len(self.trials) + 1}.log")
-        started = Started(self.project, log, "-m", "fashion_cnn.commands.repro")
+        started = Started(self.project, log, "-m", "fashion_cnn", "repro")
         victim, delay = self.rng.choice(VICTIMS), self.rng.uniform(0, self.seconds / 2)
         struck = after_start(victim, delay)(started)
         running = stage_processes(self.project)

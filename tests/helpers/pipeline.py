@@ -61,7 +61,7 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
 
 
 def try_tool(project: Path, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"fashion_cnn.commands.{name}", *arguments]
+    command = [sys.executable, "-m", "fashion_cnn", name, *arguments]
     return subprocess.run(
         command,
         cwd=project,

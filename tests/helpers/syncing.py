@@ -1,4 +1,4 @@
-"""Killing `make sync`, and what the store says once a later sync has completed."""
+"""Killing `fashion-cnn sync`, and what the store says once a later sync has completed."""
 
 import shutil
 import time
@@ -25,7 +25,7 @@ class Store:
         self.uri = f"sqlite:///{self.path}"
 
     def sync(self) -> float:
-        """Run `make sync` to its end; returns its seconds."""
+        """Run `fashion-cnn sync` to its end; returns its seconds."""
         began = time.monotonic()
         tool(self.project, "sync", MLFLOW_TRACKING_URI=self.uri)
         return time.monotonic() - began
@@ -70,7 +70,7 @@ def finished_without_models(project: Path) -> Path:
 def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
     """Kill a sync after `delay` seconds, complete one, and compare; None if it had ended before."""
     log = next_log(store.project)
-    started = Started(store.project, log, "-m", "fashion_cnn.commands.sync", MLFLOW_TRACKING_URI=store.uri)
+    started = Started(store.project, log, "-m", "fashion_cnn", "sync", MLFLOW_TRACKING_URI=store.uri)
     time.sleep(delay)
     if started.ended():
         return None
@@ -81,7 +81,8 @@ def kill_sync(store: Store, delay: float, expected: dict) -> Trial | None:
         store.project,
         log.with_suffix(".again.log"),
         "-m",
-        "fashion_cnn.commands.sync",
+        "fashion_cnn",
+        "sync",
         MLFLOW_TRACKING_URI=store.uri,
     )
     if again.process.wait():

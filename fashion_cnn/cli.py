@@ -1,0 +1,218 @@
+"""The command fashion-cnn. A command imports what it needs when it runs, so help and refusals are quick."""
+
+import os
+import re
+from pathlib import Path
+
+import click
+from click_didyoumean import DYMGroup
+
+from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import run_stage, start
+
+WEIGHTS = CNNS["augmented"].weights
+RUN = "[0-9a-f]{32}"  # an MLflow run's id
+# With these of the user's, the stages that a command starts would run other code than the project's.
+OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
+
+
+class InProject(click.Command):
+    """A command that works on the project in the current folder."""
+
+    def invoke(self, ctx):
+        """Run it, unless there is no project here."""
+        if not Path("dvc.yaml").is_file():
+            raise StageError(f"no dvc.yaml in {Path.cwd()}; run this in the project's folder")
+        return super().invoke(ctx)
+
+
+class Commands(DYMGroup):
+    """The group: it suggests the command that a wrong word may mean."""
+
+    command_class = InProject
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Run the pipeline, look at results, compare them, and use the trained CNNs.
+
+    `dvc exp run -S train_cnn.epochs=10` runs the pipeline with other params, as an experiment.
+    """
+
+
+@cli.command()
+def repro() -> None:
+    """Run the pipeline, both CNNs at once: only what changed reruns. The same as `make repro`."""
+    from fashion_cnn.commands import repro
+
+    repro.main()
+
+
+@cli.command()
+@click.argument("a", required=False)
+@click.argument("b", required=False)
+@as_json
+def compare(a: str | None, b: str | None, as_json: bool) -> None:
+    """Is B better than A, worse, or not to be told apart?
+
+    A and B are each one of: workspace, a DVC experiment, a git revision, the id of an MLflow run. A comma or
+    a pattern takes several, such as 'slow-*' for the seeds of a setting; @original or @augmented at the end
+    takes that training alone. One side alone is compared with HEAD. Without any: a table of all experiments.
+    """
+    from fashion_cnn.commands import compare
+
+    if a is None:
+        compare.list_all(as_json)
+    else:
+        compare.main(*("HEAD", a) if b is None else (a, b), as_json)
+
+
+@cli.command()
+def back() -> None:
+    """Return from experiments to the committed params and results, without training again.
+
+    Restores params.yaml, dvc.lock and metrics/ from the last commit, and puts HEAD on its branch again, which
+    a killed experiment leaves on none. Code is left alone, and experiments are kept: `dvc exp apply NAME`.
+    """
+    from fashion_cnn.commands import back
+
+    back.main()
+
+
+@cli.command()
+def baseline() -> None:
+    """Commit params.yaml, dvc.lock and metrics/: later results are compared with these."""
+    from fashion_cnn.commands import back
+
+    back.commit_results()
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=lambda *given: recipes(given[-1]))
+def recipe(name: str | None) -> None:
+    """List the recipes, or run one as a DVC experiment of its name.
+
+    A recipe is a few params that belong together. DVC writes them into params.yaml, as with every experiment;
+    `fashion-cnn back` restores it.
+    """
+    from fashion_cnn.commands import recipe
+
+    if name is None:
+        recipe.list_all()
+    else:
+        recipe.main(name)
+
+
+def recipes(start: str) -> list[str]:
+    """The names of recipes that start so."""
+    return sorted(path.stem for path in Path("recipes").glob("*.yaml") if path.stem.startswith(start))
+
+
+def is_model(_, __, value: str) -> str:
+    """Refuse at once what is neither a file nor the id of a run."""
+    if not re.fullmatch(RUN, value) and not Path(value).is_file():
+        raise click.BadParameter(f"{value}: expected a file of weights or the id of an MLflow run")
+    return value
+
+
+@cli.command()
+@click.argument("model", default=str(WEIGHTS), callback=is_model)
+@click.option("--level", type=click.FloatRange(0, 1, True, True), default=0.05, show_default=True,
+              help="Of McNemar's test.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Decide, and change nothing.")
+def promote(model: str, level: float, dry_run: bool) -> None:
+    """Register a CNN in MLflow, and make it the champion if it is better beyond noise.
+
+    MODEL is a file of weights (default: models/cnn_augmented.safetensors) or the id of an MLflow run. It
+    becomes a version of the registered model fashion-cnn. It gets the alias champion if there is none yet, or
+    if it reads more val images than the champion, of those that neither was trained on, and McNemar's exact
+    test gives a p below the level. The test split is not opened.
+    """
+    start()
+    from fashion_cnn.commands import promote
+
+    promote.main(model, level, dry_run)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
+@click.option("--model", help="A file of weights, the id of a run, a version, or champion (the default).")
+@click.option("--show", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+              help="Write what the network sees there.")  # fmt: skip
+@as_json
+def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_json: bool) -> None:
+    """Name the garment in pictures: the three most probable classes of each.
+
+    A picture of any size and mode is first made what the network knows: grey, light on black, 28×28. A file
+    that is no picture gets a line, and the others go on. Without a champion, models/cnn_augmented.safetensors
+    answers.
+    """
+    start()
+    from fashion_cnn.commands import predict
+
+    predict.main(files, model, show, as_json)
+
+
+@cli.command()
+def page() -> None:
+    """Open the page on which the trained CNNs can be looked into."""
+    from fashion_cnn.commands import page
+
+    page.main()
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(port: int) -> None:
+    """Bring MLflow's runs in line, then open its table of trainings."""
+    start()
+    from fashion_cnn.commands import ui
+
+    ui.main(port)
+
+
+@cli.command()
+def sync() -> None:
+    """Bring MLflow's runs in line with dvc.lock, metrics and experiments.
+
+    Stages report as they run. But DVC restores results from its cache without running stages, and a store may
+    be new or was unreachable. A second sync changes nothing.
+    """
+    start()
+    from fashion_cnn.commands import sync
+
+    sync.main()
+
+
+@cli.command()
+@click.argument("what")
+@as_json
+def trace(what: str, as_json: bool) -> None:
+    """Where does a result come from, and how is it restored?
+
+    WHAT is the id of an MLflow run, a file of weights, the SHA-256 of weights, or a git commit.
+    """
+    from fashion_cnn.commands import trace
+
+    trace.main(what, as_json)
+
+
+def main() -> None:
+    """Run the command that the command line names, and end the process."""
+    for name in OTHER_CODE:
+        os.environ.pop(name, None)
+    os.environ["SHELL"] = "/bin/sh"  # in which DVC runs a stage's command
+    run_stage(_run)
+
+
+def _run() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:  # Ctrl-C
+        raise KeyboardInterrupt from None
