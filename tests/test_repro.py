@@ -19,7 +19,7 @@ def done(monkeypatch) -> list:
     monkeypatch.setattr(repro, "mend_lock", lambda: None)
     monkeypatch.setattr(repro, "dvc", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(repro, "train_both", calls.append)
-    monkeypatch.setattr(sync, "main", lambda is_quiet: calls.append("sync"))
+    monkeypatch.setattr(sync, "main_if_new", lambda: calls.append("sync"))
     monkeypatch.setattr(repro.summary, "main", lambda: calls.append("summary"))
     monkeypatch.setattr(repro, "usable_threads", lambda: 5)
     monkeypatch.setattr(repro, "has_gpu", lambda: False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def finished(tmp_path_factory) -> Path:
 def reference(project: Path, name: str) -> str:
     [found] = git(project, "for-each-ref", "--format=%(refname)", f"refs/exps/??/*/{name}").split()
     return found
+
+
+def test_repro_ends_with_sync_if_there_is_something_new(project):
+    path = project.parent / "store.db"
+    told = [tool(project, "repro", MLFLOW_TRACKING_URI=f"sqlite:///{path}") for _ in range(2)]
+    assert [": made, params, curve, " in one for one in told] == [True, False]
+    path.rename(path.with_suffix(".old"))
+    told = tool(project, "repro", MLFLOW_TRACKING_URI=f"sqlite:///{path}")
+    assert ": made, params, curve, " in told
+    shutil.rmtree(project / ".git/refs/exps")  # an experiment less
+    told = tool(project, "repro", MLFLOW_TRACKING_URI="sqlite:////proc/no/store.db")
+    assert "byte for byte" in told
+    [line] = [line for line in told.splitlines() if line.startswith("MLflow: ")]
+    assert line.endswith("; `fashion-cnn sync` tries again")
 
 
 def test_a_new_store_gets_the_runs_of_all_experiments(project):

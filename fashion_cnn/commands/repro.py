@@ -48,7 +48,7 @@ def sync_runs() -> None:
     from fashion_cnn.commands import sync  # here, since it takes a second that DVC's start need not wait for
 
     try:
-        sync.main(is_quiet=True)
+        sync.main_if_new()
     except StageError as error:  # which costs no result
         print(f"MLflow: {error}; `fashion-cnn sync` tries again")
 
