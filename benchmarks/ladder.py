@@ -136,7 +136,7 @@ def run(name: str, settings: dict, seed: int) -> dict:
 def own_loop(folder: Path, *numbers: int) -> float:
     """Seconds of the lesson's five epochs by its own loop, without imports and validation.
 
-    `numbers`: the seed, and the steps to reckon from, where the epochs do not run.
+    `numbers`: the seed, and the steps to estimate from, where the epochs do not run.
     """
     command = [sys.executable, str(ROOT / "benchmarks/lesson.py"), *map(str, numbers)]
     done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)

@@ -83,7 +83,7 @@ def main(seed: int, steps: int | None = None) -> None:
     """Train the CNN for five epochs in the current folder, and print how many seconds they took.
 
     The weights lie where train_cnn would put them, for evaluate_cnn. With `steps`, the seconds of five
-    epochs are reckoned from so many steps, at most an epoch's, and no weights are written.
+    epochs are estimated from so many steps, at most an epoch's, and no weights are written.
     """
     from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
     from fashion_cnn.project.catalog import CNNS

@@ -147,7 +147,7 @@ def accuracy_rows(report: Report) -> None:
     report.heading(
         "Time to accuracy",
         "Seed 0, one run each: the whole stage train_cnn, with imports and validation, beside the five "
-        "epochs of the lesson's own loop alone, reckoned from steps before and after.",
+        "epochs of the lesson's own loop alone, estimated from steps before and after.",
     )
     known, rows = ladder.rungs(), []
     for name in (ladder.OWN_LOOP, "fast", "same-time"):

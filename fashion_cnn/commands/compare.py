@@ -144,7 +144,7 @@ def signed(value: float) -> str:
 
 
 def round_off(count: int) -> int:
-    """To two digits: it is reckoned from a difference that is itself uncertain."""
+    """To two digits: it is estimated from a difference that is itself uncertain."""
     return int(float(f"{count:.2g}"))
 
 

@@ -66,8 +66,9 @@ MODELS = {LESSON: lesson_layers, "residual": residual_layers}
 class Cnn(nn.Sequential):
     """A CNN for Fashion-MNIST by the name of its layers: (N, 1, 28, 28) to logits (N, 10).
 
-    When it evaluates, it looks at 1, 2 or 6 `views` of each image: itself, its mirror image, and both also
-    shifted by a pixel in two ways. The logits are their mean, in which shifted views count half.
+    Test-time augmentation: when it evaluates, it looks at 1, 2 or 6 `views` of each image, which are the
+    image, its mirror image, and both shifted by a pixel in two ways. The logits are their mean, in which
+    shifted views count half, as in airbench (Jordan, arXiv 2404.00498).
     """
 
     def __init__(self, model: str = LESSON, views: int = 1):

@@ -16,7 +16,7 @@ def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: in
     """The takes (N, 6) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
 
     Variants and shifts are uniform. With `params.flips`, half of the images are mirrored in odd epochs, the
-    other half in even ones: an image is never seen the same way round in two epochs running.
+    other half in even ones: airbench's alternating flip (Jordan, arXiv 2404.00498).
     """
     rng = np.random.default_rng([params.seed, epoch])
     takes = np.zeros((len(train), N_COLUMNS), np.int64)
@@ -39,7 +39,8 @@ def length(n: int, params: "TrainCnn", epoch: int) -> int:
 def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch: int) -> np.ndarray:
     """`takes` (N, 6) of an epoch without a random half of the easy ones; the other half counts twice.
 
-    Easy are those with the least of `losses`, one for each image: the share `params.easy` of them.
+    Data pruning as InfoBatch does it (Qin et al., arXiv 2303.04947), with a fixed share. Easy are those with
+    the least of `losses`, one for each image: the share `params.easy` of them.
     """
     left_out = len(takes) - length(len(takes), params, epoch)
     easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]

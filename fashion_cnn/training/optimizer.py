@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 RISE = 0.2  # of the steps of a one-cycle schedule
 MOMENTUM = 0.9  # of Muon: how much of each step goes into the next
-# Each turn sends a singular value s to a s + b s^3 + c s^5: five bring all but the smallest near 1.
-TURNS, A, B, C = 5, 3.4445, -4.7750, 2.0315
+# Newton-Schulz, with Muon's coefficients: a step sends a singular value s to a s + b s^3 + c s^5, and five
+# steps bring all but the smallest near 1.
+NEWTON_SCHULZ_STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
 
 
 def build_optimizer(model: nn.Module, params: "TrainCnn", device: torch.device) -> torch.optim.AdamW:
@@ -62,19 +63,20 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """`matrix` (M, N) with all singular values between 0.6 and 1.3, but those below 1 % of its norm.
 
-    The same for any positive multiple of it, and zeros for zeros.
+    By Newton-Schulz iteration, which needs nothing but products of matrices. The result is the same for any
+    positive multiple of the matrix, and zeros for zeros.
     """
     scaled = matrix / (matrix.norm() + 1e-7)
-    square = scaled @ scaled.T  # (M, M): turning this takes half as long as turning the matrix
-    product = turn = _turn(square)
-    for _ in range(TURNS - 1):
-        square = turn @ square @ turn
-        turn = _turn(square)
-        product = turn @ product
+    square = scaled @ scaled.T  # (M, M): iterating on this takes half as long as on the matrix
+    product = factor = _factor(square)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        square = factor @ square @ factor
+        factor = _factor(square)
+        product = factor @ product
     return product @ scaled
 
 
-def _turn(square: torch.Tensor) -> torch.Tensor:
+def _factor(square: torch.Tensor) -> torch.Tensor:
     return A * torch.eye(len(square), device=square.device) + B * square + C * square @ square
 
 
