@@ -51,7 +51,7 @@ seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchma
 	$(ACTIVATE) python -m fashion_cnn.commands.seeds
 
 soak: .venv/ready ## kill, spoil and repeat for half an hour or more, and print what was lost
-	$(ACTIVATE) python tests/soak.py
+	$(ACTIVATE) python tests/helpers/soak.py
 
 # What mutmut needs beside the locked packages changes none of them. MUTANTS="'fashion_cnn.lesson.toy*'" takes
 # those of one module, and `mutmut show NAME` prints one.
@@ -70,7 +70,8 @@ clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv
 
 # An environment holds absolute paths, so one that was moved or copied with its folder is made anew.
-$(shell [ "$$(cat .venv/ready 2>/dev/null)" = "$$(pwd -P)" ] || rm -f .venv/ready)
+$(shell [ ! -e .venv/ready ] || [ "$$(cat .venv/ready)" = "$$(pwd -P)" ] || \
+    { echo '.venv was made in another folder, and will be made anew' >&2; rm -f .venv/ready; })
 
 # Written last, so a set-up that was stopped half-way is made anew.
 .venv/ready: requirements.lock requirements-imgaug.lock

@@ -23,7 +23,7 @@ ROUNDS, PARTS, STEPS = 3, 3, 60
 
 def main() -> None:
     """Measure, append a row a process to RESULTS, and print the table."""
-    from benchmarks.report import cpu_name, spread
+    from report import cpu_name, spread
 
     times: dict[tuple, list[float]] = {}
     with RESULTS.open("a", newline="", buffering=1) as file:  # a stop keeps the rows so far
@@ -57,8 +57,8 @@ def measure(way: str, threads: int, model: str) -> None:
     if way.startswith("fixed"):
         prepare_torch("cpu")
     import torch
+    from worker import Project, training
 
-    from benchmarks.worker import Project, training
     from fashion_cnn.models import device
 
     torch.set_num_threads(threads)

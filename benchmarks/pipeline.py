@@ -10,7 +10,7 @@ from pathlib import Path
 from report import ROOT, Report, spread
 from ruamel.yaml import YAML
 
-STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+STAGES = sorted(path.name for path in (ROOT / "stages").glob("[!_]*.py"))
 
 
 def timed(*command: str) -> float:

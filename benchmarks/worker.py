@@ -20,10 +20,9 @@ class Lesson:
     """The lesson's loops and the plain calls of torchvision and imgaug."""
 
     def __init__(self):
+        import lesson
         import torch
         from torchvision import datasets
-
-        from benchmarks import lesson
 
         torch.set_num_threads(THREADS)
         dataset = datasets.FashionMNIST(ROOT / "data")
@@ -32,7 +31,8 @@ class Lesson:
 
     def steps(self, count):
         """`count` training steps on batches of 32."""
-        from benchmarks import lesson
+        import lesson
+
         from fashion_cnn.models.cnns import build_cnn, fresh
 
         return lesson.train(fresh(build_cnn, 0), self.batches, count)
@@ -43,7 +43,8 @@ class Lesson:
 
     def toy(self, epochs):
         """`epochs` of the toy."""
-        from benchmarks import lesson
+        import lesson
+
         from fashion_cnn.models.cnns import build_toy_cnn, fresh
         from fashion_cnn.project.files import read_tensors
 
@@ -60,9 +61,8 @@ class Lesson:
 
     def load(self, _):
         """Read the files, and take every image out in batches of 32."""
+        import lesson
         from torchvision import datasets
-
-        from benchmarks import lesson
 
         dataset = datasets.FashionMNIST(ROOT / "data")
         batches = lesson.loader(dataset.data.numpy(), dataset.targets.numpy())

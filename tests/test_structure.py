@@ -110,12 +110,12 @@ def test_the_trainings_are_those_of_the_map_with_their_files():
 def test_only_evaluate_cnn_reads_the_test_split():
     readers = {name for name, stage in stage_definitions().items() if "t10k" in str(stage)}
     assert readers == {"evaluate_cnn"}
-    for path in STAGES.glob("*.py"):
+    for path in STAGES.glob("[!_]*.py"):
         assert ("TEST_IMAGES" in path.read_text()) == (path.stem == "evaluate_cnn"), path
 
 
 def test_no_script_loads_torch_before_the_project_has_set_its_environment():
-    for path in STAGES.glob("*.py"):
+    for path in STAGES.glob("[!_]*.py"):
         first, second = [node for node in parsed(path).body if not is_docstring(node)][:2]
         assert ast.unparse(first) == "from fashion_cnn.project.process import run_stage, start", path
         assert ast.unparse(second) == "start()", path
@@ -125,12 +125,30 @@ def test_no_script_loads_torch_before_the_project_has_set_its_environment():
 
 def test_what_no_stage_declares_holds_no_code():
     """dvc.yaml names no __init__.py by itself."""
-    for path in PACKAGE.rglob("__init__.py"):
+    for path in (STAGES / "__init__.py", *PACKAGE.rglob("__init__.py")):
         assert all(is_docstring(node) for node in parsed(path).body), path
 
 
 def is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+RUN_BY_PATH = [ROOT / "tests/helpers/soak.py", ROOT / "tests/helpers/screenshots.py"]
+RUN_BY_PATH += (ROOT / "benchmarks").glob("*.py")
+LOCAL = {path.stem for folder in ("benchmarks", "tests/helpers") for path in (ROOT / folder).glob("*.py")}
+
+
+@pytest.mark.parametrize("path", sorted(RUN_BY_PATH), ids=lambda path: path.name)
+def test_a_script_finds_what_it_imports(path):
+    """Python looks first in a script's folder."""
+    for node in ast.walk(parsed(path)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            at_top = name.partition(".")[0]
+            if at_top in LOCAL:
+                assert path.with_name(f"{at_top}.py").exists(), name
+            assert at_top == "fashion_cnn" or not (ROOT / at_top).is_dir(), name
 
 
 def test_nothing_edits_the_path_of_imports():
@@ -182,7 +200,7 @@ def test_what_a_page_names_exists(page):
 
 
 def test_sizes_stay_readable():
-    for path in STAGES.glob("*.py"):
+    for path in STAGES.glob("[!_]*.py"):
         assert len(path.read_text().splitlines()) <= 110, path
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name not in ("fashion_cnn", "commands", "tracking"):

@@ -16,9 +16,9 @@ import dvc.api
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_csv
-from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.process import DVC, run_stage
 
-RUNS = Path(__file__).resolve().parents[1] / "benchmarks/seeds.csv"
+RUNS = Path(__file__).resolve().parents[2] / "benchmarks/seeds.csv"
 ROWS = {
     "as they are": "test_accuracy",
     "shifted by ±3 px": "test_accuracy_shift_3px",
@@ -43,8 +43,8 @@ def run_experiment(seed: int) -> None:
     """Run the pipeline with train_cnn.seed, in a copy. Raises StageError if it fails."""
     name = f"seed-{seed}"
     # An earlier one of that name would be in the way; `dvc exp run --force` would rerun every stage.
-    subprocess.run(["dvc", "exp", "remove", "--quiet", name], check=False, capture_output=True)
-    command = ["dvc", "exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}"]
+    subprocess.run([*DVC, "exp", "remove", "--quiet", name], check=False, capture_output=True)
+    command = [*DVC, "exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}"]
     if subprocess.run(command, check=False).returncode:
         raise StageError(f"experiment seed-{seed} failed, expected it to finish; its output is above")
 

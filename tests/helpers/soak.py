@@ -1,7 +1,7 @@
 """The long form of the tests on trust: prints a table of what was tried, recovered and lost.
 
-Usage: make soak, or python tests/soak.py [--stage-kills 24] [--folder FOLDER] …; --help lists all counts.
-Takes about half an hour on 2 cores. Exits with code 1 if anything is lost.
+Usage: make soak, or python tests/helpers/soak.py [--stage-kills 24] [--folder FOLDER] …; --help lists all
+counts. Takes about half an hour on 2 cores. Exits with code 1 if anything is lost.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/screenshots.py"""
+"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/helpers/screenshots.py"""
 
 import io
 import os
@@ -11,7 +11,7 @@ from PIL import Image
 from browser import open_page, see_table
 from servers import free_port
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs/pictures"
 
 
@@ -38,8 +38,8 @@ def take_page() -> None:
 
 def take_mlflow() -> None:
     """The table of runs; MLFLOW_TRACKING_URI may name another store than this project's."""
-    settings = os.environ | {"PORT": str(free_port()), "BROWSER": "true"}
-    command = [sys.executable, "-m", "fashion_cnn", "ui"]
+    settings = os.environ | {"BROWSER": "true"}
+    command = [sys.executable, "-m", "fashion_cnn", "ui", "--port", str(free_port())]
     with subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE) as server:
         try:
             address = next(line.split()[1] for line in server.stdout if line.startswith("MLflow: http"))
