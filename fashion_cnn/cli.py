@@ -2,17 +2,16 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
-from click_didyoumean import DYMGroup
 
-from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.catalog import CNNS, RUN_ID
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import run_stage, start
 
 WEIGHTS = CNNS["augmented"].weights
-RUN = "[0-9a-f]{32}"  # an MLflow run's id
 # With these of the user's, the stages that a command starts would run other code than the project's.
 OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
@@ -22,14 +21,20 @@ class InProject(click.Command):
     """A command that works on the project in the current folder."""
 
     def invoke(self, ctx):
-        """Run it, unless there is no project here."""
-        if not Path("dvc.yaml").is_file():
-            raise StageError(f"no dvc.yaml in {Path.cwd()}; run this in the project's folder")
+        """Run it, unless that is another folder than this code's."""
+        here, stages, code = Path.cwd(), Path("dvc.yaml"), Path("fashion_cnn")
+        if not stages.is_file() or "python -m stages." not in stages.read_text(encoding="utf-8"):
+            raise StageError(f"{here}: no dvc.yaml of fashion-cnn here; run this in the project's folder")
+        if code.exists() and not code.samefile(Path(__file__).parent):
+            raise StageError(
+                f"{here}: this command has the code of {Path(__file__).parents[1]}; `make setup` here makes "
+                ".venv/bin/fashion-cnn with that of this folder"
+            )
         return super().invoke(ctx)
 
 
-class Commands(DYMGroup):
-    """The group: it suggests the command that a wrong word may mean."""
+class Commands(click.Group):
+    """All of them."""
 
     command_class = InProject
 
@@ -110,17 +115,9 @@ def recipes(start: str) -> list[str]:
     return sorted(path.stem for path in Path("recipes").glob("*.yaml") if path.stem.startswith(start))
 
 
-def is_model(_, __, value: str) -> str:
-    """Refuse at once what is neither a file nor the id of a run."""
-    if not re.fullmatch(RUN, value) and not Path(value).is_file():
-        raise click.BadParameter(f"{value}: expected a file of weights or the id of an MLflow run")
-    return value
-
-
 @cli.command()
-@click.argument("model", default=str(WEIGHTS), callback=is_model)
-@click.option("--level", type=click.FloatRange(0, 1, True, True), default=0.05, show_default=True,
-              help="Of McNemar's test.")  # fmt: skip
+@click.argument("model", default=str(WEIGHTS))
+@click.option("--level", default=0.05, show_default=True, help="Of McNemar's test, between 0 and 1.")
 @click.option("--dry-run", is_flag=True, help="Decide, and change nothing.")
 def promote(model: str, level: float, dry_run: bool) -> None:
     """Register a CNN in MLflow, and make it the champion if it is better beyond noise.
@@ -130,6 +127,10 @@ def promote(model: str, level: float, dry_run: bool) -> None:
     if it reads more val images than the champion, of those that neither was trained on, and McNemar's exact
     test gives a p below the level. The test split is not opened.
     """
+    if not re.fullmatch(RUN_ID, model) and not Path(model).is_file():
+        raise StageError(f"{model}: expected weights, which `make repro` makes, or the id of an MLflow run")
+    if not 0 < level < 1:
+        raise StageError(f"--level is {level}, expected a number between 0 and 1")
     start()
     from fashion_cnn.commands import promote
 
@@ -146,9 +147,9 @@ def promote(model: str, level: float, dry_run: bool) -> None:
 def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_json: bool) -> None:
     """Name the garment in pictures: the three most probable classes of each.
 
-    A picture of any size and mode is first made what the network knows: grey, light on black, 28×28. A file
-    that is no picture gets a line, and the others go on. Without a champion, models/cnn_augmented.safetensors
-    answers.
+    A picture of any size and mode is first made what the network knows: grey, light on black, 28×28. A
+    missing file stops the command before it starts; one that is not a picture gets a line, and the others go
+    on. Without a champion, models/cnn_augmented.safetensors answers.
     """
     start()
     from fashion_cnn.commands import predict
@@ -205,6 +206,8 @@ def main() -> None:
     for name in OTHER_CODE:
         os.environ.pop(name, None)
     os.environ["SHELL"] = "/bin/sh"  # in which DVC runs a stage's command
+    # Stages call `python`, also if nobody has activated the environment.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     run_stage(_run)
 
 

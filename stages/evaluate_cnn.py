@@ -5,7 +5,7 @@ The only stage that reads the test split. Usage: python -m stages.evaluate_cnn o
 
 from fashion_cnn.project.process import run_stage, start
 
-start()  # before torch is imported
+start()  # first, because libraries read their environment when they are imported
 
 from fashion_cnn.data.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
 from fashion_cnn.lesson import evaluation

@@ -2,7 +2,7 @@
 
 from fashion_cnn.project.process import run_stage, start
 
-start()  # before torch is imported
+start()  # first, because libraries read their environment when they are imported
 
 from fashion_cnn.data.fashion_mnist import RAW_DIR
 from fashion_cnn.project.params import load_params

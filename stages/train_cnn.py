@@ -5,7 +5,7 @@ Usage: python -m stages.train_cnn original|augmented
 
 from fashion_cnn.project.process import run_stage, start
 
-start()  # before torch is imported
+start()  # first, because libraries read their environment when they are imported
 
 from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
 from fashion_cnn.models.device import prepare_torch

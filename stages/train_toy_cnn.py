@@ -2,7 +2,7 @@
 
 from fashion_cnn.project.process import run_stage, start
 
-start()  # before torch is imported
+start()  # first, because libraries read their environment when they are imported
 
 from pathlib import Path
 

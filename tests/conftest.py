@@ -18,7 +18,7 @@ prepare_torch("cpu")  # as every stage does before torch computes
 def workspace(tmp_path, monkeypatch) -> Path:
     """An empty folder to run stage code in, with the tests' params.yaml and an MLflow store of its own."""
     shutil.copy(ROOT / "tests/helpers/params.yaml", tmp_path)
-    (tmp_path / "dvc.yaml").touch()  # which the command fashion-cnn looks for
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)  # which the command fashion-cnn looks for
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

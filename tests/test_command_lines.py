@@ -69,7 +69,7 @@ def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_
     stand_in(tmp_path / "bin/python3")
     copy = shutil.copytree(folder, tmp_path / "copy")
     done = make(copy, "repro", f"PYTHON={tmp_path / 'bin/python3'}")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ".venv was made in another folder, and will be made anew\n")
     assert "called with: -m venv .venv" in done.stdout
     assert (copy / ".venv/ready").read_text() == f"{copy}\n"
     assert "called with: -m venv" not in make(copy, "repro").stdout

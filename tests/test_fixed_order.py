@@ -379,7 +379,7 @@ def test_cross_entropy_is_as_exact_as_float32_can_be():
 
 @pytest.mark.parametrize("name", ["orthogonal 64×9", "orthogonal 128×1152"])
 def test_orthogonal_is_as_exact_as_float32_can_be(name):
-    """Each of five turns stretches an error up to 3.4445 times; there are 16 products, of numbers up to 1."""
+    """Each of five steps stretches an error up to 3.4445 times; there are 16 products, of numbers up to 1."""
     found, exact = (made.computed(name, 0, kind) for kind in (torch.clone, torch.Tensor.double))
     error = (found["outputs"].double() - exact["outputs"]).abs().max()
     assert error < 16 * UNIT * 3.4445**5
@@ -427,7 +427,7 @@ def test_what_has_no_fixed_order_is_refused_in_one_line(what):
     function, shapes, line, named, _ = REFUSED[what]
     with pytest.raises(StageError) as raised:
         function(*(torch.ones(shape) for shape in shapes))
-    wanted = " has no fixed order of sums (models/fixed_order.py), expected ".join(line)
+    wanted = " has no fixed order of sums in fashion_cnn.models.fixed_order, expected ".join(line)
     assert str(raised.value) == wanted.format(*named)
 
 
@@ -506,5 +506,5 @@ def test_this_torch_sums_in_the_order_of_the_one_that_was_tested():
     assert found == DIGESTS, (
         f"torch {torch.__version__} computes other bytes than 2.14.1. If the other tests here pass, the "
         "order is fixed, but another one: `make repro`, and put these digests here. If they fail, it is "
-        "not: keep the older torch, or change models/fixed_order.py."
+        "not: keep the older torch, or change fashion_cnn/models/fixed_order.py."
     )

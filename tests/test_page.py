@@ -138,7 +138,7 @@ def build_in(folder, model: str):
 def built(tmp_path_factory):
     """The folder of a page, with what it was made of."""
     folder = build_in(tmp_path_factory.mktemp("page"), "lesson")
-    (folder / "dvc.yaml").touch()  # which the command fashion-cnn looks for
+    shutil.copy(ROOT / "dvc.yaml", folder)  # which the command fashion-cnn looks for
     return folder
 
 

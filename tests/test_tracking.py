@@ -262,7 +262,7 @@ def test_a_training_whose_sender_dies_too_is_marked_by_the_next(workspace):
     [sender] = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"sender.py" in path.read_bytes() and str(workspace).encode() in path.read_bytes()
+        if b"tracking.sender" in path.read_bytes() and str(workspace).encode() in path.read_bytes()
     ]
     os.kill(sender, signal.SIGKILL)
     assert send_left_over(connect()) == []

@@ -16,6 +16,7 @@ from fashion_cnn.project.catalog import CNNS, TOY
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect
 from pipeline import environment
+from project import ROOT
 from servers import free_port
 
 pytestmark = [
@@ -40,7 +41,7 @@ def address(tmp_path_factory, new_store):
     folder = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "dvc.yaml").touch()
+        shutil.copy(ROOT / "dvc.yaml", folder)
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         shutil.copy(new_store, folder / "mlflow.db")

@@ -1,1 +1,1 @@
-"""The programs behind the make targets."""
+"""What the commands of fashion-cnn do, and the searches of a team."""

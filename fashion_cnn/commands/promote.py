@@ -11,7 +11,6 @@ from fashion_cnn.commands.judgement import same_images
 from fashion_cnn.commands.registry import (
     CHAMPION,
     NAME,
-    RUN,
     champion,
     exported,
     find_cnn_run,
@@ -22,6 +21,7 @@ from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from fashion_cnn.data.split import split_indices
 from fashion_cnn.models.cnns import load_cnn
 from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.project.catalog import RUN_ID
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.provenance import repository_root
 from fashion_cnn.tracking.store import as_store_error, connect
@@ -30,7 +30,7 @@ from fashion_cnn.tracking.store import as_store_error, connect
 def main(model: str, level: float, dry_run: bool) -> None:
     """Compare, decide, register, and print the decision."""
     prepare_torch("cpu")
-    if not re.fullmatch(RUN, model):
+    if not re.fullmatch(RUN_ID, model):
         load_cnn(Path(model))  # a fault of the file, not of the store
     # Two at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):

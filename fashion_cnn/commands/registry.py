@@ -12,7 +12,7 @@ import torch
 
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.cnns import LESSON, build_cnn, load_cnn, save_weights, to_input
-from fashion_cnn.project.catalog import CNNS, TRAININGS
+from fashion_cnn.project.catalog import CNNS, RUN_ID, TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.tracking.runs import find_run, has_run, log_model_metrics, ready_models
@@ -20,7 +20,6 @@ from fashion_cnn.tracking.store import Store, as_store_error, connect
 
 SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
 NAME, CHAMPION = "fashion-cnn", "champion"
-RUN = "[0-9a-f]{32}"
 # (N, 28, 28) uint8 to probabilities (N, 10).
 Classifier = Callable[[np.ndarray], np.ndarray]
 
@@ -30,11 +29,11 @@ def load_classifier(model: str) -> Classifier:
 
     Raises StageError if there is none.
     """
-    if model != CHAMPION and not re.fullmatch(rf"\d+|{RUN}", model):
+    if model != CHAMPION and not re.fullmatch(rf"\d+|{RUN_ID}", model):
         return of_network(load_cnn(Path(model)))
     with as_store_error():
         store = connect()
-        if re.fullmatch(RUN, model):
+        if re.fullmatch(RUN_ID, model):
             return of_network(exported(store.client, find_cnn_run(store, model)))
         return of_version(find_version(store.client, model))
 
@@ -87,7 +86,7 @@ def champion(client):
 def find_cnn_run(store: Store, model: str):
     """The run of a CNN, by its id or by a file of its weights. Raises StageError if there is none."""
     run_id: str | None = model
-    if not re.fullmatch(RUN, model):
+    if not re.fullmatch(RUN_ID, model):
         run_id = find_run(store, weights_sha256=sha256_of(Path(model)))
     if not run_id or not has_run(store, run_id):
         raise StageError(

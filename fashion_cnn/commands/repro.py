@@ -49,7 +49,7 @@ def sync_runs() -> None:
 
     try:
         sync.main_if_new()
-    except StageError as error:  # which costs no result
+    except (StageError, OSError) as error:  # which costs no result
         print(f"MLflow: {error}; `fashion-cnn sync` tries again")
 
 

@@ -381,7 +381,7 @@ def fault_of(future: Future) -> str:
 
 
 def check(params: dict[str, object]) -> None:
-    """Raise StageError if params, under their paths, are not what fashion_cnn.schema.py allows."""
+    """Raise StageError if params, under their paths, are not what fashion_cnn/schema.py allows."""
     sections: dict[str, dict] = {}
     for path, value in params.items():
         section, _, name = path.partition(".")

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from fashion_cnn.commands.dvc_experiments import experiments
 from fashion_cnn.commands.history import file_at
-from fashion_cnn.project.catalog import TRAININGS, Training
+from fashion_cnn.project.catalog import RUN_ID, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import numbers
 from fashion_cnn.project.provenance import GitError, git
@@ -67,7 +67,7 @@ def sources(name: str) -> list[str]:
 
 def results_of(source: str) -> list[Result]:
     """The results of one source. Raises StageError if it does not exist, or its files are damaged."""
-    if re.fullmatch("[0-9a-f]{32}", source):
+    if re.fullmatch(RUN_ID, source):
         return [result_of_run(source)]
     if source == WORKSPACE:
         return results_in(source, lambda path: path.read_bytes() if path.is_file() else None)

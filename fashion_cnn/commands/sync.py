@@ -73,7 +73,11 @@ def _seen() -> str:
     url = store_url()
     path = Path(shown(url))  # of a server, it does not exist
     store = f"{url} {path.stat().st_ino if path.exists() else 0}"
-    return hashlib.sha256(store.encode() + LOCK.read_bytes() + git("for-each-ref", "refs/exps")).hexdigest()
+    try:
+        references = git("for-each-ref", "refs/exps")
+    except GitError:  # without a repository there are none
+        references = b""
+    return hashlib.sha256(store.encode() + LOCK.read_bytes() + references).hexdigest()
 
 
 class Results(NamedTuple):

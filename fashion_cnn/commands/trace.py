@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from fashion_cnn.commands.history import weights_at
-from fashion_cnn.project.catalog import TRAININGS
+from fashion_cnn.project.catalog import RUN_ID, TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.provenance import GitError, git
@@ -35,7 +35,7 @@ def queries(what: str) -> list[str]:
         return [f"tags.weights_sha256 = '{sha256_of(Path(what))}'"]
     if re.fullmatch("[0-9a-f]{64}", what):
         return [f"tags.weights_sha256 = '{what}'"]
-    if re.fullmatch("[0-9a-f]{32}", what):
+    if re.fullmatch(RUN_ID, what):
         return [f"attributes.run_id = '{what}'"]
     try:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()

@@ -1,1 +1,1 @@
-"""The lesson: the toy, layers by hand, augmentation, the evaluation and figures."""
+"""The lesson: the toy, layers by hand, augmentation, the evaluation, and figures of the results."""

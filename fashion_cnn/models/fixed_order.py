@@ -147,7 +147,7 @@ def _check_covered(images, weight, stride, padding, dilation, transposed, groups
 
 
 def _refuse(what: str, expected: str, *_, **__) -> None:
-    raise StageError(f"{what} has no fixed order of sums (models/fixed_order.py), expected {expected}")
+    raise StageError(f"{what} has no fixed order of sums in {__name__}, expected {expected}")
 
 
 def _for_float32(kernel: Callable) -> Callable:

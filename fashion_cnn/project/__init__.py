@@ -1,1 +1,1 @@
-"""What every stage uses: how its process starts and ends, its errors and its files."""
+"""What every stage uses: params, the list of trainings, files, errors, its process, its report to MLflow."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from fashion_cnn.project.errors import StageError
 
 METRICS = Path("metrics")
+RUN_ID = "[0-9a-f]{32}"  # of an MLflow run, as a regular expression
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a stage reports to MLflow: one JSON line an event, in a folder that a sender follows.
 
 A stage knows nothing of MLflow. It writes what happened to a folder of its own under .outbox/, and starts
-tracking/sender.py, which alone talks to the store and deletes the folder once the store has all of it.
+fashion_cnn/tracking/sender.py, which alone talks to the store, and deletes the folder once the store has all
+of it.
 """
 
 import json

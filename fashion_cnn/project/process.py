@@ -100,7 +100,7 @@ def run_stage(main: Callable[[], None]) -> None:
         fault, code = f"error: {error.filename or 'output'}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         fault, code = "stopped on request", 130
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # the command has said why
         code = int(stop.code or 0)
     if fault:
         print(fault, file=sys.stderr)

@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 STAGES, PACKAGE = ROOT / "stages", ROOT / "fashion_cnn"
 BY_FILE = (STAGES, PACKAGE / "lesson")  # whose modules dvc.yaml names one by one
-SCRIPTS = sorted(path.stem for path in STAGES.glob("*.py"))
+SCRIPTS = sorted(path.stem for path in STAGES.glob("[!_]*.py"))
 
 
 def stage_definitions() -> dict[str, dict]:

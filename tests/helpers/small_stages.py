@@ -1,6 +1,6 @@
 """The stages in this process, on a few made images, and the plain evaluation of what they write.
 
-Nothing here depends on the user's params.yaml or results, and nothing but the lesson's model comes from lib.
+Nothing here depends on the user's params.yaml or results. Of the package, it uses the lesson's model alone.
 """
 
 import csv
