@@ -128,7 +128,7 @@ def promote(model: str, level: float, dry_run: bool) -> None:
     test gives a p below the level. The test split is not opened.
     """
     if not re.fullmatch(RUN_ID, model) and not Path(model).is_file():
-        raise StageError(f"{model}: expected weights, which `make repro` makes, or the id of an MLflow run")
+        raise StageError(f"{model}: not found; expected weights, as `make repro` makes them, or a run's id")
     if not 0 < level < 1:
         raise StageError(f"--level is {level}, expected a number between 0 and 1")
     start()
