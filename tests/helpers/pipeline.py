@@ -61,7 +61,9 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
 
 
 def try_tool(project: Path, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fashion_cnn", name, *arguments]
+    is_of_a_team = name in ("search", "trial")
+    module = [f"fashion_cnn.commands.{name}"] if is_of_a_team else ["fashion_cnn", name]
+    command = [sys.executable, "-m", *module, *arguments]
     return subprocess.run(
         command,
         cwd=project,
