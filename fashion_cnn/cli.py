@@ -2,16 +2,14 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import click
 
-from fashion_cnn.project.catalog import CNNS, RUN_ID
+from fashion_cnn.project.catalog import DEFAULT_CNN, RUN_ID
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import run_stage, start
+from fashion_cnn.project.process import own_path, run_stage, start
 
-WEIGHTS = CNNS["augmented"].weights
 # With these of the user's, the stages that a command starts would run other code than the project's.
 OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
@@ -116,7 +114,7 @@ def recipes(start: str) -> list[str]:
 
 
 @cli.command()
-@click.argument("model", default=str(WEIGHTS))
+@click.argument("model", default=str(DEFAULT_CNN.weights))
 @click.option("--level", default=0.05, show_default=True, help="Of McNemar's test, between 0 and 1.")
 @click.option("--dry-run", is_flag=True, help="Decide, and change nothing.")
 def promote(model: str, level: float, dry_run: bool) -> None:
@@ -206,8 +204,7 @@ def main() -> None:
     for name in OTHER_CODE:
         os.environ.pop(name, None)
     os.environ["SHELL"] = "/bin/sh"  # in which DVC runs a stage's command
-    # Stages call `python`, also if nobody has activated the environment.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ["PATH"] = own_path()
     run_stage(_run)
 
 

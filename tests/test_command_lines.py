@@ -4,12 +4,15 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from fashion_cnn.cli import cli
 from fashion_cnn.commands import trace
+from fashion_cnn.project.errors import StageError
 from project import ROOT
 
 ODD = 'it\'s "$(touch ran)" `touch ran` & ;x'
@@ -106,3 +109,43 @@ def test_the_commands_that_trace_prints_are_quoted():
             *["-S", f"train_cnn.device={ODD}", "train_cnn@$(touch ran)"],
         ],
     ]
+
+
+def test_a_command_refuses_a_folder_that_is_not_the_project(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages:\n  other:\n    cmd: python other.py\n")
+    for folder in (tmp_path / "empty", tmp_path):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        with pytest.raises(StageError, match=f"^{folder}: no dvc.yaml of fashion-cnn here"):
+            cli(["back"], standalone_mode=False)
+
+
+def test_a_command_refuses_a_copy_whose_code_it_is_not(workspace):
+    (workspace / "fashion_cnn").mkdir()
+    with pytest.raises(
+        StageError, match=f"^{workspace}: this command has the code of {ROOT}; `make setup` here"
+    ):
+        cli(["back"], standalone_mode=False)
+
+
+def test_help_needs_no_project(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli(["back", "--help"], standalone_mode=False)
+    assert "Return from experiments" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", ["0", "1", "nan"])
+def test_a_level_is_between_0_and_1(workspace, level):
+    with pytest.raises(StageError, match=f"^--level is {float(level)}, expected a number between 0 and 1$"):
+        cli(["promote", "params.yaml", "--level", level], standalone_mode=False)
+
+
+def test_the_python_of_stages_is_that_of_the_command(tmp_path):
+    """Also for who has not activated the environment, and with what would bring in other code."""
+    code = "import os, shutil; from fashion_cnn import cli; cli.run_stage = lambda run: None; cli.main();"
+    code += "print(shutil.which('python'), 'PYTHONSAFEPATH' in os.environ)"
+    settings = {"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"], done.stderr

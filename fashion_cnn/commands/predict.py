@@ -11,10 +11,9 @@ from fashion_cnn.commands.pictures import read_picture, write_picture
 from fashion_cnn.commands.registry import CHAMPION, Classifier, load_classifier
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.device import prepare_torch
-from fashion_cnn.project.catalog import CNNS
+from fashion_cnn.project.catalog import DEFAULT_CNN
 from fashion_cnn.project.errors import StageError
 
-DEFAULT = CNNS["augmented"].weights
 TOP = 3
 
 
@@ -39,8 +38,8 @@ def load_default() -> Classifier:
     try:
         return load_classifier(CHAMPION)
     except StageError as error:
-        print(f"{error}; using {DEFAULT}", file=sys.stderr)
-        return load_classifier(str(DEFAULT))
+        print(f"{error}; using {DEFAULT_CNN.weights}", file=sys.stderr)
+        return load_classifier(str(DEFAULT_CNN.weights))
 
 
 def answer(path: Path, classify: Classifier, show: Path | None) -> dict:

@@ -21,11 +21,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import DVC, run_stage
+from fashion_cnn.project.process import DVC, ELSEWHERE, own_path, run_stage
 
 PAUSES = (5, 20, 60)  # seconds after which a repository or a remote that did not answer is tried again
 # `dvc exp run` and git would take these as their own.
-OTHERS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+OTHERS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", *ELSEWHERE)
 
 
 class TrialError(StageError):
@@ -130,12 +130,11 @@ def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> 
     Raises TrialError if it fails, if `check`.
     """
     settings = {name: value for name, value in os.environ.items() if name not in OTHERS}
+    settings["PATH"] = own_path()
     # The first: DVC's files about a project, which would otherwise stay in /var/tmp when the clone is gone.
     settings |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "GIT_TERMINAL_PROMPT": "0", **more}
     # A transfer that stands still for a minute has failed.
     settings |= {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "60"}
-    path = settings.get("PATH", os.defpath)
-    settings["PATH"] = f"{Path(sys.executable).parent}:{path}"  # stages call python
     done = subprocess.run(
         ["setpriv", "--pdeathsig", "KILL", *command], cwd=folder, env=settings, check=False, text=True,
         stdin=subprocess.DEVNULL, capture_output=True,

@@ -56,6 +56,7 @@ TOY = Training(
 )
 TOY_HISTORY = Path("models/toy_cnn_history.csv")  # the parameters at some epochs
 CNNS = {images: _cnn(images) for images in ("original", "augmented")}
+DEFAULT_CNN = CNNS["augmented"]  # the one to use, unless another is named
 TRAININGS = {training.stage: training for training in (TOY, *CNNS.values())}
 
 

@@ -8,11 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 from fashion_cnn.project.errors import StageError
 
 DVC = (sys.executable, "-m", "dvc")  # this environment's, whatever is on the path
+# What a git hook sets, and may name another repository than that of the current folder.
+ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 # What these libraries read from the environment changes the last bits of results, or the speed. No
@@ -33,6 +36,11 @@ def start() -> None:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     # Imports make some 300,000 objects that stay, and Python's collector would search them again and again.
     gc.set_threshold(50_000)
+
+
+def own_path() -> str:
+    """The PATH on which `python`, as stages are called, is this one: nobody need activate the environment."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def usable_threads(most: int | None = None) -> int:

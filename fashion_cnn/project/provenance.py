@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import ELSEWHERE
 
 # Settings and results, which a run records itself; every other change makes a tree dirty.
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
-# What a git hook sets, and may name another repository than that of the current folder.
-ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 
 
 class GitError(StageError):
