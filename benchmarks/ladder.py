@@ -24,9 +24,9 @@ from ruamel.yaml import YAML
 from fashion_cnn.commands.recipe import read_recipe
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_csv
-from fashion_cnn.project.params import read_yaml
+from fashion_cnn.project.params import as_yaml, read_yaml
 from fashion_cnn.project.process import run_stage
-from fashion_cnn.tracking.runs import COLORS, as_yaml
+from fashion_cnn.tracking.runs import COLORS
 
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
@@ -147,7 +147,7 @@ def stage(folder: Path, script: str, *arguments: str) -> None:
     """Run a stage in `folder`; its MLflow store and checkpoints stay there, too."""
     command = [sys.executable, str(ROOT / f"stages/{script}.py"), *arguments]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    subprocess.run(command, cwd=folder, env=settings | {"DVC_ROOT": str(folder)}, check=True)
+    subprocess.run(command, cwd=folder, env=settings | {"FASHION_CNN_ROOT": str(folder)}, check=True)
 
 
 def row_of(

@@ -8,8 +8,8 @@ import numpy as np
 
 from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
 from fashion_cnn.project.catalog import CNNS
-from fashion_cnn.project.outbox import open_run
 from fashion_cnn.project.params import leaves, load_params
+from fashion_cnn.project.records import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Do what train_cnn does around its epochs."""
     params = leaves(load_params("split", "train_cnn", path=ROOT / "params.yaml"))
-    model, weights = fresh(build_cnn, 0), Path(os.environ["DVC_ROOT"]) / "benchmark.safetensors"
+    model, weights = fresh(build_cnn, 0), Path(os.environ["FASHION_CNN_ROOT"]) / "benchmark.safetensors"
     weights_sha256 = save_weights(model, weights)
     began = time.perf_counter()
     with open_run(CNNS["original"], params, "0" * 64) as run:

@@ -45,7 +45,7 @@ def tracked(store: str) -> float:
     return float(
         subprocess.run(
             [sys.executable, str(ROOT / "benchmarks/mlflow_cost.py")],
-            check=True, capture_output=True, text=True, env={**os.environ, "DVC_ROOT": store},
+            check=True, capture_output=True, text=True, env={**os.environ, "FASHION_CNN_ROOT": store},
         ).stdout.split()[-1]
     )  # fmt: skip
 

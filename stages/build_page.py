@@ -14,15 +14,15 @@ from fashion_cnn.page import contents
 from fashion_cnn.page.html import PAGE, html
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.files import read_tensors, write_text
-from fashion_cnn.project.outbox import Outbox
 from fashion_cnn.project.params import load_params
+from fashion_cnn.project.records import StageRecords
 
 TENSORS = Path("data/toy.safetensors")
 
 
 def main() -> None:
     split = load_params("split").split
-    outbox = Outbox()
+    records = StageRecords()
     prepare_torch("cpu")
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
@@ -35,8 +35,8 @@ def main() -> None:
     }
     write_text(PAGE, html(shown))
     for training in CNNS.values():
-        outbox.report("build_page", training, read_weights_sha256(training.metrics), {}, [PAGE])
-    outbox.close()
+        records.report("build_page", training, read_weights_sha256(training.metrics), {}, [PAGE])
+    records.close()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
 from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import sha256_of, write_csv, write_json
-from fashion_cnn.project.outbox import Outbox
 from fashion_cnn.project.params import load_params
+from fashion_cnn.project.records import StageRecords
 
 
 def main() -> None:
     training = named_cnn()
     params = load_params("evaluate_cnn").evaluate_cnn
-    outbox = Outbox()
+    records = StageRecords()
     device = prepare_torch(params.device)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)
     model = to_device(load_cnn(training.weights), device)
@@ -52,8 +52,8 @@ def main() -> None:
     metrics = write_json(paths[0], metrics | moved) | write_json(paths[1], mistakes)
     write_csv(paths[2], evaluation.per_class(labels, predictions))
     write_csv(paths[3], evaluation.confusion(labels, predictions))
-    outbox.report("evaluate_cnn", training, sha256_of(training.weights), metrics, paths)
-    outbox.close()
+    records.report("evaluate_cnn", training, sha256_of(training.weights), metrics, paths)
+    records.close()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, read_idx
 from fashion_cnn.lesson import figures, results
 from fashion_cnn.lesson.results import read_rows, read_table, read_weights_sha256
 from fashion_cnn.project.catalog import CNNS, METRICS, TOY, TRAININGS
-from fashion_cnn.project.outbox import Outbox
 from fashion_cnn.project.params import load_params
+from fashion_cnn.project.records import StageRecords
 
 FIGURES = METRICS / "figures"
 EXAMPLES = 8  # images shown with their copies
@@ -18,7 +18,7 @@ EXAMPLES = 8  # images shown with their copies
 
 def main() -> None:
     params = load_params("plot_results").plot_results
-    outbox = Outbox()
+    records = StageRecords()
 
     toy_curve = read_table(TOY.curve, results.TOY_CURVE)
     curves, confusion, moved, mistakes = {}, {}, {}, {}
@@ -48,8 +48,8 @@ def main() -> None:
     # Each training's figures go to its own run; those of both CNNs together go to both.
     for training in TRAININGS.values():
         paths = [FIGURES / f"{name}.png" for name in training.figures]
-        outbox.report("plot_results", training, read_weights_sha256(training.metrics), {}, paths)
-    outbox.close()
+        records.report("plot_results", training, read_weights_sha256(training.metrics), {}, paths)
+    records.close()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, sa
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import write_csv, write_json
-from fashion_cnn.project.outbox import open_run
 from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.provenance import digest, result_key
+from fashion_cnn.project.records import open_run
 from fashion_cnn.training.checkpoints import exclusive_checkpoint
 from fashion_cnn.training.loop import train_cnn
 from fashion_cnn.training.train_data import load_train_data

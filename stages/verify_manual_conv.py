@@ -25,8 +25,8 @@ from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import read_tensors, sha256_of, write_json, write_text
-from fashion_cnn.project.outbox import Outbox
 from fashion_cnn.project.params import load_params
+from fashion_cnn.project.records import StageRecords
 
 METRICS = TOY.evaluation_results.with_suffix(".json")
 WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
@@ -35,7 +35,7 @@ WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 def main() -> None:
     sections = load_params("verify_manual_conv", "train_cnn.model")
     params, name = sections.verify_manual_conv, sections.train_cnn.model
-    outbox = Outbox()
+    records = StageRecords()
     prepare_torch("cpu", threads=1)  # its float64 sums have no fixed order on more
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), TOY.weights)
@@ -56,8 +56,8 @@ def main() -> None:
     metrics = {name: error for name, (error, _) in errors.items()} | totals
     metrics = write_json(METRICS, metrics)
     write_text(WALKTHROUGH, _walkthrough(toy, toy_model, toy_rows, counts))
-    outbox.report("verify_manual_conv", TOY, sha256_of(TOY.weights), metrics, [METRICS, WALKTHROUGH])
-    outbox.close()
+    records.report("verify_manual_conv", TOY, sha256_of(TOY.weights), metrics, [METRICS, WALKTHROUGH])
+    records.close()
 
 
 def _check(errors: dict, counts: dict, tolerance: float) -> None:

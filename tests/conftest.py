@@ -20,7 +20,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
     shutil.copy(ROOT / "tests/helpers/params.yaml", tmp_path)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)  # which the command fashion-cnn looks for
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("FASHION_CNN_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
 

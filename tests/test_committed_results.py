@@ -144,7 +144,7 @@ def test_the_page_is_written_again_for_what_it_is_made_of(project, name):
 
 
 def test_nothing_else_reruns_a_stage(project):
-    """The sender, the schema, the tools, and what an editor or Python leaves beside the code."""
+    """The follower, the schema, the tools, and what an editor or Python leaves beside the code."""
     before = changed(project)
     package = project / "fashion_cnn"
     files = [path for folder in ("tracking", "commands") for path in (package / folder).glob("*.py")]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fashion_cnn.project.catalog import TOY
-from fashion_cnn.project.outbox import Outbox, open_run
-from fashion_cnn.project.provenance import git_diff, git_tags
+from fashion_cnn.project.records import StageRecords, open_run
+from fashion_cnn.project.repository import code_state, file_at
 from fashion_cnn.tracking.store import connect
-from project import git
+from project import commit_all, git
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,11 +23,13 @@ pytestmark = [
 
 @pytest.fixture
 def repository(workspace):
-    git(workspace, "init", "--quiet")
     (workspace / "code.py").write_text("one\n")
-    git(workspace, "add", "--all")
-    git(workspace, "commit", "--quiet", "--message", "t")
+    commit_all(workspace)
     return workspace
+
+
+def code_tags() -> dict[str, str]:
+    return code_state()[0]
 
 
 def run_artifacts() -> set[str]:
@@ -40,10 +42,12 @@ def test_the_users_index_is_neither_locked_nor_written(repository):
     index = repository / ".git/index"
     os.utime(repository / "code.py", (0, 0))  # for `git status`, a reason to refresh the index
     before = index.read_bytes()
-    assert git_tags()["git_dirty"] == "false"
+    assert code_tags()["git_dirty"] == "false"
     (repository / "new.py").write_text("new")
-    git_diff()
+    objects = set((repository / ".git/objects").rglob("*"))
+    assert b"+new" in code_state()[1]
     assert index.read_bytes() == before
+    assert set((repository / ".git/objects").rglob("*")) == objects
     # What the user's own command does with the same file, so that the comparison above can fail.
     git(repository, "status", "--porcelain")
     assert index.read_bytes() != before
@@ -55,7 +59,7 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     with open_run(TOY, {}, "12" * 32):
         pass
-    line, _ = capsys.readouterr().out.splitlines()  # the second is the sender's
+    line, _ = capsys.readouterr().out.splitlines()  # the second is the follower's
     assert line.startswith("the run records no commit: git rev-parse: ")
     assert f"git config --global --add safe.directory {repository}" in line
     store = connect()
@@ -74,61 +78,101 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
 def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoil, words):
     monkeypatch.setenv("PATH", os.environ["PATH"])  # put back after the test
     spoil(workspace)
-    assert git_tags() == {}
+    assert code_state() == ({}, b"")
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"the run records no commit: {words}")
 
 
-def test_a_damaged_index_is_not_a_clean_tree(repository, capsys):
+def test_a_damaged_index_hides_no_change(repository):
     (repository / ".git/index").write_bytes(b"damaged")
-    assert git_tags() == {}
-    assert "the run records no commit: git status: fatal: " in capsys.readouterr().out
+    assert code_tags()["git_dirty"] == "false"
+    (repository / "code.py").write_text("two\n")
+    assert code_tags()["git_dirty"] == "true"
 
 
-@pytest.mark.parametrize("made_by", ["training", "stand-in"])
-def test_a_diff_that_fails_is_no_empty_diff(repository, capsys, made_by):
+def test_a_diff_that_fails_is_no_empty_diff(repository, capsys):
     (repository / "code.py").write_text("two\n")
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "fashion_cnn.project.outbox.git_tags", lambda: {"git_commit": "ab" * 20, "git_dirty": "true"}
-        )
-        if made_by == "training":
-            with open_run(TOY, {}, "12" * 32):
-                pass
-        else:
-            outbox = Outbox()
-            outbox.report("evaluate_cnn", TOY, "ab" * 32, {}, [])
-            outbox.close()
+    stage_records = StageRecords()
+    stage_records.report("evaluate_cnn", TOY, "ab" * 32, {}, [])
+    stage_records.close()
     assert "the run records no uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     assert "uncommitted.diff" not in run_artifacts()
     command = [sys.executable, "-m", "fashion_cnn", "trace", "ab" * 32, "--json"]
-    if made_by == "stand-in":
-        [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
+    [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
 
 
 def test_a_hook_of_another_repository_changes_no_tag(repository, tmp_path_factory, monkeypatch):
-    plain, other = git_tags(), tmp_path_factory.mktemp("other")
+    plain, other = code_tags(), tmp_path_factory.mktemp("other")
     git(other, "init", "--quiet")
     git(other, "commit", "--quiet", "--allow-empty", "--message", "other")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(other))
-    assert git_tags() == plain
+    assert code_tags() == plain
 
 
 def test_the_diff_does_not_depend_on_the_users_settings(repository):
-    plain = [git_tags()]
     (repository / "new.py").write_text("new\n")
-    plain += [git_tags(), git_diff()]
-    (repository / "new.py").unlink()
+    plain = code_state()
     for setting in ("color.ui=always", "diff.noprefix=true", "status.showUntrackedFiles=no"):
         git(repository, "config", *setting.split("="))
     git(repository, "config", "diff.external", "false")
-    found = [git_tags()]
+    assert code_state() == plain
+
+
+def test_settings_and_results_make_no_tree_dirty(repository):
+    assert code_tags()["git_dirty"] == "false"
+    (repository / "params.yaml").write_text("changed by -S")
+    assert code_tags()["git_dirty"] == "false"
+    (repository / "code.py").write_text("new")
+    assert code_tags()["git_dirty"] == "true"
+
+
+@pytest.mark.parametrize("how", ["ignored", "skip-worktree", "assume-unchanged"])
+def test_code_that_git_is_told_to_overlook_counts(repository, how):
+    (repository / "stages").mkdir()
+    code = repository / "stages/a.py"
+    if how == "ignored":
+        (repository / ".git/info/exclude").write_text("*.py\n")
+    else:
+        code.write_text("one\n")
+        git(repository, "add", "stages")
+        git(repository, "commit", "--quiet", "--message", "code")
+        git(repository, "update-index", f"--{how}", "stages/a.py")
+    assert code_tags()["git_dirty"] == "false"
+    code.write_text("two\n")
+    tags, diff = code_state()
+    assert tags["git_dirty"] == "true"
+    assert b"+two" in diff
+
+
+def test_a_large_file_is_named_and_left_out(repository, capsys):
+    with (repository / "big.bin").open("wb") as file:
+        file.truncate(200_000_000)
     (repository / "new.py").write_text("new\n")
-    assert [*found, git_tags(), git_diff()] == plain
+    tags, diff = code_state()
+    assert (tags["git_dirty"], tags["git_left_out"]) == ("true", "big.bin")
+    assert b"+new" in diff
+    assert len(diff) < 1000
+    assert "no copy of big.bin" in capsys.readouterr().out
+
+
+def test_the_diff_of_a_dirty_tree_gives_it_back(repository):
+    (repository / "code.py").write_text("two\n\n")
+    (repository / "new.bin").write_bytes(b"\x00\xff")
+    (repository / "latin.txt").write_bytes("é\r\n".encode("latin-1"))
+    (repository / "params.yaml").write_text("changed by -S")
+    diff = code_state()[1]
+    git(repository, "checkout", "--quiet", "code.py")
+    (repository / "new.bin").unlink()
+    (repository / "latin.txt").unlink()
+    subprocess.run(["git", "apply"], input=diff, check=True)
+    assert (repository / "code.py").read_text() == "two\n\n"
+    assert (repository / "new.bin").read_bytes() == b"\x00\xff"
+    assert (repository / "latin.txt").read_bytes() == "é\r\n".encode("latin-1")
+    assert b"changed by -S" not in diff
 
 
 @pytest.mark.parametrize("what", ["-x", "--all", "no-such-commit"])
@@ -150,8 +194,6 @@ def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
 
 
 def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repository):
-    from fashion_cnn.commands.history import file_at
-
     assert file_at("HEAD", "code.py") == b"one\n"
     assert file_at("HEAD", Path("absent")) is None
     with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):

@@ -184,7 +184,7 @@ def test_each_training_is_one_run_with_all_its_results(project):
 
 # What a stage may open beside its deps and outs: the repository's own state, the schema of params.yaml, which
 # refuses values and changes none, and what marks a folder as a package.
-NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".outbox/", "fashion_cnn/schema.py")
+NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".records/", "fashion_cnn/schema.py")
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def stop_training(project: Path, epoch: int, sent: signal.Signals) -> None:
         began = time.monotonic()
         started.stdout.read()
     started.wait()
-    assert time.monotonic() - began < 20  # DVC's own end and the sender's included, on a busy machine
+    assert time.monotonic() - began < 20  # DVC's own end and the follower's included, on a busy machine
 
 
 def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
@@ -461,7 +461,7 @@ def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
     set_params(project, {"train_cnn": {"epochs": epochs}})
     for epoch, sent in ((2, signal.SIGINT), (4, signal.SIGKILL)):
         stop_training(project, epoch, sent)
-        deadline = time.monotonic() + 10  # the sender's
+        deadline = time.monotonic() + 10  # the follower's
         while original_runs(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
             time.sleep(0.1)
         [run] = original_runs(project, epochs)

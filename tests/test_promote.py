@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 from fashion_cnn.cli import cli
 from fashion_cnn.commands import promote, registry
+from fashion_cnn.commands.registry import find_cnn_run
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.data.split import split_indices
 from fashion_cnn.models.cnns import build_cnn, fresh, load_weights, save_weights
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
+from fashion_cnn.project.records import Record, now_ms
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect
 from servers import free_port, wait_until_up
@@ -74,10 +77,20 @@ def store(workspace, new_store, data, monkeypatch):
 
 def add_run(store, weights: Path, **split: object) -> str:
     """A finished run of train_cnn@original with these weights."""
-    client = store.client
-    run_id = runs.stand_in(store, "train_cnn@original", sha256_of(weights), {}, None)
-    runs.log_params(client, run_id, SPLIT | {f"split.{name}": value for name, value in split.items()})
-    runs.log_model(client, run_id, "train_cnn@original", weights)
+    params = SPLIT | {f"split.{name}": value for name, value in split.items()}
+    return log(store, weights, params=params, model=weights)
+
+
+def log(store, weights: Path, params: dict, model: Path | None = None) -> str:
+    """Bring the run of these weights in line; returns its id."""
+    record = Record(
+        training="train_cnn@original",
+        weights_sha256=sha256_of(weights),
+        params=params,
+        begun=now_ms(),
+        weights=model,
+    )
+    [run_id] = runs.bring_in_line(store, record)
     return run_id
 
 
@@ -89,7 +102,7 @@ def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(st
         model(images)
     save_weights(model, weights)
     run_id = add_run(store, weights)
-    runs.log_params(store.client, run_id, {"train_cnn.model": "residual", "train_cnn.views": 6})
+    log(store, weights, {"train_cnn.model": "residual", "train_cnn.views": 6})
     assert "champion" in run(capsys, weights)
     with torch.inference_mode():
         expected = model.eval()(images).softmax(1).numpy()
@@ -149,6 +162,24 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
 
 
+def test_in_a_copy_of_the_project_the_champion_is_the_copys(
+    store, trained, data, workspace, tmp_path_factory, capsys, monkeypatch
+):
+    for weights in trained[1:]:
+        add_run(store, weights)
+    run(capsys, trained[1])
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(workspace, copy)
+    monkeypatch.setenv("FASHION_CNN_ROOT", str(copy))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow puts it there
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{workspace}/registry.db")
+    shutil.rmtree(workspace / "mlruns")
+    before = set(workspace.rglob("*"))
+    assert registry.load_classifier("champion")(data["train-images"][:2]).shape == (2, 10)
+    assert "champion" in run(capsys, trained[2])
+    assert set(workspace.rglob("*")) == before
+
+
 def test_a_stricter_level_asks_for_more(store, trained, capsys):
     client = store.client
     for weights in trained[1:]:
@@ -191,7 +222,7 @@ def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
     printed = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     # Whichever came first, the better one is the champion at the end.
-    assert registry.champion(client).run_id == runs.find_run(store, weights_sha256=sha256_of(trained[2]))
+    assert registry.champion(client).run_id == find_cnn_run(store, str(trained[2])).info.run_id
 
 
 class Mock:
@@ -214,7 +245,7 @@ def test_a_model_that_is_not_there_is_named(store, capsys, model, words):
 
 
 def test_a_run_without_params_is_named_with_the_way_out(store, trained, capsys):
-    runs.stand_in(store, "train_cnn@original", sha256_of(trained[0]), {}, None)
+    log(store, trained[0], {})
     with pytest.raises(StageError, match="the run lacks its params; `fashion-cnn sync` adds them"):
         run(capsys, trained[0])
 

@@ -56,7 +56,7 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     weights = {run.data.tags["dvc_exp_name"]: [run.data.tags["weights_sha256"]] for run in tracked}
     assert weights == {name: metrics["weights_sha256"] for name, (_, metrics) in found.items()}
     assert clones(project) == []
-    assert not list((project / ".outbox").iterdir())
+    assert not list((project / ".records").iterdir())
     assert git(project, "status", "--porcelain") == ""
     # The same command again trains nothing.
     again = try_tool(project, "search", *GRID, *SIZES)

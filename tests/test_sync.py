@@ -48,10 +48,10 @@ def reference(project: Path, name: str) -> str:
 def test_repro_ends_with_sync_if_there_is_something_new(project):
     path = project.parent / "store.db"
     told = [tool(project, "repro", MLFLOW_TRACKING_URI=f"sqlite:///{path}") for _ in range(2)]
-    assert [": made, params, curve, " in one for one in told] == [True, False]
+    assert [": made, commit, params, curve, " in one for one in told] == [True, False]
     path.rename(path.with_suffix(".old"))
     told = tool(project, "repro", MLFLOW_TRACKING_URI=f"sqlite:///{path}")
-    assert ": made, params, curve, " in told
+    assert ": made, commit, params, curve, " in told
     shutil.rmtree(project / ".git/refs/exps")  # an experiment less
     told = tool(project, "repro", MLFLOW_TRACKING_URI="sqlite:////proc/no/store.db")
     assert "byte for byte" in told
@@ -62,7 +62,7 @@ def test_repro_ends_with_sync_if_there_is_something_new(project):
 def test_a_new_store_gets_the_runs_of_all_experiments(project):
     store = f"sqlite:///{project.parent / 'new.db'}"
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert told.count(": made, params, curve, ") == 3  # "same" has the weights of HEAD
+    assert told.count(": made, commit, params, curve, ") == 3  # "same" has the weights of HEAD
     found = {run.info.run_name: run for run in tracked_runs(project, store=store)}
     assert set(found) == {"train_toy_cnn", "train_toy_cnn seed", "train_toy_cnn code"}
     head = git(project, "rev-parse", "HEAD").strip()
@@ -159,10 +159,11 @@ def test_of_experiments_with_the_same_weights_the_newest_makes_the_run(project):
     # A stage that verifies them later is right.
     client = MlflowClient(store)
     client.log_metric(run_id, "max_error", 0.7)
-    client.set_tag(run_id, "synced_verify_manual_conv", "reported")
-    client.delete_tag(run_id, "synced_dvc_lock")
+    client.set_tag(run_id, "synced_verify_manual_conv", "of other files")
+    for tag in ("dvc_lock", "synced_dvc.lock.json"):
+        client.delete_tag(run_id, tag)
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert f"train_toy_cnn, run {run_id}: dvc.lock of experiment again" in told
+    assert f"train_toy_cnn, run {run_id}: dvc.lock.json of experiment again" in told
     assert client.get_run(run_id).data.metrics["max_error"] == 0.7
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
     assert told.count("sync:") == told.count("up to date") == 1
@@ -178,7 +179,7 @@ def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_m
     tags = {name: older.data.tags[name] for name in ("weights_sha256", "dvc_stage")}
     newer = client.create_run(older.info.experiment_id, tags=tags).info.run_id
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert f"train_toy_cnn, run {newer}: params, curve, model, metrics, dvc.lock" in told
+    assert f"train_toy_cnn, run {newer}: params, curve, metrics, model, dvc.lock.json" in told
     kept = client.download_artifacts(older.info.run_id, "dvc.lock.json")
     assert Path(kept).read_text() == "of other code"
 

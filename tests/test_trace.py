@@ -71,7 +71,7 @@ def test_an_experiment_in_a_folder_of_a_bigger_repository_is_recorded(project, t
     dvc(folder, "exp", "run", "--name", "below", "-S", "train_toy_cnn.seed=1")
     git(folder, "restore", ".")
     dvc(folder, "checkout")
-    assert "dvc.lock of experiment below" in tool(folder, "sync")
+    assert "dvc.lock.json of experiment below" in tool(folder, "sync")
     [run] = tracked_runs(folder, "tags.dvc_exp_name = 'below'")
     [trace] = json.loads(tool(folder, "trace", run.info.run_id, "--json"))
     assert trace["dvc_lock"]["train_toy_cnn"]["params"]["params.yaml"]["train_toy_cnn"]["seed"] == 1

@@ -13,6 +13,7 @@ import pytest
 from browser import needs_browser, open_page, see_comparison, see_models, see_run, see_table
 from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
 from fashion_cnn.project.catalog import CNNS, TOY
+from fashion_cnn.project.records import Record, now_ms
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect
 from pipeline import environment
@@ -26,7 +27,7 @@ pytestmark = [
 
 
 def start(port: object) -> subprocess.Popen:
-    settings = environment(DVC_ROOT=os.environ["DVC_ROOT"])
+    settings = environment(FASHION_CNN_ROOT=os.environ["FASHION_CNN_ROOT"])
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         settings.pop(name, None)
     return subprocess.Popen(
@@ -42,24 +43,29 @@ def address(tmp_path_factory, new_store):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shutil.copy(ROOT / "dvc.yaml", folder)
-        patch.setenv("DVC_ROOT", str(folder))
+        patch.setenv("FASHION_CNN_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         shutil.copy(new_store, folder / "mlflow.db")
         store = connect()
         for number, training in enumerate([TOY, *CNNS.values()]):
-            run_id = runs.stand_in(store, training.stage, f"{number}" * 64, {}, None)
             params = {
                 "train_cnn.learning_rate": 0.001,
                 "train_cnn.epochs": 5,
                 "train_cnn.batch_size": 32,
                 "split.val_size": 5000,
             }
-            runs.log_params(store.client, run_id, params)
             rows = [{"epoch": 5, "val_accuracy": 0.875 + number / 100, "test_accuracy": 0.5}]
-            runs.log_rows(store.client, run_id, rows, runs.now())
+            record = Record(
+                training=training.stage,
+                weights_sha256=f"{number}" * 64,
+                params=params,
+                rows=rows,
+                begun=now_ms(),
+            )
             if training is not TOY:
                 save_weights(fresh(build_cnn, 0), folder / "cnn.safetensors")
-                runs.log_model(store.client, run_id, training.stage, folder / "cnn.safetensors")
+                record.weights = folder / "cnn.safetensors"
+            runs.bring_in_line(store, record)
         started = start(free_port())
         try:
             line = next((line for line in started.stdout if line.startswith("MLflow: http")), None)

@@ -14,10 +14,11 @@ import sys
 
 from dvc.utils.serialize import dump_yaml
 
-from fashion_cnn.commands.mend_lock import LOCK, is_at_work, mend_rwlock, read_lock, rwlock_users
+from fashion_cnn.commands.dvc_state import read_lock
+from fashion_cnn.commands.mend_lock import is_at_work, mend_rwlock, rwlock_users
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import DVC
-from fashion_cnn.project.provenance import NOT_CODE, GitError, git
+from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, git
 
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
 # Where `dvc exp run` puts what is not committed, until it has put it back.

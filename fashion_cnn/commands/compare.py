@@ -2,13 +2,14 @@
 
 import json
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from fashion_cnn.commands import judgement
-from fashion_cnn.commands.dvc_experiments import Experiment, changed_params, committed_at, experiments
+from fashion_cnn.commands.dvc_state import Experiment, changed_params, experiments
 from fashion_cnn.commands.judgement import ALIKE, Judgement
 from fashion_cnn.commands.sides import WORKSPACE, Result, read_side, results_of
 from fashion_cnn.project.catalog import CNNS, TOY
@@ -170,7 +171,7 @@ def row_of_workspace() -> dict:
 def row_of(experiment: Experiment) -> dict:
     """What the list says about an experiment; `changed` is what differs from the commit it began from."""
     changed = changed_params(experiment.baseline, experiment.reference)
-    when = committed_at(experiment.reference)
+    when = time.strftime("%m-%d %H:%M", time.localtime(experiment.time))
     return {"name": experiment.name, "changed": changed, "when": when, **accuracies(experiment.reference)}
 
 

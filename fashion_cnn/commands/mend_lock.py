@@ -12,17 +12,12 @@ from itertools import chain
 from pathlib import Path
 
 import psutil
-from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-from ruamel.yaml import YAML, YAMLError
-from voluptuous import Invalid
 
-from fashion_cnn.commands.history import file_at
-from fashion_cnn.project.errors import StageError
+from fashion_cnn.commands.dvc_state import parse_lock
 from fashion_cnn.project.files import write_text
 from fashion_cnn.project.process import run_stage
-from fashion_cnn.project.provenance import GitError
+from fashion_cnn.project.repository import LOCK, GitError, file_at
 
-LOCK = Path("dvc.lock")
 RWLOCK = Path(".dvc/tmp/rwlock")
 
 
@@ -78,23 +73,6 @@ def is_at_work(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def read_lock() -> dict:
-    """What dvc.lock holds. Raises StageError if it is not what DVC writes."""
-    if lock := parse_lock(LOCK.read_bytes()):
-        return lock
-    raise StageError(f"{LOCK}: not what DVC writes; `git restore {LOCK}` brings back the committed one")
-
-
-def parse_lock(content: bytes) -> dict | None:
-    """What a dvc.lock of this content holds; None if it is not what DVC writes."""
-    try:
-        lock = YAML(typ="safe").load(content.decode())  # as DVC does
-        COMPILED_LOCKFILE_SCHEMA(lock)
-    except (YAMLError, UnicodeDecodeError, Invalid):
-        return None
-    return lock if "stages" in lock else None  # which DVC would take, too
 
 
 if __name__ == "__main__":

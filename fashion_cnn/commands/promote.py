@@ -23,7 +23,7 @@ from fashion_cnn.models.cnns import load_cnn
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import RUN_ID
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.provenance import repository_root
+from fashion_cnn.project.repository import repository_root
 from fashion_cnn.tracking.store import as_store_error, connect
 
 

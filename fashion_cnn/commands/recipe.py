@@ -7,11 +7,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fashion_cnn.commands.dvc_experiments import experiments
+from fashion_cnn.commands.dvc_state import experiments
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.params import PARAMS_PATH, Params, explain, parse_params, read_yaml
+from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, parse_params, read_yaml
 from fashion_cnn.project.process import DVC
-from fashion_cnn.tracking.runs import as_yaml
 
 RECIPES = Path("recipes")
 

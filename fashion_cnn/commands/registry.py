@@ -3,7 +3,6 @@
 import re
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version as installed
 from pathlib import Path
 
 # isort: split
@@ -15,7 +14,7 @@ from fashion_cnn.models.cnns import LESSON, build_cnn, load_cnn, save_weights, t
 from fashion_cnn.project.catalog import CNNS, RUN_ID, TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.tracking.runs import find_run, has_run, log_model_metrics, ready_models
+from fashion_cnn.tracking.runs import find_run, find_runs, log_model_metrics, log_to_run, pinned, ready_models
 from fashion_cnn.tracking.store import Store, as_store_error, connect
 
 SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
@@ -85,14 +84,14 @@ def champion(client):
 
 def find_cnn_run(store: Store, model: str):
     """The run of a CNN, by its id or by a file of its weights. Raises StageError if there is none."""
-    run_id: str | None = model
-    if not re.fullmatch(RUN_ID, model):
-        run_id = find_run(store, weights_sha256=sha256_of(Path(model)))
-    if not run_id or not has_run(store, run_id):
+    if re.fullmatch(RUN_ID, model):
+        run = find_run(store, model)
+    else:
+        run = next(iter(find_runs(store, weights_sha256=sha256_of(Path(model)))), None)
+    if run is None:
         raise StageError(
             f"{model}: no run of it in MLflow, expected one; `fashion-cnn sync` makes the runs of models/"
         )
-    run = store.client.get_run(run_id)
     stage = run.data.tags.get("dvc_stage")
     if stage not in [training.stage for training in CNNS.values()]:
         raise StageError(f"{model}: a run of {stage or 'no stage'}, expected one of train_cnn")
@@ -134,7 +133,7 @@ DESCRIPTION = (
 def log_served_model(client, run):
     """Log what is served: the run's weights with the code that makes probabilities of pixels."""
     import mlflow
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     here = Path(__file__).resolve().parent
@@ -152,10 +151,10 @@ def log_served_model(client, run):
         weights = Path(scratch) / "cnn.safetensors"
         if save_weights(network, weights) != run.data.tags["weights_sha256"]:
             raise StageError(f"{run.info.run_id}: the model in MLflow has other weights than the run says")
-        return Model.log(
-            None,
+        return log_to_run(
+            client,
+            run.info.run_id,
             flavor=mlflow.pyfunc,
-            run_id=run.info.run_id,
             name=f"{TRAININGS[run.data.tags['dvc_stage']].weights.stem}{SERVED}",
             python_model=str(here / "serving.py"),
             artifacts={"weights": str(weights)},
@@ -165,8 +164,5 @@ def log_served_model(client, run):
                 Schema([ColSpec("double", name) for name in CLASSES]),
             ),
             input_example={"images": np.zeros((2, 28, 28), np.uint8)},
-            pip_requirements=[
-                f"{name}=={installed(name).split('+')[0]}"
-                for name in ("torch", "torchsummary", "numpy", "pandas", "safetensors")
-            ],
+            pip_requirements=pinned("torch", "torchsummary", "numpy", "pandas", "safetensors"),
         )

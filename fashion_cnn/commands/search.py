@@ -31,15 +31,13 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from fashion_cnn.commands.compare import table
-from fashion_cnn.commands.dvc_experiments import experiments
-from fashion_cnn.commands.history import file_at
+from fashion_cnn.commands.dvc_state import experiments
 from fashion_cnn.commands.workers import Workers, here, on_ray
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.params import PARAMS_PATH, Params, explain
+from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, params_in
 from fashion_cnn.project.process import run_stage, usable_threads
-from fashion_cnn.project.provenance import git
-from fashion_cnn.tracking.runs import as_yaml, params_in
+from fashion_cnn.project.repository import file_at, git
 from fashion_cnn.tracking.store import address
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,15 +10,13 @@ from pathlib import Path
 
 from ruamel.yaml import YAML, YAMLError
 
-from fashion_cnn.commands.dvc_experiments import experiments
-from fashion_cnn.commands.history import file_at
+from fashion_cnn.commands.dvc_state import experiments
 from fashion_cnn.project.catalog import RUN_ID, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import numbers
-from fashion_cnn.project.provenance import GitError, git
+from fashion_cnn.project.repository import LOCK, GitError, file_at, git
 
 WORKSPACE = "workspace"
-LOCK = Path("dvc.lock")
 # Gives the content of a file of the project, or None if there is no such file.
 Reader = Callable[[Path], bytes | None]
 
@@ -133,12 +131,11 @@ def result_of_run(run_id: str) -> Result:
 
     with as_store_error():
         store = connect()
-        if not runs.has_run(store, run_id):
+        if not (run := runs.find_run(store, run_id)):
             raise StageError(
                 f"{run_id}: no run of this id in MLflow, expected one that `fashion-cnn ui` shows"
             )
         client = store.client
-        run = client.get_run(run_id)
         training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))
         if training is None or "weights_sha256" not in run.data.tags:
             raise StageError(

@@ -2,9 +2,9 @@
 
 from ruamel.yaml import YAML
 
-from fashion_cnn.commands.mend_lock import LOCK, read_lock
+from fashion_cnn.commands.dvc_state import read_lock
 from fashion_cnn.models.device import why_not_portable
-from fashion_cnn.project.provenance import GitError, git
+from fashion_cnn.project.repository import LOCK, GitError, git
 
 NEXT = """After `. .venv/bin/activate`:
   look         fashion-cnn page opens the CNNs of this run; metrics/figures/ has the pictures

@@ -1,8 +1,8 @@
 """Bring the tracked runs in line with dvc.lock, metrics and experiments.
 
-Stages report as they run. But DVC restores results from its cache without running stages, a store may be
-new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. A second
-sync changes nothing.
+Stages record what they do. But DVC restores results from its cache without running stages, a store may be
+new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. So this makes
+the same records of what DVC and git have. A second sync changes nothing.
 """
 
 import hashlib
@@ -11,58 +11,57 @@ import json
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
-from functools import cache, partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from fashion_cnn.commands.dvc_experiments import Experiment, experiments
-from fashion_cnn.commands.history import file_at, weights_at
-from fashion_cnn.commands.mend_lock import LOCK, parse_lock
+from fashion_cnn.commands.dvc_state import Experiment, experiments, parse_lock, weights_at
 from fashion_cnn.lesson.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.files import numbers, read_json, write_text
-from fashion_cnn.project.outbox import outboxes
-from fashion_cnn.project.provenance import NOT_CODE, GitError, git, git_diff, git_tags
+from fashion_cnn.project.files import md5_of, numbers, read_json, write_text
+from fashion_cnn.project.records import DIFF, Record, now_ms, records_folder
+from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, code_state, file_at, git
 from fashion_cnn.tracking import runs
-from fashion_cnn.tracking.sender import send_left_over
+from fashion_cnn.tracking.follower import send_left_over
 from fashion_cnn.tracking.store import Store, StoreError, as_store_error, connect, shown, store_url
 
 PLOTS, PAGE = "plot_results", "build_page"
 SEEN = Path(".dvc/tmp/synced")
 CODE, RUNS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as .dvcignore has it
-Origin = Callable[[], tuple[dict, str | None]]  # tags of a run, and the uncommitted changes of its code
 
 
 def main(is_quiet: bool = False) -> None:
-    """Send what was missed, then compare the trainings of experiments and of dvc.lock with their runs.
+    """Bring in line what stages left, then the runs of experiments, then those of dvc.lock.
 
     `is_quiet`: say nothing of runs that are up to date.
     """
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
-    stages = read_stages(LOCK.read_bytes())
-    trainings = [training for name, training in TRAININGS.items() if name in stages]
-    results = [read_results(training, stages) for training in trainings]
-    with as_store_error():
+    entries = read_entries(LOCK.read_bytes())
+    here, now = code_state(), now_ms()
+    with tempfile.TemporaryDirectory() as scratch, as_store_error():
+        found = {}
+        for name in [name for name in TRAININGS if name in entries]:
+            origin = here if _is_code_of(entries[name]) else ({}, b"")
+            found[name] = records_of(TRAININGS[name], entries, Path(), Path(scratch), origin, now)
         store = connect()
         for fault in send_left_over(store):
             print(f"sync: {fault}")
         sync_experiments(store)  # first: runs of an experiment that is checked out are the experiment's
-        for result in results:
-            stage = result.training.stage
-            found = runs.find_runs(store, weights_sha256=result.weights_sha256, dvc_stage=stage)
-            target, origin = next(iter(found), None), partial(_origin_of_tree, stages[stage])
-            for run_id, changes in sync_runs(store, result, found, target, origin, replace=True).items():
-                if changes or not is_quiet:
-                    print(f"sync: {stage}, run {run_id}: {', '.join(changes) or 'up to date'}")
+        for name, records in found.items():
+            changes = bring_in_line(store, records)
+            new = {run_id: added for run_id, added in changes.items() if added}
+            if not new and not is_quiet:
+                new = {next(iter(changes)): ["up to date"]}
+            for run_id, added in new.items():
+                print(f"sync: {name}, run {run_id}: {', '.join(added)}")
 
 
 def main_if_new() -> None:
     """The same, unless the last time saw these results, experiments and store: it takes seconds."""
-    left = any(outboxes().glob("[!.]*"))
+    left = any(records_folder().glob("[!.]*"))
     if left or not SEEN.exists() or SEEN.read_text(encoding="utf-8") != _seen():
         main(is_quiet=True)
         write_text(SEEN, _seen())
@@ -80,87 +79,79 @@ def _seen() -> str:
     return hashlib.sha256(store.encode() + LOCK.read_bytes() + references).hexdigest()
 
 
-class Results(NamedTuple):
-    """What there is of one training, read and checked; paths are from the current folder."""
-
-    training: Training
-    weights_sha256: str
-    params: dict[str, object]
-    curve: list[dict]
-    metrics: dict[str, float]  # beside the curve
-    reports: dict[str, list[Path]]  # files by the later stage that wrote them
-    lock: dict  # the entries of dvc.lock
+def bring_in_line(store: Store, records: list[Record], only_missing: bool = False) -> dict[str, list[str]]:
+    """The same for several records of a training, the training's own first."""
+    changes: dict[str, list[str]] = {}
+    for record in records:
+        for run_id, added in runs.bring_in_line(store, record, only_missing).items():
+            changes[run_id] = changes.get(run_id, []) + added
+    return changes
 
 
-def read_stages(content: bytes) -> dict:
+def read_entries(content: bytes) -> dict:
     """The entries of a dvc.lock. Raises StageError if it is damaged, or an entry lacks outputs."""
     lock = parse_lock(content)
     if lock is None:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
     for name, stage in lock["stages"].items():  # a file cut between two entries is one that DVC still reads
-        expected = _files_of(TRAININGS[name]) if name in TRAININGS else set()
+        expected = {str(path) for path in TRAININGS[name].outputs} if name in TRAININGS else set()
         found = {out["path"]: out.get("md5") for out in stage.get("outs", [])}
         if not found or not all(found.values()) or not expected <= found.keys():
             raise StageError(f"{LOCK}: {name} lacks outputs; `dvc repro` completes it")
     return lock["stages"]
 
 
-def read_results(training: Training, stages: dict) -> Results:
-    """Read what dvc.lock names of a training. Raises StageError if a file is missing or another one."""
-    for out in stages[training.stage]["outs"]:
-        _check(out)
-    curve = read_table(training.curve, TOY_CURVE, others=NUMBER)
-    metrics = numbers(read_json(training.metrics))
-    names, reports = _reports(training, stages), {}
-    for name in names:
-        files = [file for out in stages[name]["outs"] for file in _files(_check(out))]
-        if name == PLOTS:
-            files = [file for file in files if file.stem in training.figures]
-        if all(file.exists() for file in files):  # the page may be in the DVC cache alone
-            reports[name.split("@")[0]] = files
-    return Results(
-        training,
-        read_weights_sha256(training.metrics),
-        _params(training, stages),
-        curve,
-        {name: value for name, value in metrics.items() if name not in curve[0]},
-        reports,
-        {name: stages[name] for name in (training.stage, *names)},
-    )
+def records_of(
+    training: Training, entries: dict, root: Path, scratch: Path, origin: tuple[dict, bytes], when: int
+) -> list[Record]:
+    """Records of a training in dvc.lock and of the later stages that read it; its files are below `root`.
 
-
-def sync_runs(store: Store, results: Results, found: list, target, origin: Origin, replace: bool) -> dict:
-    """Complete the runs of a training's weights, or make one; returns what was added, by the runs' ids.
-
-    What the training made goes to `target`, one of `found`: the others may be of other code. What later
-    stages wrote goes to all. `replace`: whether it takes the place of what was sent earlier.
+    `origin` is the code that made it, as code_state has it. Raises StageError if a file is missing, or is
+    another one.
     """
-    client, training = store.client, results.training
-    tags, diff = origin() if target is None or runs.lacks_origin(target) else ({}, None)
-    name = runs.run_name(training.stage, tags, results.params)
-    if target is None:
-        run_id = runs.stand_in(store, training.stage, results.weights_sha256, tags, diff, name)
-    else:
-        run_id = target.info.run_id
-        if tags or (runs.lacks_origin(target) and target.info.status == "RUNNING"):  # left by a kill
-            runs.add_origin(client, run_id, tags, diff, name)
-    when = runs.now()
-    sent = {
-        "made": target is None,
-        "commit": target is not None and bool(tags),
-        "params": runs.log_params(client, run_id, results.params),
-        "curve": runs.log_missing_epochs(client, run_id, results.curve, when),
-        "model": _sync_model(client, run_id, training),
-        "metrics": runs.log_new_metrics(client, run_id, results.metrics, when),
-    }
-    changes = {run_id: [name for name, was_sent in sent.items() if was_sent]}
-    for one in {run_id, *(run.info.run_id for run in found)}:
-        added = [stage for stage in results.reports if _sync_report(client, one, stage, results, replace)]
-        if added:
-            changes[one] = changes.get(one, []) + added
-    if _sync_lock(client, run_id, results, replace):
-        changes[run_id].append("dvc.lock")
-    return changes
+    for out in entries[training.stage]["outs"]:
+        _check(root, out)
+    curve = read_table(root / training.curve, TOY_CURVE, others=NUMBER)
+    metrics = numbers(read_json(root / training.metrics))
+    later = _reports(training, entries)
+    (folder := scratch / training.stage).mkdir()
+    lock, diff = folder / runs.LOCK_FILE, folder / DIFF
+    lock.write_text(json.dumps({name: entries[name] for name in (training.stage, *later)}, indent=2))
+    diff.write_bytes(origin[1])
+    own = Record(
+        training=training.stage,
+        weights_sha256=read_weights_sha256(root / training.metrics),
+        dvc_lock=hashlib.sha256(json.dumps(entries[training.stage]).encode()).hexdigest()[:32],
+        tags=origin[0],
+        params=_params(training, entries),
+        rows=curve,
+        metrics={name: value for name, value in metrics.items() if name not in curve[0]},
+        begun=when,
+        ended=when,
+        files={lock.name: lock},
+        weights=root / training.weights if (root / training.weights).exists() else None,
+        diff=diff if origin[1] else None,
+    )
+    return [own, *(_report(own, name, entries[name], root) for name in later)]
+
+
+def _report(own: Record, name: str, entry: dict, root: Path) -> Record:
+    """What a later stage says about the training of a record."""
+    paths = [path for out in entry["outs"] for path in _files(_check(root, out))]
+    if name == PLOTS:
+        paths = [path for path in paths if path.stem in TRAININGS[own.training].figures]
+    metrics: dict = {}
+    for path in paths:
+        metrics |= numbers(read_json(path)) if path.suffix == ".json" else {}
+    files = {f"{name.partition('@')[0]}/{path.name}": path for path in paths}
+    return Record(
+        training=own.training,
+        weights_sha256=own.weights_sha256,
+        metrics=metrics,
+        begun=own.begun,
+        ended=own.ended,
+        files=files if all(path.exists() for path in paths) else {},  # the page may be in DVC's cache alone
+    )
 
 
 def sync_experiments(store: Store) -> None:
@@ -173,42 +164,32 @@ def sync_experiments(store: Store) -> None:
     known = defaultdict(list)
     for run in runs.find_runs(store) if found else []:
         known[run.data.tags.get("dvc_stage"), run.data.tags.get("weights_sha256")].append(run)
-    before = cache(_weights_before)
-    made: dict[Experiment, list] = {}
-    newest: dict[tuple, Experiment] = {}
-    for experiment in found:
+    before, taken = cache(_weights_before), set()
+    for experiment in reversed(found):  # of several with the same weights, the newest gets the run
         with _left_out(experiment):
-            committed = before(experiment.baseline)
-            made[experiment] = [one for one in _weights_at(experiment.reference) if one not in committed]
-            newest |= dict.fromkeys(made[experiment], experiment)
-    for experiment, weights in made.items():
-        left = {}
-        for one in weights:
-            own = [run for run in known[one] if run.data.tags.get("dvc_exp_name") == experiment.name]
-            own.sort(key=lambda run: run.data.tags.get("git_commit") != experiment.baseline)
-            nobodys = [run for run in known[one] if runs.lacks_origin(run)]
-            target = next(iter(own or nobodys), None)
-            if not own and (newest[one] is not experiment or (known[one] and not nobodys)):
-                continue  # another training's run will do
-            if target is None or runs.synced_tag("dvc_lock") not in target.data.tags:
-                left[TRAININGS[one[0]]] = known[one], target
-        if left:
-            with _left_out(experiment):
+            left = []
+            for one in weights_at(experiment.reference).items():
+                own = runs.of_experiment(known[one], experiment.name, experiment.baseline)
+                is_first = one not in taken and (own or not known[one])
+                if one in before(experiment.baseline).items() or not (is_first or _is_named(own, experiment)):
+                    continue  # another training's run will do
+                taken.add(one)
+                if not own or runs.DVC_LOCK not in own[0].data.tags:
+                    left.append(TRAININGS[one[0]])
+            if left:
                 _sync_experiment(store, experiment, left)
 
 
-def _weights_at(reference: str) -> list[tuple[str, str]]:
-    """The stages of all trainings that a commit has results of, each with the SHA-256 of its weights."""
-    found = {name: weights_at(reference, training) for name, training in TRAININGS.items()}
-    return [(name, weights) for name, weights in found.items() if weights]
+def _is_named(found: list, experiment: Experiment) -> bool:
+    return any(run.data.tags.get("dvc_exp_name") == experiment.name for run in found)
 
 
-def _weights_before(baseline: str) -> list[tuple[str, str]]:
+def _weights_before(baseline: str) -> dict[str, str]:
     """Those of the commit of an experiment, or of HEAD if this clone does not have it, or it is damaged."""
     try:
-        return _weights_at(baseline)
+        return weights_at(baseline)
     except StageError:
-        return _weights_at("HEAD")
+        return weights_at("HEAD")
 
 
 @contextmanager
@@ -223,74 +204,60 @@ def _left_out(experiment: Experiment) -> Iterator[None]:
         print(f"sync: left out experiment {name}: {what}; `dvc exp remove {name}` drops it")
 
 
-def _sync_experiment(store: Store, experiment: Experiment, left: dict[Training, tuple[list, Any]]) -> None:
+def _sync_experiment(store: Store, experiment: Experiment, left: list[Training]) -> None:
     lock = file_at(experiment.reference, LOCK)
     if lock is None:
         raise StageError(f"{LOCK}: not in the experiment, expected beside its metrics")
-    stages = read_stages(lock)
-    tags, diff = _origin_of(experiment)
-    with _metrics_of(experiment):
-        for results in [read_results(training, stages) for training in left if training.stage in stages]:
-            known, target = left[results.training]
-            changes = sync_runs(store, results, known, target, lambda: (tags, diff), replace=False)
-            for run_id, added in changes.items():
+    entries, origin = read_entries(lock), _origin_of(experiment)
+    archive = git("archive", "--format=zip", experiment.reference, "--", "metrics")
+    with tempfile.TemporaryDirectory() as folder:
+        root, scratch = Path(folder, "experiment"), Path(folder)
+        zipfile.ZipFile(io.BytesIO(archive)).extractall(root)
+        for training in left:
+            if training.stage not in entries:
+                continue
+            records = records_of(training, entries, root, scratch, origin, 1000 * experiment.time)
+            for run_id, added in bring_in_line(store, records, only_missing=True).items():
                 if added:
                     said = f"{', '.join(added)} of experiment {experiment.name}"
-                    print(f"sync: {results.training.stage}, run {run_id}: {said}")
+                    print(f"sync: {training.stage}, run {run_id}: {said}")
 
 
-def _origin_of(experiment: Experiment) -> tuple[dict, str | None]:
+def _origin_of(experiment: Experiment) -> tuple[dict, bytes]:
     """Tags of the runs of an experiment, and the changes of code that it was made with."""
     name, baseline = {"dvc_exp_name": experiment.name}, experiment.baseline
     try:  # diff-tree, since the user's settings colour what `git diff` prints, or change its paths
         options = ("-p", "--binary", "--no-ext-diff")
         diff = git("diff-tree", *options, baseline, experiment.reference, "--", ".", *NOT_CODE)
     except GitError:  # again a clone of few commits
-        return name, None
-    tags = name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}
-    return tags, diff.decode("latin-1") if diff else None
+        return name, b""
+    return name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}, diff
 
 
-def _origin_of_tree(stage: dict) -> tuple[dict, str | None]:
-    """The same of the working tree, if it holds the code that made a stage's results."""
-    code = {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"].startswith(CODE)}
-    is_here = all(Path(path).exists() and _md5(Path(path), RUNS) == digest for path, digest in code.items())
-    tags = git_tags() if is_here else {}
-    return tags, git_diff() if tags.get("git_dirty") == "true" else None
+def _is_code_of(entry: dict) -> bool:
+    """Whether the working tree holds the code that a stage ran with."""
+    code = {dep["path"]: dep["md5"] for dep in entry.get("deps", []) if dep["path"].startswith(CODE)}
+    return all(Path(path).exists() and _md5(Path(path), RUNS) == digest for path, digest in code.items())
 
 
-@contextmanager
-def _metrics_of(experiment: Experiment) -> Iterator[None]:
-    """Stand in a folder with the metrics that git has of an experiment."""
-    archive = git("archive", "--format=zip", experiment.reference, "--", "metrics")
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
-        with chdir(folder):
-            yield
-
-
-def _files_of(training: Training) -> set[str]:
-    return {str(path) for path in (training.weights, training.curve, training.metrics)}
-
-
-def _reports(training: Training, stages: dict) -> list[str]:
-    """The stages of dvc.lock that report on a training, and not on an earlier one."""
+def _reports(training: Training, entries: dict) -> list[str]:
+    """The stages of dvc.lock that say something about a training, and not about an earlier one."""
     about_it = [training.evaluation, PLOTS, *([] if training is TOY else [PAGE])]
-    makers = [stages[name] for name in (training.stage, training.evaluation) if name in stages]
-    return [name for name in about_it if name in stages and _has_read(stages[name], makers)]
+    makers = [entries[name] for name in (training.stage, training.evaluation) if name in entries]
+    return [name for name in about_it if name in entries and _has_read(entries[name], makers)]
 
 
-def _has_read(stage: dict, makers: list[dict]) -> bool:
+def _has_read(entry: dict, makers: list[dict]) -> bool:
     """Whether a stage ran with what others have made by now: dvc.lock keeps it until it runs again."""
     made = {out["path"]: out.get("md5") for maker in makers for out in maker.get("outs", [])}
-    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in stage.get("deps", []))
+    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in entry.get("deps", []))
 
 
-def _params(training: Training, stages: dict) -> dict:
+def _params(training: Training, entries: dict) -> dict:
     """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
-    stage, copies = stages[training.stage], stages.get("augment_images")
-    readers = [stage]
-    if training.images == "augmented" and copies and _has_read(stage, [copies]):
+    entry, copies = entries[training.stage], entries.get("augment_images")
+    readers = [entry]
+    if training.images == "augmented" and copies and _has_read(entry, [copies]):
         readers.append(copies)
     params: dict[str, object] = {}
     for reader in readers:
@@ -302,77 +269,24 @@ def _params(training: Training, stages: dict) -> dict:
     return params
 
 
-def _sync_model(client, run_id: str, training: Training) -> bool:
-    """Log the model to a run that has none; needs the weights, which only the DVC cache may have."""
-    if not training.weights.exists() or runs.ready_models(client, client.get_run(run_id)):
-        return False
-    runs.log_model(client, run_id, training.stage, training.weights)
-    return True
-
-
-def _sync_report(client, run_id: str, stage: str, results: Results, replace: bool) -> bool:
-    """Attach what a later stage wrote about the training."""
-    files = results.reports[stage]
-    metrics: dict[str, float] = {}
-    for file in files:
-        if file.suffix == ".json":
-            metrics |= numbers(read_json(file))
-    content = b"".join(file.read_bytes() for file in files)
-    return _once(
-        client, run_id, stage, content, lambda: replace,
-        lambda: runs.log_report(client, run_id, stage, metrics, files, runs.now()),
-    )  # fmt: skip
-
-
-def _sync_lock(client, run_id: str, results: Results, replace: bool) -> bool:
-    """Attach the entries of dvc.lock, unless the run has those of another training to the same weights."""
-    name, stage, lock = "dvc.lock.json", results.training.stage, json.dumps(results.lock, indent=2)
-
-    def is_ours() -> bool:
-        if name not in [one.path for one in client.list_artifacts(run_id)]:
-            return True
-        with tempfile.TemporaryDirectory() as folder:
-            has = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
-        try:
-            return json.loads(has)[stage] == results.lock[stage]
-        except (ValueError, LookupError, TypeError):  # none that sync wrote
-            return True
-
-    return _once(
-        client, run_id, "dvc_lock", lock.encode(), lambda: replace and is_ours(),
-        lambda: client.log_text(run_id, lock, name),
-    )  # fmt: skip
-
-
-def _once(client, run_id: str, name: str, content: bytes, may_replace: Callable, send: Callable) -> bool:
-    """Call `send` unless a tag of the run says that it was called: for this content, or for any other."""
-    digest = hashlib.sha256(content).hexdigest()
-    sent = client.get_run(run_id).data.tags.get(runs.synced_tag(name))
-    if sent == digest or (sent and not may_replace()):
-        return False
-    send()
-    client.set_tag(run_id, runs.synced_tag(name), digest)
-    return True
-
-
 def _md5(path: Path, ends: str | tuple[str, ...] = "") -> str:
     """DVC's digest of a file, or of the files in a folder whose names end so."""
     if path.is_file():
-        return hashlib.md5(path.read_bytes()).hexdigest()
+        return md5_of(path.read_bytes())
     files = sorted(file for file in path.rglob("*") if file.name.endswith(ends) and file.is_file())
     entries = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+    return md5_of(json.dumps(entries, sort_keys=True).encode()) + ".dir"
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
-def _check(out: dict) -> Path:
+def _check(root: Path, out: dict) -> Path:
     """The path of an output in dvc.lock. Raises StageError if its content is not the one named there."""
-    path = Path(out["path"])
+    path = root / out["path"]
     if path.exists() and _md5(path) != out["md5"]:
-        raise StageError(f"{path}: differs from dvc.lock; `dvc repro` writes both again")
-    if not path.exists() and path.parts[0] == "metrics":
-        raise StageError(f"{path}: not found, expected as in dvc.lock; `dvc repro` makes it")
+        raise StageError(f"{out['path']}: differs from dvc.lock; `dvc repro` writes both again")
+    if not path.exists() and out["path"].startswith("metrics/"):
+        raise StageError(f"{out['path']}: not found, expected as in dvc.lock; `dvc repro` makes it")
     return path

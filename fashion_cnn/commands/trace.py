@@ -5,12 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
-from fashion_cnn.commands.history import weights_at
-from fashion_cnn.project.catalog import RUN_ID, TRAININGS
+from fashion_cnn.commands.dvc_state import weights_at
+from fashion_cnn.project.catalog import RUN_ID
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.project.provenance import GitError, git
-from fashion_cnn.tracking.runs import NEWEST, TRAIN_IMAGES
+from fashion_cnn.project.repository import GitError, git
+from fashion_cnn.tracking.runs import IMAGES, NEWEST
 from fashion_cnn.tracking.store import connect
 
 
@@ -42,7 +42,7 @@ def queries(what: str) -> list[str]:
     except GitError as error:
         raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
     # Runs of its code, and those whose results it holds: a kept experiment ran on the commit before.
-    held = {sha256 for training in TRAININGS.values() if (sha256 := weights_at(commit, training))}
+    held = set(weights_at(commit).values())
     return [
         f"tags.git_commit = '{commit}'",
         *(f"tags.weights_sha256 = '{sha256}'" for sha256 in sorted(held)),
@@ -83,7 +83,7 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append("# the run had uncommitted changes, which it does not record")
     changes = []
     for name, value in sorted(run.data.params.items()):
-        if name != TRAIN_IMAGES:
+        if name != IMAGES:
             changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
     return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fashion_cnn.commands.trial import run, steadily
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.provenance import git
+from fashion_cnn.project.repository import git
 from fashion_cnn.tracking.store import CONNECT, StoreError, connect
 
 ROOT = Path(__file__).resolve().parents[2]

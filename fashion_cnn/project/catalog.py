@@ -32,6 +32,11 @@ class Training:
         """Those of the last epoch, and the SHA-256 of the weights."""
         return self.results.with_suffix(".json")
 
+    @property
+    def outputs(self) -> tuple[Path, Path, Path]:
+        """What each training writes."""
+        return self.weights, self.curve, self.metrics
+
 
 def _cnn(images: str) -> Training:
     return Training(

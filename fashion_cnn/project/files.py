@@ -34,6 +34,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def md5_of(content: bytes) -> str:
+    """DVC's digest of a file's bytes, in hex; no protection, which is how FIPS allows it."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with plain line feeds."""
     with replace_atomically(path) as partial:

@@ -1,5 +1,6 @@
 """Reading params.yaml: validated as a whole before any work."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,3 +55,17 @@ def read_yaml(path: Path) -> object:
     # Beside its own errors, it lets through those of int(), of dates and of deep nesting.
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def params_in(content: bytes) -> dict[str, object]:
+    """The params of a params.yaml, under their paths, whichever its version has; none if it is damaged."""
+    try:
+        sections = YAML(typ="safe").load(content)
+        return {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
+    except (YAMLError, AttributeError):
+        return {}
+
+
+def as_yaml(value: object) -> str:
+    """A value as params.yaml has it, and as `dvc exp run -S` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

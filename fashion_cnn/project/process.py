@@ -15,7 +15,10 @@ from fashion_cnn.project.errors import StageError
 
 DVC = (sys.executable, "-m", "dvc")  # this environment's, whatever is on the path
 # What a git hook sets, and may name another repository than that of the current folder.
-ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+ELSEWHERE = (
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+)  # fmt: skip
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 # What these libraries read from the environment changes the last bits of results, or the speed. No

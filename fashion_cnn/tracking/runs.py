@@ -1,26 +1,30 @@
-"""What is written into a run of MLflow, each a call that may be repeated: values, data, models, reports."""
+"""The runs of MLflow, and the one function that brings them in line with a record."""
 
+import hashlib
 import json
 import math
+import os
 import sys
-import tempfile
 import textwrap
-import time
+from collections import defaultdict
+from getpass import getuser
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from ruamel.yaml import YAML, YAMLError
 
 from fashion_cnn.project.catalog import TOY, TRAININGS
-from fashion_cnn.project.provenance import GitError, git
+from fashion_cnn.project.files import sha256_of
+from fashion_cnn.project.params import as_yaml, params_in
+from fashion_cnn.project.records import Record, now_ms
+from fashion_cnn.project.repository import GitError, git
 from fashion_cnn.schema import N_TRAIN
-from fashion_cnn.tracking.store import Store
+from fashion_cnn.tracking.store import Store, locked
 
 NEWEST = ["attributes.start_time DESC"]
 LIMIT = sys.float_info.max  # what MLflow keeps infinity as
-TRAIN_IMAGES = "train_images"  # a param of runs that is not one of params.yaml
+IMAGES = "train_images"  # a param of runs that is not one of params.yaml
+DVC_LOCK, LOCK_FILE = "dvc_lock", "dvc.lock.json"  # a tag, and the file that it is the digest of
 # Of runs in MLflow's charts and tables; without them, two of a few runs may have the same. Okabe and Ito's,
 # from those of the figures on.
 COLOR = "mlflow.runColor"
@@ -29,37 +33,49 @@ NOTE = (
     "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
     "commands that restore it. Figures and tables are artifacts, under the stage that made them."
 )
+STAND_IN = (
+    "Made to hold results of weights that were not trained into this store: "
+    "they came from the DVC cache, or the store is new or was unreachable."
+)
 
 
-def run_name(stage: str, tags: dict, params: dict) -> str:
-    """The stage, and what is special about the run: its experiment, or the params that were not committed."""
-    if "dvc_exp_name" in tags:
-        return f"{stage} {tags['dvc_exp_name']}"
-    try:
-        committed = params_in(git("show", f"{tags['git_commit']}:./params.yaml"))
-    except (KeyError, GitError):  # not in git, or without params there
-        return stage
-    own = f"{stage.partition('@')[0]}."
-    changed = [
-        f"{name.removeprefix(own)}={as_yaml(value)}"
-        for name, value in params.items()
-        if committed.get(name) != value
-    ]
-    return textwrap.shorten(" ".join([stage, *changed]), 100, placeholder=" …")
+def bring_in_line(store: Store, record: Record, only_missing: bool = False) -> dict[str, list[str]]:
+    """Write what the runs of a record lack; returns what was added, by the runs' ids.
+
+    It may be repeated, and cut short anywhere. What a training made goes to one run, what a later stage says
+    to all runs of its weights; without any, one is made. `only_missing`: nothing takes the place of what a
+    run has already.
+    """
+    with locked():  # or two at once would each make a run
+        found, made = runs_of(store, record), []
+        if not found:
+            found, made = [create_run(store, record)], ["made"]
+    return {run.info.run_id: made + _complete(store, run, record, only_missing) for run in found}
 
 
-def params_in(content: bytes) -> dict[str, object]:
-    """The params of a params.yaml, under their paths, whichever its version has; none if it is damaged."""
-    try:
-        sections = YAML(typ="safe").load(content)
-        return {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
-    except (YAMLError, AttributeError):
-        return {}
+def runs_of(store: Store, record: Record) -> list:
+    """The runs that a record is about, those that exist."""
+    if record.key:
+        return find_runs(store, training=record.key)[:1]
+    found = find_runs(store, dvc_stage=record.training, weights_sha256=record.weights_sha256)
+    if not record.dvc_lock:
+        return found
+    mine = [run for run in found if run.data.tags.get(DVC_LOCK, record.dvc_lock) == record.dvc_lock]
+    if name := record.tags.get("dvc_exp_name"):
+        mine = of_experiment(mine, name, record.tags.get("git_commit"))
+    return (mine or found)[:1]  # without one of its own, it is another training's to the same weights
 
 
-def has_run(store: Store, run_id: str) -> bool:
-    """Whether the store has the run, and it is not deleted."""
-    return bool(store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'"))
+def of_experiment(found: list, name: str, baseline: str | None) -> list:
+    """Those runs that are an experiment's, that of its commit first, or may become so."""
+    own = [run for run in found if run.data.tags.get("dvc_exp_name") == name]
+    own.sort(key=lambda run: run.data.tags.get("git_commit") != baseline)
+    return own + [run for run in found if lacks_origin(run)]
+
+
+def lacks_origin(run) -> bool:
+    """Whether a run is a stand-in that does not say which code made its weights."""
+    return "stand_in" in run.data.tags and not {"git_commit", "dvc_exp_name"} & run.data.tags.keys()
 
 
 def find_runs(store: Store, **tags: str) -> list:
@@ -73,155 +89,268 @@ def find_runs(store: Store, **tags: str) -> list:
             return found
 
 
-def find_run(store: Store, **tags: str) -> str | None:
-    """The id of the newest run with these tags."""
-    found = find_runs(store, **tags)
-    return found[0].info.run_id if found else None
+def find_run(store: Store, run_id: str):
+    """A run that is not deleted, by its id."""
+    found = store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'")
+    return found[0] if found else None
 
 
-def create_run(store: Store, training: str, name: str, tags: dict[str, str], when: int | None = None) -> str:
-    """Make a run in the experiment of its training, in another colour than the last one; `when` in ms."""
-    experiment_id = store.experiment_of(training)
+def create_run(store: Store, record: Record):
+    """Make the run of a record in the experiment of its training, in another colour than the last one."""
+    experiment_id = store.experiment_of(record.training)
     last = store.client.search_runs([experiment_id], max_results=1, order_by=NEWEST)
     color = last[0].data.tags.get(COLOR, COLORS[-1]) if last else COLORS[-1]
     place = COLORS.index(color) if color in COLORS else -1  # a user may have chosen another
-    tags = tags | {COLOR: COLORS[(place + 1) % len(COLORS)]}
-    return store.client.create_run(experiment_id, when, tags, run_name=name).info.run_id
+    tags = {
+        "dvc_stage": record.training,
+        COLOR: COLORS[(place + 1) % len(COLORS)],
+        "mlflow.source.name": f"stages/{record.training.partition('@')[0]}.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+    }
+    if record.key:
+        tags["training"] = record.key
+    else:
+        tags |= {"stand_in": "true", "weights_sha256": record.weights_sha256, "mlflow.note.content": STAND_IN}
+    run = store.client.create_run(experiment_id, record.begun, tags, run_name=run_name(record))
+    if record.key:
+        store.client.set_tag(run.info.run_id, "mlflow.note.content", NOTE.format(run.info.run_id))
+    return run
 
 
-def ready_models(client, run) -> list:
-    """The run's models that have their files: MLflow attaches one before it sends them."""
-    from mlflow.exceptions import MlflowException
-
-    found = []
-    for output in run.outputs.model_outputs:
-        try:
-            found.append(client.get_logged_model(output.model_id))
-        except MlflowException as error:  # deleted, though the run still names it
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    return [model for model in found if model.status == "READY"]
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # as in a container that runs as a number without a name
+        return str(os.getuid())
 
 
-def is_finished(client, run_id: str) -> bool:
-    """Whether the run holds a training that has ended well."""
-    run = client.get_run(run_id)
-    return run.info.status == "FINISHED" and "weights_sha256" in run.data.tags
+def run_name(record: Record) -> str:
+    """The stage, and what is special about the run: its experiment, or the params that were not committed."""
+    stage, tags = record.training, record.tags
+    if "dvc_exp_name" in tags:
+        return f"{stage} {tags['dvc_exp_name']}"
+    try:
+        committed = params_in(git("show", f"{tags['git_commit']}:./params.yaml"))
+    except (KeyError, GitError):  # not in git, or without params there
+        return stage
+    own = f"{stage.partition('@')[0]}."
+    changed = [
+        f"{name.removeprefix(own)}={as_yaml(value)}"
+        for name, value in record.params.items()
+        if committed.get(name) != value
+    ]
+    return textwrap.shorten(" ".join([stage, *changed]), 100, placeholder=" …")
 
 
-def stand_in(
-    store: Store, training: str, weights_sha256: str, tags: dict, diff: str | None, name: str = ""
-) -> str:
-    """Make a finished run for weights that the store does not know; it says so.
+def _complete(store: Store, run, record: Record, only_missing: bool) -> list[str]:
+    """Write what a run lacks of a record; its status last, so that a run that is finished has all."""
+    client, run_id, tags = store.client, run.info.run_id, run.data.tags
+    is_finished = run.info.status == "FINISHED" and "weights_sha256" in tags
+    is_own = bool(record.key) and not is_finished
+    if is_own and run.info.status != record.status == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    if record.key and record.weights_sha256 and tags.get("weights_sha256") != record.weights_sha256:
+        client.set_tag(run_id, "weights_sha256", record.weights_sha256)  # early: later stages look for it
+    is_other = DVC_LOCK in tags and tags[DVC_LOCK] != record.dvc_lock  # by other code, to the same weights
+    files = {name: path for name, path in record.files.items() if not (name == LOCK_FILE and is_other)}
+    sent = {
+        "commit": _log_origin(client, run, record) if is_own or lacks_origin(run) else False,
+        "params": _log_params(client, run, record.params),
+        "data": _log_dataset(client, run, record),
+        "curve": _log_epochs(client, run_id, record),
+        "metrics": _log_metrics(client, run, record, only_missing),
+        "model": _log_model(client, run, record),
+    }
+    added = [name for name, was_sent in sent.items() if was_sent]
+    added += _log_files(client, run, files, only_missing)
+    if record.dvc_lock and not is_other and DVC_LOCK not in tags:
+        client.set_tag(run_id, DVC_LOCK, record.dvc_lock)
+    if record.status != "RUNNING":
+        log_model_metrics(client, run_id)
+    is_left = "stand_in" in tags and run.info.status == "RUNNING"  # just made, or left so by a kill
+    if is_left or (is_own and run.info.status != record.status != "RUNNING"):
+        client.set_terminated(run_id, record.status, record.ended)
+    return added
 
-    `tags` and `diff` are those of the code that made them, where that is known; `name` is the stage if empty.
-    """
-    note = (
-        "Made to hold results of weights that were not trained into this store: "
-        "they came from the DVC cache, or the store is new or was unreachable."
-    )
-    own = {
-        "mlflow.note.content": note, "weights_sha256": weights_sha256, "stand_in": "true",
-        "dvc_stage": training,
-    }  # fmt: skip
-    run_id = create_run(store, training, training, own)
-    add_origin(store.client, run_id, tags, diff, name or training)
-    return run_id
 
-
-def add_origin(client, run_id: str, tags: dict, diff: str | None, name: str) -> None:
-    """End a stand-in, and say which code made its weights."""
+def _log_origin(client, run, record: Record) -> bool:
+    """Say which code, experiment and machine made the weights of a run."""
     from mlflow.entities import RunTag
 
-    client.set_terminated(run_id)
-    log_diff(client, run_id, diff)
+    new = {name: value for name, value in record.tags.items() if run.data.tags.get(name) != value}
+    if not new:
+        return False
+    if record.diff:
+        client.log_artifact(run.info.run_id, record.diff)
+    if not record.key:
+        new["mlflow.runName"] = run_name(record)
     # At once, since a kill between two would leave a half that looks whole.
-    client.log_batch(run_id, tags=[RunTag(*tag) for tag in {"mlflow.runName": name, **tags}.items()])
+    client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in new.items()])
+    return True
 
 
-def lacks_origin(run) -> bool:
-    """Whether a run is a stand-in that does not say which code made its weights."""
-    return "stand_in" in run.data.tags and not {"git_commit", "dvc_exp_name"} & run.data.tags.keys()
-
-
-def as_yaml(value: object) -> str:
-    """A value as params.yaml has it, and as `dvc exp run -S` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def log_params(client, run_id: str, params: dict[str, Any]) -> bool:
-    """Log those params that the run lacks, under their path in params.yaml; returns whether it lacked any.
+def _log_params(client, run, params: dict[str, object]) -> bool:
+    """Log those params that the run lacks, under their path in params.yaml.
 
     Beside them, how many images a CNN trains on: the default of split.train_size, null, does not say it.
     """
     from mlflow.entities import Param
 
     if "split.val_size" in params:
-        rest = N_TRAIN - params["split.val_size"]
-        params = {**params, TRAIN_IMAGES: params.get("split.train_size") or rest}
-    has = client.get_run(run_id).data.params
-    missing = [Param(name, as_yaml(value)) for name, value in params.items() if name not in has]
-    client.log_batch(run_id, params=missing)
+        rest = N_TRAIN - int(str(params["split.val_size"]))
+        params = {**params, IMAGES: params.get("split.train_size") or rest}
+    missing = [Param(name, as_yaml(value)) for name, value in params.items() if name not in run.data.params]
+    client.log_batch(run.info.run_id, params=missing)
     return bool(missing)
 
 
-def log_diff(client, run_id: str, diff: str | None) -> None:
-    """Log what the tree holds beyond its commit, from git_diff, if it holds more."""
-    if diff is None:
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "uncommitted.diff"
-        path.write_bytes(diff.encode("latin-1"))
-        client.log_artifact(run_id, path)
+def _log_dataset(client, run, record: Record) -> bool:
+    """Log which data a run trains on, and its sizes; of the digest the first 8 digits, as in MLflow's own."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not (data := record.dataset) or (run.inputs and run.inputs.dataset_inputs):
+        return False
+    profile, source = {**data["sizes"], "digest": data["digest"]}, {"uri": data["source"]}
+    dataset = Dataset(
+        data["name"], data["digest"][:8], "local", json.dumps(source), profile=json.dumps(profile)
+    )
+    client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])])
+    return True
 
 
-def log_rows(client, run_id: str, rows: list[dict], when: int) -> None:
+def _log_epochs(client, run_id: str, record: Record) -> bool:
+    """Log those rows of a training's metrics whose epoch the run lacks."""
+    if not record.rows:
+        return False
+    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
+    missing = [row for row in record.rows if row["epoch"] not in logged]
+    _log_rows(client, run_id, missing, record.ended or now_ms())
+    return bool(missing)
+
+
+def _log_metrics(client, run, record: Record, only_missing: bool) -> bool:
+    """Log metrics without an epoch; a value that the run has already is left."""
+    has = run.data.metrics
+    new = {
+        name: value
+        for name, value in record.metrics.items()
+        if name not in has or not (only_missing or _is_kept_as(value, has[name]))
+    }
+    _log_rows(client, run.info.run_id, [{"epoch": 0, **new}], record.ended or now_ms())
+    return bool(new)
+
+
+def _log_rows(client, run_id: str, rows: list[dict], when: int) -> None:
     """Log rows of metrics, each at its epoch, in calls of at most 1,000, MLflow's limit; `when` in ms."""
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, value, when, row["epoch"])
+        Metric(name, value, int(row.get("time", when)), int(row["epoch"]))
         for row in rows
         for name, value in row.items()
-        if name != "epoch"
+        if name not in ("epoch", "time")
     ]
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics[start : start + 1000])
 
 
-def log_missing_epochs(client, run_id: str, rows: list[dict], when: int) -> int:
-    """Log those rows of a training's metrics whose epoch the run lacks; returns how many."""
-    logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
-    missing = [row for row in rows if row["epoch"] not in logged]
-    log_rows(client, run_id, missing, when)
-    return len(missing)
-
-
-def log_new_metrics(client, run_id: str, metrics: dict[str, float], when: int) -> bool:
-    """Log metrics without an epoch; a value that the run has already is left. Returns whether any was new."""
-    has = client.get_run(run_id).data.metrics
-    new = {name: value for name, value in metrics.items() if not _is_kept_as(value, has.get(name))}
-    log_rows(client, run_id, [{"epoch": 0, **new}], when)
-    return bool(new)
-
-
-def _is_kept_as(value: float, kept: float | None) -> bool:
+def _is_kept_as(value: float, kept: float) -> bool:
     """Whether a store that was given `value` says `kept`."""
-    if kept is None:
-        return False
     if math.isnan(value):
         return math.isnan(kept)
     return np.clip(value, -LIMIT, LIMIT) == kept
 
 
-def log_report(client, run_id: str, stage: str, metrics: dict, files: list[Path], when: int) -> None:
-    """Log what a later stage says about a training; the run's status and times stay as they are."""
-    if synced_tag(stage) in client.get_run(run_id).data.tags:  # it will no longer be so
-        client.delete_tag(run_id, synced_tag(stage))
-    log_new_metrics(client, run_id, metrics, when)
-    for path in files:
-        client.log_artifact(run_id, path, artifact_path=stage)
-    log_model_metrics(client, run_id)
+def _log_files(client, run, files: dict[str, Path], only_missing: bool) -> list[str]:
+    """Attach files, those of a folder together; returns the folders of which the run had others, or none."""
+    folders: dict[str, dict[str, Path]] = defaultdict(dict)
+    for name, path in files.items():
+        folders[PurePosixPath(name).parts[0]][name] = path
+    added = []
+    for folder, members in folders.items():
+        tag, sent = f"synced_{folder}", run.data.tags.get(f"synced_{folder}")
+        content = sorted([name, sha256_of(path)] for name, path in members.items())
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        if sent == digest or (sent and only_missing):
+            continue
+        if sent:  # it will no longer be so
+            client.delete_tag(run.info.run_id, tag)
+        for name, path in members.items():
+            parent = str(PurePosixPath(name).parent)
+            client.log_artifact(run.info.run_id, path, None if parent == "." else parent)
+        client.set_tag(run.info.run_id, tag, digest)
+        added.append(folder)
+    return added
+
+
+def models_of(client, run) -> list:
+    """The run's models; MLflow attaches one before it sends its files."""
+    from mlflow.exceptions import MlflowException
+
+    found = []
+    for output in run.outputs.model_outputs if run.outputs else []:
+        try:
+            found.append(client.get_logged_model(output.model_id))
+        except MlflowException as error:  # deleted, though the run still names it
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return found
+
+
+def ready_models(client, run) -> list:
+    """The run's models that have their files."""
+    return [model for model in models_of(client, run) if model.status == "READY"]
+
+
+def _log_model(client, run, record: Record) -> bool:
+    """Log the model with the record's weights as torch's exported program, unless the run has one.
+
+    The record's example becomes the input example; a batch of one would be exported as a fixed batch size.
+    """
+    run_id, weights = run.info.run_id, record.weights
+    if not weights or ready_models(client, run):
+        return False
+    import mlflow
+    import torch
+    from mlflow.models import infer_signature
+
+    from fashion_cnn.models.cnns import CNN_SHAPE, TOY_SHAPE, build_toy_cnn, load_cnn, load_weights
+
+    is_toy = record.training == TOY.stage
+    model = load_weights(build_toy_cnn(), weights) if is_toy else load_cnn(weights)
+    shape = TOY_SHAPE if is_toy else CNN_SHAPE
+    example = np.array(record.example, np.float32) if record.example else np.zeros((2, *shape), np.float32)
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(example)).numpy()
+    with locked(run_id):
+        models = models_of(client, client.get_run(run_id))
+        if any(one.status == "READY" for one in models):  # of another process
+            return False
+        for one in models:  # a kill stopped its upload
+            client.delete_logged_model(one.model_id)
+        log_to_run(
+            client, run_id, flavor=mlflow.pytorch, name=TRAININGS[record.training].weights.stem,
+            pytorch_model=model, serialization_format="pt2", input_example=example,
+            signature=infer_signature(example, outputs), pip_requirements=pinned("torch", "numpy"),
+        )  # fmt: skip
+    return True
+
+
+def log_to_run(client, run_id: str, **model: object):
+    """Log a model to a run, in the experiment of the run; returns MLflow's ModelInfo."""
+    import mlflow
+    from mlflow.models import Model
+
+    # Else it goes to the experiment "Default", which is not the project's.
+    mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
+    # Not mlflow.pytorch.log_model, which logs to an active run, and so would make this one running.
+    return Model.log(None, run_id=run_id, **model)
+
+
+def pinned(*names: str) -> list[str]:
+    """Requirements of a model: given, since inferring them takes 5 s; without the "+cpu" of a local build."""
+    return [f"{name}=={version(name).split('+')[0]}" for name in names]
 
 
 def log_model_metrics(client, run_id: str) -> None:
@@ -241,60 +370,3 @@ def log_model_metrics(client, run_id: str) -> None:
             last = max(history, key=lambda one: (one.step, one.timestamp, one.value))
             new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id))
         client.log_batch(run_id, new)
-
-
-def log_dataset(client, run_id: str, name: str, digest: str, source: str, sizes: dict) -> None:
-    """Log which data a run trains on, and its sizes; of `digest` the first 8 digits, as in MLflow's own."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    profile = json.dumps({**sizes, "digest": digest})
-    dataset = Dataset(name, digest[:8], "local", json.dumps({"uri": source}), profile=profile)
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])])
-
-
-def log_model(client, run_id: str, training: str, weights: Path, example: np.ndarray | None = None) -> None:
-    """Log the model with these weights as torch's exported program, unless the run has one.
-
-    `example` (2 or more, C, H, W) float32 becomes the input example; a batch of one would be exported as
-    a fixed batch size.
-    """
-    import mlflow
-    import torch
-    from mlflow.models import Model, infer_signature
-
-    from fashion_cnn.models.cnns import CNN_SHAPE, TOY_SHAPE, build_toy_cnn, load_cnn, load_weights
-
-    run = client.get_run(run_id)
-    if ready_models(client, run):
-        return
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)  # else the model goes to "Default"
-    is_toy = training == TOY.stage
-    model = load_weights(build_toy_cnn(), weights) if is_toy else load_cnn(weights)
-    shape = TOY_SHAPE if is_toy else CNN_SHAPE
-    example = np.zeros((2, *shape), np.float32) if example is None else example
-    with torch.inference_mode():
-        outputs = model(torch.from_numpy(example)).numpy()
-    # Not mlflow.pytorch.log_model, which logs to an active run, and so would make this one running.
-    Model.log(
-        None,
-        flavor=mlflow.pytorch,
-        run_id=run_id,
-        name=TRAININGS[training].weights.stem,
-        pytorch_model=model,
-        serialization_format="pt2",
-        input_example=example,
-        signature=infer_signature(example, outputs),
-        # Given, since inferring them takes 5 s; without the "+cpu" of a local build.
-        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy")],
-    )
-    log_model_metrics(client, run_id)
-
-
-def now() -> int:
-    """Milliseconds, as MLflow counts them."""
-    return int(time.time() * 1000)
-
-
-def synced_tag(stage: str) -> str:
-    """The tag by which `fashion-cnn sync` knows that a run has what the stage wrote."""
-    return f"synced_{stage}"

@@ -8,22 +8,26 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import replace_atomically
-from fashion_cnn.project.provenance import repository_root
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.records import records_folder
+from fashion_cnn.project.repository import repository_root
 from fashion_cnn.project.time_limit import at_most
 
 # Apart, since the toy's metrics and charts are others.
 CNNS, TOYS = "fashion-cnn", "fashion-cnn-toy"
 TEAM = Path("team.env")  # a team's addresses, which git keeps: hence no secret may be in it
 CONNECT = 30  # seconds in which a store must answer
+LOCKED = 300  # seconds to wait for another process that makes the same
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
 # Columns that hold a path of artifacts, which MLflow keeps absolute.
 ARTIFACT_PATHS = {
@@ -87,7 +91,8 @@ class Store:
 
 def prepare_mlflow() -> None:
     """Set what MLflow reads from the environment; call it before anything imports mlflow."""
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID"):  # would credit all to another run or model
+    # The first two would credit all to another run or model, the third register models elsewhere.
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's default retries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
@@ -140,7 +145,7 @@ def shown(url: str) -> str:
 
 
 def store_name() -> str:
-    """The store's address as outboxes keep it: below the root, it moves with the project."""
+    """The store's address as records keep it: below the root, it moves with the project."""
     root, name = f"{repository_root()}/", shown(store_url())
     return name.removeprefix(root) if is_sqlite(store_url()) else name
 
@@ -155,32 +160,53 @@ def connect() -> Store:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    root, url = repository_root(), store_url()
+    url = store_url()
     mlflow.set_tracking_uri(url)
-    # Without the lock, stages that meet a new store at once crash while they create its tables.
-    with (
-        as_store_error(),
-        at_most(CONNECT, TimeoutError(f"no answer within {CONNECT} s")),
-        FileLock(root / "mlflow.db.lock"),
-    ):
+    with as_store_error():
         if is_sqlite(url):
-            _prepare_sqlite(url)
-        store = Store(mlflow.MlflowClient())
-        store.experiment(CNNS)
-        return store
+            _make(url)  # on a slow machine it takes longer than an answer may
+        with at_most(CONNECT, TimeoutError(f"no answer within {CONNECT} s")):
+            if is_sqlite(url):
+                _prepare_sqlite(Path(shown(url)))
+            store = Store(mlflow.MlflowClient())
+            store.experiment(CNNS)
+            return store
 
 
-def _prepare_sqlite(url: str) -> None:
-    """Create the file if it does not exist; check that it is writable, and that its artifacts are here."""
+def _make(url: str) -> None:
+    """Create the file of SQLite if there is none, or an empty one, as another program may leave it."""
     import mlflow
 
+    def is_missing() -> bool:
+        return path.parent.exists() and not (path.exists() and path.stat().st_size)
+
     path = Path(shown(url))
-    if not path.exists() and path.parent.exists():
-        # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
-        # opens.
-        with replace_atomically(path) as partial:
-            partial.unlink(missing_ok=True)  # what an earlier kill left
-            mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
+    if not is_missing():
+        return
+    with locked():
+        if is_missing():  # else another process was faster
+            # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
+            # opens.
+            with replace_atomically(path) as partial:
+                partial.unlink(missing_ok=True)  # what an earlier kill left
+                mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
+
+
+@contextmanager
+def locked(what: str = "store") -> Iterator[None]:
+    """Let one process of a project at a time make the store and its runs, or the model of the run `what`."""
+    lock = records_folder() / f".{what}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=LOCKED):
+            yield
+            lock.unlink()
+    except Timeout:
+        raise StoreError(f"MLflow: {lock} is locked; if no other process is at work, delete it") from None
+
+
+def _prepare_sqlite(path: Path) -> None:
+    """Check that the file is writable, and that its artifacts are in this folder."""
     # MLflow tries for two minutes to open a file that SQLite refuses at once.
     with closing(sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=10)) as database:
         database.execute("BEGIN IMMEDIATE")  # refused if nothing can be written
@@ -191,15 +217,19 @@ def _prepare_sqlite(url: str) -> None:
 
 def _follow_the_folder(database: sqlite3.Connection) -> None:
     """Name this folder in the paths of artifacts: the project may have been moved or copied."""
-    here = (repository_root() / "mlruns").as_uri()
+    here = repository_root() / "mlruns"
     query = "SELECT DISTINCT artifact_location FROM experiments WHERE name IN (?, ?)"
-    for (there,) in database.execute(query, [CNNS, TOYS]).fetchall():
-        if there != here and there.endswith("/mlruns"):  # another name would be the user's choice
+    for (location,) in database.execute(query, [CNNS, TOYS]).fetchall():
+        there = Path(unquote(urlsplit(location).path))
+        if there == here or there.name != "mlruns":  # another name would be the user's choice
+            continue
+        # Some are kept as addresses, and some, such as that of the experiment Default, as paths.
+        for old, new in ((there.as_uri(), here.as_uri()), (str(there), str(here))):
             for table, column in ARTIFACT_PATHS.items():
                 database.execute(
-                    f"UPDATE {table} SET {column} = :here || substr({column}, length(:there) + 1) "
-                    f"WHERE {column} = :there OR substr({column}, 1, length(:there) + 1) = :there || '/'",
-                    {"here": here, "there": there},
+                    f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+                    f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                    {"old": old, "new": new},
                 )
 
 
@@ -226,3 +256,12 @@ def reason(error: Exception) -> str:
     """The fault in one line of at most 300 characters, cut between words."""
     text = " ".join(str(error).split()).replace(store_url(), shown(store_url()))
     return textwrap.shorten(text, 300, placeholder=" …")
+
+
+def main() -> None:
+    """Say why the store cannot be used, if it cannot."""
+    connect()
+
+
+if __name__ == "__main__":
+    run_stage(main)

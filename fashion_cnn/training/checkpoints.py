@@ -1,6 +1,5 @@
 """The state of a training after its last finished epoch, so that a killed one resumes from there."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from fashion_cnn.project.files import replace_atomically, write_text
-from fashion_cnn.project.provenance import repository_root
-
-LOCK = Path("dvc.lock")  # in DVC's temporary copies, theirs
+from fashion_cnn.project.files import md5_of, replace_atomically, write_text
+from fashion_cnn.project.repository import LOCK, repository_root
 
 
 class Checkpoint:
@@ -90,9 +87,7 @@ def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
         checkpoint = Checkpoint(key, folder)
         yield checkpoint
         if "DVC_STAGE" in os.environ:
-            write_text(
-                folder / f"{key}.done", hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
-            )
+            write_text(folder / f"{key}.done", md5_of(weights.read_bytes()))
         else:
             checkpoint.delete()
 
@@ -111,6 +106,7 @@ def _is_recorded(done: Path) -> bool:
 
     An older dvc.lock may name the same weights: that of a fresh clone does.
     """
+    # Of DVC's temporary copies, their own.
     if not LOCK.exists() or LOCK.stat().st_mtime_ns < done.stat().st_mtime_ns:
         return False
     return done.read_text() in LOCK.read_text(encoding="utf-8")

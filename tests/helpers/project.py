@@ -76,10 +76,15 @@ def copy_of_project(folder: Path) -> Path:
         if (ROOT / name).is_file() and name != "team.env":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    commit_all(folder)
+    return folder
+
+
+def commit_all(folder: Path) -> None:
+    """Make a folder a repository, with all it holds in one commit."""
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "start")
-    return folder
 
 
 def git(folder: Path, *arguments: str) -> str:

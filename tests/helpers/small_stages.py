@@ -129,7 +129,7 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
     tracking.open_run.return_value.__exit__.return_value = False
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("DVC_ROOT", str(folder))
+        patch.setenv("FASHION_CNN_ROOT", str(folder))
         patch.setattr("sys.argv", [stage, *arguments])
         for name, (file, shape) in FILES.items():
             for reader in (module, train_data):

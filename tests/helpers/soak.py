@@ -15,7 +15,6 @@ from pathlib import Path
 import crash
 import experiments
 import mutations
-import syncing
 from first_run import FirstRun
 from pipeline import SMALL, dvc, outputs, run_queued, set_params, tracked_runs
 from project import copy_of_project, git
@@ -52,9 +51,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--experiment-kills", type=int, default=6, help="in the workspace, and as many with --temp"
     )
-    parser.add_argument(
-        "--sync-kills", type=int, default=6, help="with a new store, and as many with another"
-    )
     parser.add_argument("--servers", type=int, default=3, help="MLflow servers to kill")
     parser.add_argument("--mutations", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the moments, the stages and the victims")
@@ -70,10 +66,6 @@ def table(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Trial]]
     seconds = {stage: crash.seconds_of(first, stage) for stage in lock_entries(first)}
     return {
         "outputs of two clones, the same bytes": two_clones(first, second),
-        "sync killed, with a new store": sync_kills(second, "new", rng, arguments.sync_kills),
-        "sync killed, with finished runs that lack models": sync_kills(
-            second, "finished", rng, arguments.sync_kills
-        ),
         "`dvc exp run` killed, then the way back": experiment_kills(
             second, experiments.IN_WORKSPACE, rng, arguments.experiment_kills
         ),
@@ -216,20 +208,6 @@ def experiment_kills(project: Path, command: tuple, rng: random.Random, count: i
         strike, when = moment(rng, crash.after_start, victim, seconds, has_epochs=True)
         what = f"{victim} of `dvc {' '.join(command)}` {when}"
         return experiments.kill_experiment(project, command, strike, what, entry)
-
-    return repeat(count, attempt)
-
-
-def sync_kills(project: Path, name: str, rng: random.Random, count: int) -> list[Trial]:
-    if not count:
-        return []
-    template = syncing.finished_without_models(project) if name == "finished" else None
-    undisturbed = syncing.Store(project, f"{name}-undisturbed", template)
-    seconds, expected, numbers = undisturbed.sync(), undisturbed.says(), iter(range(1000))
-
-    def attempt() -> Trial | None:
-        store = syncing.Store(project, f"{name}-{next(numbers)}", template)
-        return syncing.kill_sync(store, rng.uniform(0, seconds), expected)
 
     return repeat(count, attempt)
 

@@ -1,0 +1,82 @@
+"""What DVC keeps in files and in git: dvc.lock, the results of a commit, and experiments."""
+
+import json
+import re
+from typing import NamedTuple
+
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from ruamel.yaml import YAML, YAMLError
+from voluptuous import Invalid
+
+from fashion_cnn.project.catalog import TRAININGS
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import PARAMS_PATH, params_in
+from fashion_cnn.project.repository import LOCK, file_at, git
+
+
+class Experiment(NamedTuple):
+    """An experiment, as DVC keeps it in git."""
+
+    name: str
+    baseline: str  # the commit that it was made from
+    reference: str
+    time: int  # when it was made, in seconds
+
+
+def experiments() -> list[Experiment]:
+    """The experiments of all commits, oldest first. Raises GitError."""
+    form = "--format=%(refname) %(committerdate:unix)"
+    listed = git("for-each-ref", "--sort=committerdate", form, "refs/exps/??/*/*").decode()
+    found = []
+    for reference, time in map(str.split, listed.splitlines()):
+        *_, first, rest, name = reference.split("/")
+        found.append(Experiment(name, first + rest, reference, int(time)))
+    return found
+
+
+def changed_params(baseline: str, reference: str | None = None) -> dict[str, object]:
+    """The params of an experiment, or of the working tree, that differ from those of `baseline`."""
+    content = file_at(reference, PARAMS_PATH) if reference else PARAMS_PATH.read_bytes()
+    before = params_in(file_at(baseline, PARAMS_PATH) or b"")
+    return {name: value for name, value in params_in(content or b"").items() if before.get(name) != value}
+
+
+def weights_at(reference: str) -> dict[str, str]:
+    """The SHA-256 of the weights of each training that a commit or an experiment has results of.
+
+    Raises StageError if it has a damaged file.
+    """
+    found = {}
+    for name, training in TRAININGS.items():
+        content = file_at(reference, training.metrics)
+        if content is None:
+            continue
+        try:
+            metrics = json.loads(content)
+        except ValueError:
+            metrics = None
+        match metrics:
+            case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
+                found[name] = digest
+            case _:
+                raise StageError(
+                    f"{training.metrics} of {reference}: no weights_sha256, expected it as a stage writes it"
+                )
+    return found
+
+
+def read_lock() -> dict:
+    """What dvc.lock holds. Raises StageError if it is not what DVC writes."""
+    if lock := parse_lock(LOCK.read_bytes()):
+        return lock
+    raise StageError(f"{LOCK}: not what DVC writes; `git restore {LOCK}` brings back the committed one")
+
+
+def parse_lock(content: bytes) -> dict | None:
+    """What a dvc.lock of this content holds; None if it is not what DVC writes."""
+    try:
+        lock = YAML(typ="safe").load(content.decode())  # as DVC does
+        COMPILED_LOCKFILE_SCHEMA(lock)
+    except (YAMLError, UnicodeDecodeError, Invalid):
+        return None
+    return lock if "stages" in lock else None  # which DVC would take, too

@@ -1,0 +1,104 @@
+"""The git repository that the project is in: what its code is, and files of other commits."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.process import ELSEWHERE
+
+LOCK = Path("dvc.lock")
+# Settings and results, which a run records itself; every other change makes a tree dirty.
+NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
+CODE = [f"{folder}/*{end}" for folder in ("stages", "fashion_cnn") for end in (".py", ".js", ".css", ".html")]
+MOST = 10_000_000  # bytes of new files that a run records
+
+
+class GitError(StageError):
+    """A git command that failed, and what git says."""
+
+
+def repository_root() -> Path:
+    """The project that a stage belongs to: of a copy that DVC or a trial made, what it was made from."""
+    if named := os.environ.get("FASHION_CNN_ROOT"):
+        return Path(named)
+    # Of an outer DVC project, if this is a stage of that.
+    root, here = Path(os.environ.get("DVC_ROOT", "/")).resolve(), Path.cwd()
+    is_copy = here.is_relative_to(root / ".dvc/tmp") and (root / "fashion_cnn").is_dir()
+    return root if is_copy else here
+
+
+def git(*arguments: str, stdin: bytes = b"", more: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """What git prints. Raises GitError if it fails: without git, a repository, or what was asked for."""
+    # Without the option, `git status` locks the index, and a kill leaves a lock that stops the user's git.
+    command = ["git", "--no-optional-locks", *arguments]
+    here = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, env={**here, **more}, check=False)
+    except OSError as error:
+        raise GitError(f"git cannot be run: {error.strerror}") from None
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise GitError(f"git {arguments[0]}: {said or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def code_state() -> tuple[dict[str, str], bytes]:
+    """The commit and whether code differs from it, as tags; and the difference, which `git apply` takes.
+
+    New files count, and so does code that git ignores or is told to skip. If git fails, a line says why, and
+    what it did not say is missing.
+    """
+    tags = {}
+    try:
+        tags["git_commit"] = git("rev-parse", "--verify", "HEAD").decode().strip()
+        with tempfile.TemporaryDirectory() as scratch:
+            diff, left_out = _changes(Path(scratch))
+    except GitError as error:
+        what = "uncommitted changes" if tags else "commit"
+        print(f"the run records no {what}: {error}")
+        return tags and tags | {"git_dirty": "true"}, b""
+    if left_out:
+        few = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if left_out[5:] else "")
+        print(f"the run records no copy of {few}, which git does not have: too large")
+        tags["git_left_out"] = few[:4000]
+    return tags | {"git_dirty": str(bool(diff or left_out)).lower()}, diff
+
+
+def _changes(scratch: Path) -> tuple[bytes, list[str]]:
+    """The difference to the last commit, and new files that are too large for it."""
+    # An index and objects of its own: git's are the user's.
+    objects = Path(os.fsdecode(git("rev-parse", "--git-path", "objects")).rstrip("\n")).resolve()
+    (scratch / "objects/info").mkdir(parents=True)
+    (scratch / "objects/info/alternates").write_bytes(os.fsencode(objects) + b"\n")
+    own = {"GIT_INDEX_FILE": str(scratch / "index"), "GIT_OBJECT_DIRECTORY": str(scratch / "objects")}
+    git("read-tree", "HEAD", more=own)
+    git("add", "--update", "--", ".", *NOT_CODE, more=own)
+    others = ("ls-files", "-z", "--others", "--exclude-standard")
+    listed = git(*others, "--", ".", *NOT_CODE, more=own) + git(*others, "--ignored", "--", *CODE, more=own)
+    files = sorted((os.lstat(path).st_size, path) for path in os.fsdecode(listed).split("\0") if path)
+    taken: list[str] = []
+    left_out: list[str] = []
+    total = 0
+    for size, path in files:
+        total += size
+        (taken if total <= MOST else left_out).append(path)
+    if taken:
+        names = os.fsencode("\0".join(taken))
+        how = ("--force", "--pathspec-from-file=-", "--pathspec-file-nul")
+        git("--literal-pathspecs", "add", *how, stdin=names, more=own)
+    # diff-index, since the user's settings colour what `git diff` prints, or change its paths.
+    return git("diff-index", "--cached", "--binary", "--no-ext-diff", "HEAD", more=own), left_out
+
+
+def file_at(reference: str, path: str | Path) -> bytes | None:
+    """A file of a commit or an experiment, by its path from the project's folder; None if there is no such.
+
+    Raises GitError.
+    """
+    if not git("ls-tree", reference, "--", str(path)):
+        return None
+    return git("show", f"{reference}:./{path}")

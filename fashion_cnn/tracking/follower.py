@@ -1,0 +1,149 @@
+"""Follow the records of a stage, and bring their runs in line in MLflow.
+
+Usage: python -m fashion_cnn.tracking.follower FOLDER. The stage starts it, and holds a lock in the folder
+until it ends, however it ends. Prints where the runs are, or what is missing.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fashion_cnn.project.files import write_text
+from fashion_cnn.project.process import run_stage
+from fashion_cnn.project.records import ALIVE, LATER, RECORD, WEIGHTS, read_record, records_folder
+from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
+
+LOCK, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
+LOOK = 0.3  # seconds between looks at the records
+PAUSE = 3  # seconds after a store could not be reached
+
+
+def main() -> None:
+    """Bring runs in line until the stage has ended, and once more, and say how that went."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once; the records stay
+    # The stage reads one line; what libraries print, such as SQL, goes where errors go.
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    folder, seen = Path(sys.argv[1]), dict[Path, bytes]()
+    store, lines = None, list[str]()
+    while True:
+        ended = has_ended(folder)  # before the records are read, so that no change comes after
+        try:
+            if store is None:
+                # Once: a copy with its team.env may be deleted meanwhile.
+                os.environ["MLFLOW_TRACKING_URI"] = store_url()
+                store = connect()
+                lines = send_left_over(
+                    store, folder
+                )  # first: a training may resume a run that one of them began
+            fault = send(store, folder, ended, seen, wait=10 if ended else 0)
+        except StoreError as error:
+            fault = str(error)
+        if ended:
+            break
+        if fault:
+            store = None
+        time.sleep(PAUSE if fault else LOOK)
+    lines += [f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]
+    with suppress(BrokenPipeError), answer:  # the stage may wait no longer
+        answer.write("\n".join(lines) + "\n")
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the stage that keeps the records in a folder has ended, however it ended."""
+    try:
+        with FileLock(folder / ALIVE, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def send_left_over(store, own: Path | None = None) -> list[str]:
+    """Bring in line what earlier stages have left; returns a line for each that could not be.
+
+    Trainings first, then by time: what a later stage says belongs to the run of its training.
+    """
+    left = [path for path in records_folder().glob("[!.]*") if path.is_dir() and path != own]
+    left.sort(key=lambda path: (not any(path.glob(f"*/{WEIGHTS}")), path.name))
+    lines = []
+    for folder in left:
+        if has_ended(folder) and (fault := send(store, folder, True, {}, wait=10)):
+            lines.append(f"{fault}; to drop it, delete {folder}")
+    return lines
+
+
+def send(store, folder: Path, ended: bool, seen: dict[Path, bytes], wait: float) -> str | None:
+    """Bring runs in line with those records of a stage that `seen` lacks; if it has ended, delete them.
+
+    Waits at most `wait` seconds for another process that does so. Returns the fault that stopped this.
+    """
+    try:
+        with FileLock(folder / LOCK, timeout=wait):
+            return _send(store, folder, ended, seen)
+    except Timeout:
+        return f"MLflow: another process has locked {folder / LOCK}" if ended else None
+    except FileNotFoundError:  # another was faster
+        if folder.exists():
+            raise
+        return None
+
+
+def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | None:
+    named, here, faults = folder / STORE, store_name(), []
+    if not named.exists():
+        write_text(named, here)
+    elif (other := named.read_text(encoding="utf-8")) != here:
+        return f"MLflow: begun in another store, {other}, where `fashion-cnn sync` ends it"
+    for path in sorted(folder.glob(f"*/{RECORD}")):
+        content = path.read_bytes()
+        if content == seen.get(path) and not ended:
+            continue
+        seen[path] = content
+        fault = _bring_in_line(store, path, ended)
+        faults += [fault] if fault else []
+        if ended and not fault:
+            path.unlink()  # first: without some of its files it would be another record
+    if ended and not faults:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # what a kill leaves of it has no records, and goes next time
+    return faults[0] if faults else None
+
+
+def _bring_in_line(store, path: Path, ended: bool) -> str | None:
+    try:
+        record = read_record(path)
+        if ended and record.status == "RUNNING":  # the stage was killed
+            last = max((int(row["time"]) for row in record.rows), default=record.begun)
+            record.status, record.ended = "KILLED", last
+        runs.bring_in_line(store, record)
+        if record.status == "RUNNING":  # for its model: takes seconds, during which the stage trains
+            import fashion_cnn.models.cnns  # noqa: F401
+    # The store, a damaged record, or one of another version: no fault of one may stop the others.
+    except Exception as error:
+        if isinstance(error, StoreError):
+            return str(error)
+        if isinstance(error, store_faults()):
+            return f"MLflow store {shown(store_url())}: {reason(error)}"
+        return f"MLflow: {path}: {type(error).__name__}: {reason(error)}"
+    return None
+
+
+def _has_ended(folder: Path, wait: float) -> bool:
+    """Whether nobody writes into a stage's records any more; a pipe and a lock need not close at once."""
+    try:
+        with FileLock(folder / ALIVE, timeout=wait):
+            return True
+    except Timeout:
+        return False
+
+
+if __name__ == "__main__":
+    run_stage(main)
