@@ -22,7 +22,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18
 
 setup: .venv/ready ## make .venv and install the locked dependencies
-setup-team: .venv/team ## the same, and what searches, a shared cache and a cluster need beside it
+setup-team: .venv/team ## the same, and what team/ needs beside it
 repro: .venv/ready ## run the pipeline: only what changed reruns
 	@$(ACTIVATE) python -m fashion_cnn repro
 
@@ -38,9 +38,9 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 
 test: .venv/browser check ## the same, then all other tests but those of test-team
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
-	@echo 'tests of searches and of what a team shares were left out: make test-team'
+	@echo 'the tests of team/ were left out: make test-team'
 
-test-team: .venv/team .venv/servers ## the tests of searches and of what a team shares, with servers on 127.0.0.1
+test-team: .venv/team .venv/servers ## the tests of team/, with servers on 127.0.0.1
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m team
 
 # For maintainers, and in CI: users' trees may hold any params and results.
@@ -89,14 +89,14 @@ $(shell [ ! -e .venv/ready ] || [ "$$(cat .venv/ready)" = "$$(pwd -P)" ] || \
 	@pwd -P > .venv/ready
 
 # Apart, since a training alone needs nothing of it.
-.venv/team: requirements-team.lock .venv/ready
-	$(INSTALL) --constraint requirements.lock -r requirements-team.lock
+.venv/team: team/requirements.lock .venv/ready
+	$(INSTALL) --constraint requirements.lock -r team/requirements.lock
 	@touch .venv/team
 
 # Apart, since only tests start a team's servers here; they also need Debian's postgresql and caddy, and skip
 # without them.
-.venv/servers: requirements-servers.lock deploy/requirements.lock .venv/ready
-	$(INSTALL) --constraint requirements.lock -r requirements-servers.lock -r deploy/requirements.lock
+.venv/servers: team/requirements-servers.lock team/deploy/requirements.lock .venv/ready
+	$(INSTALL) --constraint requirements.lock -r team/requirements-servers.lock -r team/deploy/requirements.lock
 	@touch .venv/servers
 
 # Apart, since only tests look at pages and it is large; they skip where there is no Chromium.

@@ -157,7 +157,8 @@ def test_nothing_edits_the_path_of_imports():
 
 
 def test_lock_files_pin_every_direct_dependency_and_name_no_registry():
-    lock = "".join(path.read_text() for path in sorted(ROOT.glob("requirements*.lock")))
+    files = [*ROOT.glob("*.lock"), *(ROOT / "team").glob("*.lock")]
+    lock = "".join(path.read_text() for path in files if path.name.startswith("requirements"))
     lines = [line for line in lock.splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {line.split("==")[0].lower() for line in lines}
@@ -174,7 +175,7 @@ def test_the_data_card_has_the_files_that_are_fetched():
 
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", ".ci/run", "Makefile")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "team").rglob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

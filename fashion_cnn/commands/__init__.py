@@ -1,1 +1,1 @@
-"""What the commands of fashion-cnn do, and the searches of a team."""
+"""What the commands of fashion-cnn do."""

@@ -60,19 +60,15 @@ def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subp
     )  # fmt: skip
 
 
-def try_tool(project: Path, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    is_of_a_team = name in ("search", "trial")
-    module = [f"fashion_cnn.commands.{name}"] if is_of_a_team else ["fashion_cnn", name]
-    command = [sys.executable, "-m", *module, *arguments]
+def run_module(project: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command,
-        cwd=project,
-        text=True,
-        capture_output=True,
-        env=environment(**more),
-        check=False,
-        timeout=LIMIT,
-    )
+        [sys.executable, "-m", *command],
+        cwd=project, text=True, capture_output=True, env=environment(**more), check=False, timeout=LIMIT,
+    )  # fmt: skip
+
+
+def try_tool(project: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
+    return run_module(project, "fashion_cnn", *command, **more)
 
 
 def tool(project: Path, name: str, *arguments: str, **more: str) -> str:

@@ -17,9 +17,9 @@ import yaml
 from pipeline import environment
 from project import ROOT
 from servers import process
-from team import SECONDS, free_ports, wait_for
+from team_servers import SECONDS, free_ports, wait_for
 
-COMPOSE = ROOT / "deploy/compose.yaml"
+COMPOSE = ROOT / "team/deploy/compose.yaml"
 POSTGRES = max(
     Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: float(path.parent.name)
 )
@@ -66,7 +66,7 @@ class Deployment:
             "mlflow:5000": f"127.0.0.1:{self.mlflow_port}",
             "127.0.0.1:5000": f"127.0.0.1:{self.mlflow_port}",
             " /data": f" {folder / 'storage'}",
-            "/etc/mlflow/": f"{ROOT / 'deploy'}/",
+            "/etc/mlflow/": f"{ROOT / 'team/deploy'}/",
             "/etc/caddy/": f"{folder}/",
         }
         (folder / "storage").mkdir()
@@ -152,7 +152,7 @@ class Deployment:
 
     def _proxy(self) -> AbstractContextManager[subprocess.Popen]:
         """With a head that keeps it on 127.0.0.1, and out of this machine's list of authorities."""
-        text = self.here((ROOT / "deploy/Caddyfile").read_text())
+        text = self.here((ROOT / "team/deploy/Caddyfile").read_text())
         head = ("admin off", "default_bind 127.0.0.1", "skip_install_trust", "auto_https disable_redirects")
         (self.folder / "Caddyfile").write_text("\n".join(["{", *head, "}", text]))
         return self._process("proxy")

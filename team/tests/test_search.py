@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from crash import Started, wait_for_stage, wait_until_gone
-from fashion_cnn.commands import search as search_tool
-from fashion_cnn.commands import trial, workers
 from fashion_cnn.project.errors import StageError
-from pipeline import dvc, ran, tracked_runs, try_tool
+from pipeline import dvc, ran, run_module, tracked_runs
 from project import ROOT, git
 from searching import METRICS, STAGE, WEIGHTS, rates, table_of, trained, trials_of
+from team import search as search_tool
+from team import trial, workers
 
 pytestmark = [
     pytest.mark.team,
@@ -38,7 +38,7 @@ def clones(project: Path) -> list[Path]:
 
 
 def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
-    done = try_tool(project, "search", *GRID, *SIZES)
+    done = run_module(project, "team.search", *GRID, *SIZES)
     assert done.returncode == 0, done.stdout + done.stderr
     found = trials_of(project)
     values = {name: metrics["val_accuracy"] for name, (_, metrics) in found.items()}
@@ -59,7 +59,7 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     assert not list((project / ".records").iterdir())
     assert git(project, "status", "--porcelain") == ""
     # The same command again trains nothing.
-    again = try_tool(project, "search", *GRID, *SIZES)
+    again = run_module(project, "team.search", *GRID, *SIZES)
     assert again.returncode == 0
     assert table_of(again.stdout) == table_of(done.stdout)
     assert "done," not in again.stdout
@@ -75,7 +75,7 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
 
 def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
     command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
-    done = try_tool(project, "search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    done = run_module(project, "team.search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [params["batch_size"] for params, _ in trials_of(project).values()] == [50]
     assert re.search(
@@ -84,16 +84,16 @@ def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_cost
     assert re.search(r"^  failed: params.yaml: train_cnn.batch_size is 0, expected .*$", done.stdout, re.M)
     assert "1 of 2 done, 0 running, 1 failed" in done.stdout
     assert table_of(done.stdout)[2][1:] == ["failed", "0"]
-    alone = try_tool(project, "search", "-S", "train_cnn.batch_size=-1,0", "--trials", "1")
+    alone = run_module(project, "team.search", "-S", "train_cnn.batch_size=-1,0", "--trials", "1")
     assert alone.returncode == 1
     assert alone.stderr == "error: no trial has succeeded of 1; the lines above say why\n"
 
 
 def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
     command = ["-S", "train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))", "-S", "train_cnn.epochs=1"]
-    assert try_tool(project, "search", *command, "--trials", "1").returncode == 0
+    assert run_module(project, "team.search", *command, "--trials", "1").returncode == 0
     [first] = trials_of(project)
-    done = try_tool(project, "search", *command, "--trials", "3", "--metric", "val_loss")
+    done = run_module(project, "team.search", *command, "--trials", "3", "--metric", "val_loss")
     assert done.returncode == 0
     found = trials_of(project)
     assert first in found
@@ -106,7 +106,7 @@ def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
 
 def search(project: Path, number: int = 0, **more: str) -> Started:
     log = project.parent / f"search-{number}.log"
-    return Started(project, log, "-m", "fashion_cnn.commands.search", *GRID, "--jobs", "1", **more)
+    return Started(project, log, "-m", "team.search", *GRID, "--jobs", "1", **more)
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
@@ -154,7 +154,7 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
     ],
 )
 def test_values_are_those_that_dvc_would_take(setting, values):
-    from fashion_cnn.commands.search import read_space
+    from team.search import read_space
 
     varied, fixed = read_space([setting, "c.d=residual"])
     assert [(type(one), one) for one in varied["a.b"].choices] == [(type(one), one) for one in values]
@@ -164,7 +164,7 @@ def test_values_are_those_that_dvc_would_take(setting, values):
 def test_intervals_are_optunas():
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    from fashion_cnn.commands.search import read_space
+    from team.search import read_space
 
     settings = ["a.a=interval(0.5,2)", "a.b=tag(int,interval(1,5))", "a.c=tag(log,interval(1e-4,1e-2))"]
     assert read_space(settings)[0] == {
@@ -194,7 +194,7 @@ def test_intervals_are_optunas():
     ],
 )
 def test_what_is_no_space_is_one_line(setting):
-    from fashion_cnn.commands.search import read_space
+    from team.search import read_space
 
     with pytest.raises(StageError, match=re.escape(f"-S {setting}: ") + r".*expected .*$"):
         read_space([setting])
@@ -231,7 +231,7 @@ def test_what_is_no_space_is_one_line(setting):
     ],
 )
 def test_what_cannot_be_searched_is_one_line(finished, arguments, line):
-    done = try_tool(finished, "search", *arguments)
+    done = run_module(finished, "team.search", *arguments)
     assert done.returncode == 1
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
@@ -249,13 +249,13 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
     audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(tmp_path)}
     settings = {"FASHION_CNN_TRIALS": str(node), **audit}
     command = [os.path.relpath(origin, project), commit, "by-hand", STAGE, "train_cnn.seed=5"]
-    done = try_tool(project, "trial", *command, **settings)
+    done = run_module(project, "team.trial", *command, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "by-hand: done\n"
     assert not [path for path in (node / "clones").glob("*/*") if path.is_dir()]
     assert [path.name for path in tmp_path.iterdir() if "@" in path.name] == [STAGE]  # the data were there
     before = (tmp_path / STAGE).read_text()
-    again = try_tool(project, "trial", *command, **settings)
+    again = run_module(project, "team.trial", *command, **settings)
     assert (again.returncode, again.stdout) == (0, "by-hand: there already, so it does not run again\n")
     assert (tmp_path / STAGE).read_text() == before  # no second training
     [run] = tracked_runs(node, store=f"sqlite:///{node / 'mlflow.db'}")
@@ -278,7 +278,7 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
 )
 def test_a_trial_that_is_called_wrongly_touches_nothing(finished, commit, name, words):
     before = sorted((finished / ".dvc/tmp").iterdir())
-    done = try_tool(finished, "trial", ".", commit, name, STAGE)
+    done = run_module(finished, "team.trial", ".", commit, name, STAGE)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {words}")
     assert sorted((finished / ".dvc/tmp").iterdir()) == before
@@ -302,7 +302,7 @@ def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
     git(finished, "clone", "--quiet", "--bare", ".", str(tmp_path / "origin.git"))
     commit = git(finished, "rev-parse", "HEAD").strip()
     command = [str(tmp_path / "origin.git"), commit, "by-hand", STAGE]
-    done = try_tool(finished, "trial", *command, FASHION_CNN_TRIALS=str(tmp_path / "node"))
+    done = run_module(finished, "team.trial", *command, FASHION_CNN_TRIALS=str(tmp_path / "node"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: .dvc/config of {commit[:10]}: no default remote, expected one ")
 

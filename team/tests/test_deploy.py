@@ -22,13 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
 ]
 
-PAGE = (ROOT / "docs/server.md").read_text()
+PAGE = (ROOT / "team/deploy/README.md").read_text()
 PASSWORDS = {"ana": "ana's long password", "ben": "ben's long password"}
 STAGE, METRICS = "train_toy_cnn", "metrics/train_toy_cnn.json"
 
 
 def command(start: str) -> str:
-    """The command of docs/server.md that starts so."""
+    """The command of team/deploy/README.md that starts so."""
     [found] = [line[2:] for line in PAGE.splitlines() if line.startswith(f"$ {start}")]
     return found
 
@@ -59,7 +59,7 @@ def test_the_page_makes_all_settings_and_git_none_of_them(tmp_path):
     # A second time would lose the password of the database that there is.
     assert make_settings(tmp_path).returncode != 0
     assert read_settings(file) == settings
-    assert git(ROOT, "check-ignore", "deploy/.env") == "deploy/.env\n"
+    assert git(ROOT, "check-ignore", "team/deploy/.env") == "team/deploy/.env\n"
 
 
 def test_only_the_proxy_can_be_reached_and_every_image_is_pinned(tmp_path):
@@ -73,15 +73,17 @@ def test_only_the_proxy_can_be_reached_and_every_image_is_pinned(tmp_path):
         "storage",
     }
     images = [one["image"] for one in services.values() if "image" in one]
-    images += re.findall("^FROM (.*)$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    images += re.findall("^FROM (.*)$", (ROOT / "team/deploy/Dockerfile").read_text(), re.MULTILINE)
     assert len(images) == 4
     assert all(re.fullmatch(r"[\w/-]+:\d+\.\d+[\w.-]*", image) for image in images)
 
 
 def test_the_image_is_made_of_files_that_exist_and_runs_as_no_root():
-    text = (ROOT / "deploy/Dockerfile").read_text()
+    text = (ROOT / "team/deploy/Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+) \S+$", text, re.MULTILINE)
-    let_through = re.findall("^!(.*)$", (ROOT / "deploy/Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    let_through = re.findall(
+        "^!(.*)$", (ROOT / "team/deploy/Dockerfile.dockerignore").read_text(), re.MULTILINE
+    )
     assert sorted(copied) == sorted(let_through)
     assert all((ROOT / path).is_file() for path in copied)
     assert re.findall("^USER (.*)$", text, re.MULTILINE) == ["mlflow"]

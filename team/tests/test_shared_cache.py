@@ -12,7 +12,7 @@ import pytest
 from crash import Started
 from pipeline import SMALL, dvc, outputs, ran, set_params, tool, tracked_runs
 from project import copy_of_project, git
-from team import ADMIN, READER, client, free_ports, make_bucket, s3_server, share, steadily, stored
+from team_servers import ADMIN, READER, client, free_ports, make_bucket, s3_server, share, steadily, stored
 
 pytestmark = [
     pytest.mark.team,

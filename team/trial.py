@@ -1,6 +1,6 @@
 """Run one trial of a search: a DVC experiment of a commit, in a clone of its own, sent back when it ends.
 
-Usage: python -m fashion_cnn.commands.trial REPOSITORY COMMIT NAME STAGE [PATH=VALUE …], on any machine that
+Usage: python -m team.trial REPOSITORY COMMIT NAME STAGE [PATH=VALUE …], on any machine that
 has the project's environment: by hand, under Slurm, in a Kubernetes job. REPOSITORY is what `git clone`
 takes. If it is a folder of the project, the trial uses that folder's cache, checkpoints and MLflow store.
 Else, data come from DVC's remote and results go there; FASHION_CNN_TRIALS names the folder for what trials

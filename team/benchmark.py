@@ -1,6 +1,6 @@
-"""Measure what trials cost a team, for docs/team.md: what surrounds a training, and what a server takes.
+"""Measure what trials cost a team, for team/README.md: what surrounds a training, and what a server takes.
 
-Usage, after `make repro` and `make setup-team`: python benchmarks/team.py. If MLFLOW_TRACKING_URI names a
+Usage, after `make repro` and `make setup-team`: python -m team.benchmark. If MLFLOW_TRACKING_URI names a
 server, as deploy/compose.yaml starts one, it is measured, too, with MLFLOW_TRACKING_USERNAME and …_PASSWORD;
 it keeps the runs that are made for this.
 """

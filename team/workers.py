@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from fashion_cnn.commands.trial import run, steadily
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.repository import git
 from fashion_cnn.tracking.store import CONNECT, StoreError, connect
+from team.trial import run, steadily
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 3  # of a trial whose node was lost
 
 
@@ -84,7 +84,7 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
             f"{commit[:10]}: not in origin, from which the nodes clone; `git push` brings it there"
         )
     # Sent with each trial, so that a node needs only the project's environment.
-    code = git("archive", commit, "fashion_cnn")
+    code = git("archive", commit, "fashion_cnn", "team")
 
     def attempt(name: str, settings: dict[str, str]) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def address_of_origin() -> str:
 def command(repository: str, commit: str, name: str, stage: str, settings: dict) -> list[str]:
     """The command of a trial. The kernel ends it when the process that waits for it ends."""
     changes = [f"{path}={value}" for path, value in settings.items()]
-    trial = [sys.executable, "-m", "fashion_cnn.commands.trial", repository, commit, name, stage, *changes]
+    trial = [sys.executable, "-m", "team.trial", repository, commit, name, stage, *changes]
     return ["setpriv", "--pdeathsig", "KILL", *trial]
 
 

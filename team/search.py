@@ -2,7 +2,7 @@
 
 Usage, after `make setup-team`:
 
-    python -m fashion_cnn.commands.search --trials 12 \\
+    python -m team.search --trials 12 \\
         -S 'train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))' -S train_cnn.batch_size=16,32,64
 
 -S takes what `dvc exp run -S` takes: values, range(1,5), and one value alone for all trials; and
@@ -32,15 +32,15 @@ from ruamel.yaml import YAML
 
 from fashion_cnn.commands.compare import table
 from fashion_cnn.commands.dvc_state import experiments
-from fashion_cnn.commands.workers import Workers, here, on_ray
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, params_in
 from fashion_cnn.project.process import run_stage, usable_threads
 from fashion_cnn.project.repository import file_at, git
 from fashion_cnn.tracking.store import address
+from team.workers import Workers, here, on_ray
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PICTURE = Path("search.png")
 LOOK = 5  # seconds after which a search looks again how many trials there is room for
 SAME = 200  # proposals in a row that are no new trial: then there are no more

@@ -14,7 +14,17 @@ from pipeline import dvc, ran, tool, tracked_runs
 from project import git
 from searching import STAGE, WEIGHTS, rates, table_of, trained, trials_of
 from servers import free_port, mlflow_server
-from team import ADMIN, HEAD, TOKEN, free_ports, make_bucket, own_network, ray_node, s3_server, wait_for
+from team_servers import (
+    ADMIN,
+    HEAD,
+    TOKEN,
+    free_ports,
+    make_bucket,
+    own_network,
+    ray_node,
+    s3_server,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.team,
@@ -70,7 +80,7 @@ class Team:
 
     def search(self, number: int, *arguments: str) -> Started:
         log = self.folder / f"search-{number}.log"
-        command = ["-m", "fashion_cnn.commands.search", *arguments]
+        command = ["-m", "team.search", *arguments]
         started = Started(self.project, log, *command, **self.settings, **TOKEN)
         self.stack.callback(started.process.kill)
         return started
@@ -148,7 +158,7 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_w
 def test_a_cluster_that_cannot_be_used_is_one_line(team, tmp_path):
     def said(*arguments: str, **more: str) -> str:
         started = Started(
-            team.project, tmp_path / "log", "-m", "fashion_cnn.commands.search", *RATES, "split.seed=1,2",
+            team.project, tmp_path / "log", "-m", "team.search", *RATES, "split.seed=1,2",
             *arguments, **(team.settings | TOKEN | more),
         )  # fmt: skip
         try:
