@@ -41,9 +41,9 @@ STEPS = {
     "flips": ("flips",),
     "shifts": ("shift",),
     "label smoothing": ("label_smoothing",),
-    "easy images": ("easy", "epochs"),
+    "easy images": ("prune_easy", "epochs"),
 }
-RECIPES = ("fast", "same-time", "hour")
+RECIPES = ("fast", "long")
 AUGMENTED = ("steady",)  # recipes of the CNN that trains on the copies, too
 HEADER = (
     "rung", "params", "seed", "epochs", "seconds", "own_loop_seconds", "val_accuracy", "test_accuracy",

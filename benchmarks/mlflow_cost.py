@@ -9,7 +9,7 @@ import numpy as np
 from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.params import leaves, load_params
-from fashion_cnn.project.records import open_run
+from fashion_cnn.project.stage_records import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -117,8 +117,8 @@ class TrainCnn(Section):
     label_smoothing: Annotated[float, Field(ge=0, le=0.9), AsWritten]
     flips: bool
     shift: Annotated[int, Field(ge=0, le=14)]
-    easy: Annotated[float, Field(ge=0, le=1), AsWritten]
-    views: Views
+    prune_easy: Annotated[float, Field(ge=0, le=1), AsWritten]
+    tta_views: Views
     device: Device
 
 

@@ -15,7 +15,7 @@ from fashion_cnn.page.html import PAGE, html
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.files import read_tensors, write_text
 from fashion_cnn.project.params import load_params
-from fashion_cnn.project.records import StageRecords
+from fashion_cnn.project.stage_records import StageRecords
 
 TENSORS = Path("data/toy.safetensors")
 

@@ -15,7 +15,7 @@ from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
 from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import sha256_of, write_csv, write_json
 from fashion_cnn.project.params import load_params
-from fashion_cnn.project.records import StageRecords
+from fashion_cnn.project.stage_records import StageRecords
 
 
 def main() -> None:

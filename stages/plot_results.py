@@ -10,7 +10,7 @@ from fashion_cnn.lesson import figures, results
 from fashion_cnn.lesson.results import read_rows, read_table, read_weights_sha256
 from fashion_cnn.project.catalog import CNNS, METRICS, TOY, TRAININGS
 from fashion_cnn.project.params import load_params
-from fashion_cnn.project.records import StageRecords
+from fashion_cnn.project.stage_records import StageRecords
 
 FIGURES = METRICS / "figures"
 EXAMPLES = 8  # images shown with their copies

@@ -13,7 +13,7 @@ from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import write_csv, write_json
 from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.provenance import digest, result_key
-from fashion_cnn.project.records import open_run
+from fashion_cnn.project.stage_records import open_run
 from fashion_cnn.training.checkpoints import exclusive_checkpoint
 from fashion_cnn.training.loop import train_cnn
 from fashion_cnn.training.train_data import load_train_data
@@ -36,7 +36,7 @@ def main() -> None:
         how = params.train_cnn
         model = fresh(lambda: build_cnn(how.model), how.seed)
         rows = train_cnn(model, data, how, device, checkpoint, run.log_epoch)
-        model.views = how.views  # from here on: six would make each epoch's validation six times as long
+        model.views = how.tta_views  # from here on: six would make each epoch's validation six times as long
         weights_sha256 = save_weights(model, training.weights)
         write_csv(training.curve, rows)
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}

@@ -13,7 +13,7 @@ from fashion_cnn.project.catalog import TOY, TOY_HISTORY
 from fashion_cnn.project.files import read_tensors, write_csv, write_json
 from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.provenance import digest, result_key
-from fashion_cnn.project.records import open_run
+from fashion_cnn.project.stage_records import open_run
 
 TENSORS = Path("data/toy.safetensors")
 

@@ -26,7 +26,7 @@ from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import read_tensors, sha256_of, write_json, write_text
 from fashion_cnn.project.params import load_params
-from fashion_cnn.project.records import StageRecords
+from fashion_cnn.project.stage_records import StageRecords
 
 METRICS = TOY.evaluation_results.with_suffix(".json")
 WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")

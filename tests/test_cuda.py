@@ -26,7 +26,7 @@ pytestmark = [
 LESSON = small.PARAMS["train_cnn"] | {"epochs": 3}
 RECIPE = LESSON | {
     "model": "residual", "optimizer": "muon", "schedule": "one-cycle", "weight_decay": 0.1,
-    "label_smoothing": 0.1, "flips": True, "shift": 2, "easy": 0.5, "views": 6,
+    "label_smoothing": 0.1, "flips": True, "shift": 2, "prune_easy": 0.5, "tta_views": 6,
 }  # fmt: skip
 each = pytest.mark.parametrize("options", [LESSON, RECIPE], ids=["lesson", "recipe"])
 RNG = np.random.default_rng(0)

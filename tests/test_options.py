@@ -76,9 +76,9 @@ def test_shifts_are_uniform_on_both_axes_and_new_in_each_epoch():
 def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
     losses = np.random.default_rng(0).random(1100)
     whole = draw_epoch(TRAIN, 3, options(), 4)
-    takes = halve_easy(whole.copy(), losses, options(easy=0.6), 4)
+    takes = halve_easy(whole.copy(), losses, options(prune_easy=0.6), 4)
     easy = {index for index in TRAIN if (losses[TRAIN] < losses[index]).sum() < 600}
-    assert len(takes) == length(1000, options(easy=0.6), 4) == 700
+    assert len(takes) == length(1000, options(prune_easy=0.6), 4) == 700
     assert set(TRAIN) - set(takes[:, INDEX]) < easy
     assert {index for index in takes[takes[:, COUNT] == 2, INDEX]} == easy & set(takes[:, INDEX])
     assert takes[:, COUNT].sum() == 1000
@@ -91,7 +91,7 @@ def test_each_epoch_leaves_out_others_and_the_first_none(n):
     left = []
     for epoch in range(1, 40):
         takes = draw_epoch(TRAIN[:n], 1, options(), epoch)
-        takes = halve_easy(takes, np.zeros(1100), options(easy=1), epoch)
+        takes = halve_easy(takes, np.zeros(1100), options(prune_easy=1), epoch)
         assert takes[:, COUNT].sum() == n
         left.append(set(TRAIN[:n]) - set(takes[:, INDEX]))
     assert [len(indices) for indices in left] == [0] + 38 * [n // 2]
@@ -102,7 +102,7 @@ def test_which_images_are_left_out_is_another_draw_than_their_order():
     """If all are easy in the order of their indices, the same draw would leave out the epoch's first half."""
     indices = np.arange(1000)
     takes = draw_epoch(indices, 1, options(), 2)
-    kept = halve_easy(takes.copy(), indices, options(easy=1), 2)
+    kept = halve_easy(takes.copy(), indices, options(prune_easy=1), 2)
     assert 200 < np.isin(takes[:500, INDEX], kept[:, INDEX]).sum() < 300  # 250, six standard deviations: 47
 
 
@@ -111,7 +111,7 @@ def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
     takes = F.pad(torch.arange(6)[:, None], (0, 5))
     takes[:, COUNT] = torch.tensor([1, 2, 1, 2, 2, 1])
     labels = torch.tensor([0, 3, 9, 9, 1, 5])
-    params = options(easy=0.5, label_smoothing=0.1)
+    params = options(prune_easy=0.5, label_smoothing=0.1)
     step = TrainStep(
         model, build_optimizer(model, params, CPU), torch.from_numpy(images[None]), labels, params
     )

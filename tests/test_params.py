@@ -60,8 +60,8 @@ def test_committed_params_are_valid_and_only_the_named_sections_come():
         ("train_cnn.epochs", 0, ["train_cnn.epochs", "0", "from 1"]),
         ("train_cnn.model", "resnet", ["train_cnn.model", "'resnet'", "one of lesson, residual"]),
         ("train_cnn.flips", 1, ["train_cnn.flips", "1", "true or false"]),
-        ("train_cnn.views", 3, ["train_cnn.views", "3", "one of 1, 2, 6"]),
-        ("train_cnn.views", True, ["train_cnn.views", "True", "one of 1, 2, 6"]),
+        ("train_cnn.tta_views", 3, ["train_cnn.tta_views", "3", "one of 1, 2, 6"]),
+        ("train_cnn.tta_views", True, ["train_cnn.tta_views", "True", "one of 1, 2, 6"]),
         ("train_cnn.optimizer", "sgd", ["train_cnn.optimizer", "'sgd'", "one of adamw, muon"]),
         ("train_cnn.learning_rate", float("nan"), ["train_cnn.learning_rate", "nan", "a number above 0"]),
         ("train_cnn.learning_rate", float("inf"), ["train_cnn.learning_rate", "inf", "at most 1"]),
@@ -172,7 +172,7 @@ RANGES = {
     "train_cnn.weight_decay": (0, 1),
     "train_cnn.label_smoothing": (0, 0.9),
     "train_cnn.shift": (0, 14),
-    "train_cnn.easy": (0, 1),
+    "train_cnn.prune_easy": (0, 1),
     "evaluate_cnn.robustness_images": (1, 10000),
     "evaluate_cnn.mistakes": (1, 100),
     "plot_results.dpi": (50, 600),
@@ -212,7 +212,10 @@ def test_every_number_has_a_test_of_its_range():
         for leaf, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    assert numbers - {"train_cnn.views"} == {*RANGES, *ABOVE_0_AT_MOST_1}  # views are listed, as words are
+    assert numbers - {"train_cnn.tta_views"} == {
+        *RANGES,
+        *ABOVE_0_AT_MOST_1,
+    }  # views are listed, as words are
 
 
 def test_the_train_images_that_remain_may_all_train(tmp_path):

@@ -144,7 +144,7 @@ def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train
 
     model = fresh(build_small, 0)
     model.register_forward_hook(watch)
-    train(images[None], model, epochs=6, batch_size=12, easy=0.5)
+    train(images[None], model, epochs=6, batch_size=12, prune_easy=0.5)
     assert [len(epoch) for epoch in seen] == [12, 9, 9, 9, 9, 9]
     last = dict(seen[0])
     for epoch in seen[1:]:
@@ -199,12 +199,12 @@ def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypa
     monkeypatch.setattr(loop, "REFRESH", 3)  # the last of each epoch's three batches
     monkeypatch.setattr(Bar, "shown", [])
     checkpoint = Checkpoint("k", tmp_path)
-    _, [first] = train(images[None], epochs=1, checkpoint=checkpoint, easy=easy)
+    _, [first] = train(images[None], epochs=1, checkpoint=checkpoint, prune_easy=easy)
     assert Bar.shown[-1][:3] == ("epoch 1/1: ", 12, 12)
     means = f"accuracy={first['train_accuracy']:.2%}, loss={first['train_loss']:.4f}"
     assert Bar.shown[-1][3] == means
     Bar.shown.clear()
-    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path), easy=easy)
+    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path), prune_easy=easy)
     assert Bar.shown[0][1:3] == (12, 12 + second)  # begins where the first epoch ended
     assert Bar.shown[-1][:3] == ("epoch 2/2: ", 12 + second, 12 + second)
 
@@ -215,7 +215,7 @@ class Killed(Exception):
 
 OPTIONS = {
     "optimizer": "muon", "schedule": "one-cycle", "weight_decay": 0.1, "label_smoothing": 0.1,
-    "flips": True, "shift": 2, "easy": 0.5, "batch_size": 11,  # leaves a batch of one image
+    "flips": True, "shift": 2, "prune_easy": 0.5, "batch_size": 11,  # leaves a batch of one image
 }  # fmt: skip
 
 

@@ -333,9 +333,9 @@ EFFECTS = {
     "train_cnn.label_smoothing": (0.1, ("train_cnn", "original"), TRAINED),
     "train_cnn.flips": (True, ("train_cnn", "original"), TRAINED),
     "train_cnn.shift": (1, ("train_cnn", "original"), TRAINED),
-    "train_cnn.easy": (0.5, ("train_cnn", "original"), TRAINED),
+    "train_cnn.prune_easy": (0.5, ("train_cnn", "original"), TRAINED),
     # Epochs are validated by one view, so the curve is the same.
-    "train_cnn.views": (2, ("train_cnn", "original"), TRAINED - {"metrics/train_cnn/original.csv"}),
+    "train_cnn.tta_views": (2, ("train_cnn", "original"), TRAINED - {"metrics/train_cnn/original.csv"}),
     "evaluate_cnn.robustness_images": (
         41, ("evaluate_cnn", "original"), {f"{TESTED}.json"},
     ),

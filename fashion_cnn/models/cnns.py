@@ -92,7 +92,7 @@ class Cnn(nn.Sequential):
 
 
 def build_cnn(model: str = LESSON, views: int = 1) -> Cnn:
-    """The CNN of the params train_cnn.model and train_cnn.views."""
+    """The CNN of the params train_cnn.model and train_cnn.tta_views."""
     return Cnn(model, views)
 
 

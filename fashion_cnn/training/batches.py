@@ -33,14 +33,14 @@ def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: in
 
 def length(n: int, params: "TrainCnn", epoch: int) -> int:
     """How many of `n` images an epoch takes: all, or from the second on all but half of the easy ones."""
-    return n - (int(params.easy * n) // 2 if epoch > 1 else 0)
+    return n - (int(params.prune_easy * n) // 2 if epoch > 1 else 0)
 
 
 def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch: int) -> np.ndarray:
     """`takes` (N, 6) of an epoch without a random half of the easy ones; the other half counts twice.
 
     Data pruning as InfoBatch does it (Qin et al., arXiv 2303.04947), with a fixed share. Easy are those with
-    the least of `losses`, one for each image: the share `params.easy` of them.
+    the least of `losses`, one for each image: the share `params.prune_easy` of them.
     """
     left_out = len(takes) - length(len(takes), params, epoch)
     easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]

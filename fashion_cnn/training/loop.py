@@ -84,13 +84,13 @@ def train_cnn(
 class TrainStep:
     """One step on a batch; sums loss and hits on the device, where reading them costs no wait.
 
-    `losses` (N,) holds the last loss of each image, if `params.easy` asks for it.
+    `losses` (N,) holds the last loss of each image, if `params.prune_easy` asks for it.
     """
 
     def __init__(self, model, optimizer, images: torch.Tensor, targets: torch.Tensor, params: "TrainCnn"):
         self.model, self.optimizer, self.images, self.targets = model, optimizer, images, targets
         self.label_smoothing, self.moved = params.label_smoothing, bool(params.flips or params.shift)
-        self.easy = params.easy
+        self.prunes = params.prune_easy
         self.losses = torch.zeros(len(targets), device=images.device)
         self.loss_sum = torch.zeros((), device=images.device)
         self.correct = torch.zeros((), device=images.device, dtype=torch.int64)
@@ -102,7 +102,7 @@ class TrainStep:
         counted = count.sum()
         label = self.targets[index]  # (B,)
         logits = self.model(to_input(cut(self.images, takes, self.moved)))  # (B, 10)
-        if self.easy:
+        if self.prunes:
             each = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
             self.losses.scatter_(0, index, each.detach())
             loss = (each * count).sum() / counted

@@ -243,7 +243,7 @@ def training(name: str, steps: int, batch: int, model: str = "lesson", **options
 
 ALL_OPTIONS = {
     "model": "residual", "optimizer": "muon", "weight_decay": 0.05, "label_smoothing": 0.1,
-    "flips": True, "shift": 2, "easy": 0.5,
+    "flips": True, "shift": 2, "prune_easy": 0.5,
 }  # fmt: skip
 PARTS = {
     "toy": toy,

@@ -30,7 +30,7 @@ PARAMS = {
     "train_cnn": {
         "seed": 4, "epochs": 3, "batch_size": 16, "learning_rate": 0.001, "model": "lesson",
         "optimizer": "adamw", "schedule": "constant", "weight_decay": 0.0, "label_smoothing": 0.0,
-        "flips": False, "shift": 0, "easy": 0.0, "views": 1, "device": "cpu",
+        "flips": False, "shift": 0, "prune_easy": 0.0, "tta_views": 1, "device": "cpu",
     },
     "evaluate_cnn": {"device": "cpu", "robustness_images": 40, "mistakes": 7},
     "plot_results": {"dpi": 50},
@@ -135,7 +135,7 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
             for reader in (module, train_data):
                 if hasattr(reader, name):
                     patch.setattr(reader, name, IdxFile(file, shape, ""))
-        for name in ("open_run", "Outbox"):
+        for name in ("open_run", "StageRecords"):
             if hasattr(module, name):
                 patch.setattr(module, name, getattr(tracking, name))
         module.main()
