@@ -6,14 +6,13 @@ Needs neither data nor cache: DVC compares what is there with dvc.lock.
 import csv
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
 from dvc.repo import Repo
 
+from fashion_cnn.commands import repair
 from fashion_cnn.project.catalog import CNNS
 from project import ROOT, SCRIPTS, code_deps, copy_of_project, git, sections_read
 
@@ -160,40 +159,42 @@ def test_nothing_else_reruns_a_stage(project):
     git(project, "clean", "--force", "-d", "-x", "--quiet", "fashion_cnn")
 
 
-def test_a_lock_file_in_conflict_is_left_to_a_person(project):
+def test_a_lock_file_in_conflict_is_left_to_a_person(project, monkeypatch):
+    monkeypatch.chdir(project)
     path = project / "dvc.lock"
     whole = path.read_text()
     path.write_text("<<<<<<< HEAD\n" + whole + "=======\n>>>>>>> other\n")
     conflict = path.read_text()
-    mended = subprocess.run(
-        [sys.executable, "-m", "fashion_cnn.commands.mend_lock"], cwd=project, check=False
-    )
-    assert mended.returncode == 1
+    assert not repair.mend_lock()
     assert path.read_text() == conflict
     path.write_text(whole)
 
 
 @pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-12), slice(2, None)])
-def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_stays(project, cut):
+def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_stays(
+    project, cut, monkeypatch
+):
+    monkeypatch.chdir(project)
     path = project / "dvc.lock"
     whole = path.read_text()
-    mend = [sys.executable, "-m", "fashion_cnn.commands.mend_lock"]
-    assert subprocess.run(mend, cwd=project, check=False).returncode == 1
+    assert not repair.mend_lock()
     assert path.read_text() == whole
     path.write_text(whole[cut])
-    assert subprocess.run(mend, cwd=project, check=False, capture_output=True).returncode == 0
+    assert repair.mend_lock()
     assert path.read_text() == whole
 
 
 @pytest.mark.parametrize("cut", ["", '{"write": {"/project/models/toy'])
-def test_dvcs_list_of_readers_and_writers_cut_short_is_taken_away_and_a_whole_one_is_not(project, cut):
+def test_dvcs_list_of_readers_and_writers_cut_short_is_taken_away_and_a_whole_one_is_not(
+    project, cut, monkeypatch
+):
+    monkeypatch.chdir(project)
     path = project / ".dvc/tmp/rwlock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mend = [sys.executable, "-m", "fashion_cnn.commands.mend_lock"]
     path.write_text("{}")
-    assert subprocess.run(mend, cwd=project, check=False).returncode == 1
+    assert not repair.mend_rwlock()
     assert path.exists()
     path.write_text(cut)
-    assert subprocess.run(mend, cwd=project, check=False, capture_output=True).returncode == 0
+    assert repair.mend_rwlock()
     assert not path.exists()
     assert (project / "dvc.lock").exists()

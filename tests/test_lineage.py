@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fashion_cnn.project.catalog import TOY
-from fashion_cnn.project.records import StageRecords, open_run
 from fashion_cnn.project.repository import code_state, file_at
+from fashion_cnn.project.stage_records import StageRecords, open_run
 from fashion_cnn.tracking.store import connect
 from project import commit_all, git
 

@@ -119,7 +119,7 @@ def write_results(
 def build(monkeypatch, images: np.ndarray, labels: np.ndarray) -> bytes:
     """The page that the stage writes into the current folder."""
     ignored = SimpleNamespace(report=lambda *arguments: None, close=lambda: None)
-    monkeypatch.setattr(build_page, "Outbox", lambda: ignored)
+    monkeypatch.setattr(build_page, "StageRecords", lambda: ignored)
     monkeypatch.setattr(build_page, "read_idx", lambda file: labels if "labels" in file.name else images)
     build_page.main()
     return build_page.PAGE.read_bytes()

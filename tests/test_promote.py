@@ -23,7 +23,7 @@ from fashion_cnn.data.split import split_indices
 from fashion_cnn.models.cnns import build_cnn, fresh, load_weights, save_weights
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.project.records import Record, now_ms
+from fashion_cnn.project.record import Record, now_ms
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect
 from servers import free_port, wait_until_up
@@ -102,7 +102,7 @@ def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(st
         model(images)
     save_weights(model, weights)
     run_id = add_run(store, weights)
-    log(store, weights, {"train_cnn.model": "residual", "train_cnn.views": 6})
+    log(store, weights, {"train_cnn.model": "residual", "train_cnn.tta_views": 6})
     assert "champion" in run(capsys, weights)
     with torch.inference_mode():
         expected = model.eval()(images).softmax(1).numpy()

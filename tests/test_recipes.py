@@ -13,7 +13,7 @@ import yaml
 
 from fashion_cnn.cli import cli
 from fashion_cnn.commands import recipe
-from fashion_cnn.commands.dvc_experiments import Experiment
+from fashion_cnn.commands.dvc_state import Experiment
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.params import parse_params
 from project import ROOT
@@ -116,7 +116,7 @@ def test_an_unknown_name_gets_the_names_there_are(folder, name):
 
 
 def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, capsys):
-    made = Experiment("short", "0" * 40, "refs/exps/…")
+    made = Experiment("short", "0" * 40, "refs/exps/…", 0)
     monkeypatch.setattr(recipe, "experiments", lambda: [made])
     with pytest.raises(StageError, match=r"dvc exp apply short.*dvc exp remove short"):
         run(capsys, "short")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 
+import psutil
 import pytest
 import yaml
 
@@ -45,18 +46,24 @@ def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
 
 
 @pytest.mark.parametrize(
-    ("works", "stays"), [([], True), ([False], False), ([True], True), ([False, True], True)]
+    ("users", "stays"),
+    [([], True), (["ended"], False), (["at work"], True), (["ended", "at work"], True), (["reused"], False)],
 )
-def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, works, stays):
-    """The child has ended but is a zombie, which DVC itself takes to be at work."""
+def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, users, stays):
+    """One has ended but is a zombie, which DVC takes to be at work; the number of one is another's by now."""
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["true"]) as ended:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-        pids = [os.getpid() if at_work else ended.pid for at_work in works]
+        own = " ".join(["dvc", *psutil.Process().cmdline()[1:]])
+        known = {
+            "ended": {"pid": ended.pid, "cmd": "true"},
+            "at work": {"pid": os.getpid(), "cmd": own},
+            "reused": {"pid": os.getpid(), "cmd": "dvc repro of another"},
+        }
         repro.mend_rwlock()  # a folder without one
         path = tmp_path / ".dvc/tmp/rwlock"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"read": {"a": [{"pid": pid, "cmd": "dvc repro"} for pid in pids]}}))
+        path.write_text(json.dumps({"read": {"a": [known[user] for user in users]}}))
         assert repro.mend_rwlock() is False
         assert path.exists() is stays
 

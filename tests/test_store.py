@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from fashion_cnn.project.catalog import TOY
-from fashion_cnn.project.records import Record
+from fashion_cnn.project.record import Record
 from fashion_cnn.project.repository import repository_root
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_url

@@ -20,11 +20,12 @@ from filelock import FileLock
 from mlflow.entities import LoggedModelStatus
 
 from fashion_cnn.models.cnns import TOY_SHAPE, build_toy_cnn, fresh, save_weights
-from fashion_cnn.project import records
+from fashion_cnn.project import stage_records
 from fashion_cnn.project.catalog import CNNS, TOY, Training
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.project.records import Record, StageRecords, open_run, records_folder
+from fashion_cnn.project.record import Record, read_record, records_folder
 from fashion_cnn.project.repository import code_state
+from fashion_cnn.project.stage_records import StageRecords, open_run
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.follower import send_left_over
 from fashion_cnn.tracking.store import connect
@@ -45,7 +46,7 @@ def unsent(workspace, new_store, monkeypatch):
     follower = Mock()
     follower.communicate.return_value = ("MLflow: left\n", None)
     monkeypatch.setattr(StageRecords, "_follow", lambda _: follower)
-    monkeypatch.setattr(records, "code_state", lambda: ({}, b""))
+    monkeypatch.setattr(stage_records, "code_state", lambda: ({}, b""))
     shutil.copy(new_store, workspace / "mlflow.db")
     return workspace
 
@@ -70,9 +71,9 @@ def train(
 
 
 def report(stage: str, training: Training, weights_sha256: str, metrics: dict, files: list[Path]) -> None:
-    stage_records = StageRecords()
-    stage_records.report(stage, training, weights_sha256, metrics, files)
-    stage_records.close()
+    records = StageRecords()
+    records.report(stage, training, weights_sha256, metrics, files)
+    records.close()
 
 
 def send() -> list[str]:
@@ -262,7 +263,7 @@ def test_a_record_names_no_files(unsent):
     path.parent.mkdir(parents=True)
     named = '"files": {"a": "/etc/passwd"}, "weights": "/etc/passwd", "diff": "/etc/passwd"'
     path.write_text(f'{{"training": "train_toy_cnn", "begun": 1, {named}}}')
-    record = records.read_record(path)
+    record = read_record(path)
     assert (record.files, record.weights, record.diff) == ({}, None, None)
 
 
@@ -335,7 +336,7 @@ def test_a_clock_that_was_set_back_makes_no_second_run(unsent, monkeypatch):
 
 ENDLESS = """
 import time
-from fashion_cnn.project.records import open_run
+from fashion_cnn.project.stage_records import open_run
 from fashion_cnn.project.catalog import TOY
 with open_run(TOY, {}, "12" * 32) as run:
     for epoch in range(1, 10000):
@@ -425,8 +426,8 @@ def test_whoever_requires_a_store_is_stopped_without_one(workspace, echo):
 
 HANGS = """
 from pathlib import Path
-from fashion_cnn.project import records
-records.WAIT, records.FOLLOWER = 0.5, "hangs"
+from fashion_cnn.project import stage_records
+stage_records.WAIT, stage_records.FOLLOWER = 0.5, "hangs"
 """
 
 
@@ -459,7 +460,7 @@ def test_records_that_cannot_be_written_cost_no_training(unsent, monkeypatch, ca
         Path(where).write_text("no folder")
     else:
         monkeypatch.setattr(
-            records, "replace_atomically", Mock(side_effect=OSError(28, "No space left", where))
+            stage_records, "replace_atomically", Mock(side_effect=OSError(28, "No space left", where))
         )
     train(unsent)
     told = capsys.readouterr().out
@@ -484,9 +485,8 @@ def test_no_follower_sees_records_that_nobody_holds_yet_or_leaves_any_half_delet
     whole = FileLock.acquire
     connect()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            records, "FileLock", Mock(side_effect=lambda path: Mock(acquire=lambda: acquire(FileLock(path))))
-        )
+        watched = Mock(side_effect=lambda path: Mock(acquire=lambda: acquire(FileLock(path))))
+        patch.setattr(stage_records, "FileLock", watched)
         train(unsent)
     (records_folder() / "1-1/train_toy_cnn").mkdir(parents=True)
     assert send() == []
@@ -555,10 +555,10 @@ def test_a_part_that_waits_does_not_take_the_place_of_later_reports(unsent):
     store = connect()
     toys = store.experiment("fashion-cnn-toy")
     store.client.delete_experiment(toys)
-    stage_records = StageRecords()
+    records = StageRecords()
     for training in (TOY, CNNS["original"]):
-        stage_records.report("plot_results", training, SHA, {"value": 1}, [])
-    stage_records.close()
+        records.report("plot_results", training, SHA, {"value": 1}, [])
+    records.close()
     [line] = send()
     assert f"restore it with `mlflow experiments restore --experiment-id {toys}`" in line
     report("plot_results", CNNS["original"], SHA, {"value": 2}, [])
@@ -680,7 +680,7 @@ def test_ids_in_the_environment_hijack_nothing(unsent, monkeypatch):
 
 
 def test_a_diff_that_is_sent_later_is_the_one_of_the_training(unsent, monkeypatch):
-    monkeypatch.setattr(records, "code_state", code_state)
+    monkeypatch.setattr(stage_records, "code_state", code_state)
     commit_all(unsent)
     (unsent / "code.py").write_text("of the training")
     with open_run(TOY, {}, KEY):

@@ -13,7 +13,7 @@ import pytest
 from browser import needs_browser, open_page, see_comparison, see_models, see_run, see_table
 from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
 from fashion_cnn.project.catalog import CNNS, TOY
-from fashion_cnn.project.records import Record, now_ms
+from fashion_cnn.project.record import Record, now_ms
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect
 from pipeline import environment

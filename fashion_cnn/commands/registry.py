@@ -138,8 +138,9 @@ def log_served_model(client, run):
 
     here = Path(__file__).resolve().parent
     params = run.data.params
-    # Runs of earlier versions name no model: it was the lesson's.
-    name, views = params.get("train_cnn.model", LESSON), int(params.get("train_cnn.views", 1))
+    # Runs of earlier versions name no model: it was the lesson's. The views had another name.
+    views = params.get("train_cnn.tta_views", params.get("train_cnn.views", 1))
+    name, views = params.get("train_cnn.model", LESSON), int(views)
     network = build_cnn(name, views)
     try:
         network.load_state_dict(exported(client, run).state_dict())

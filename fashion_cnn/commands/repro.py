@@ -22,7 +22,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from fashion_cnn.commands import summary
-from fashion_cnn.commands.mend_lock import mend_lock, mend_rwlock
+from fashion_cnn.commands.repair import mend_lock, mend_rwlock
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import DVC, die_with_parent, usable_threads

@@ -21,7 +21,7 @@ from fashion_cnn.lesson.results import NUMBER, TOY_CURVE, read_table, read_weigh
 from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import md5_of, numbers, read_json, write_text
-from fashion_cnn.project.records import DIFF, Record, now_ms, records_folder
+from fashion_cnn.project.record import DIFF, Record, now_ms, records_folder
 from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, code_state, file_at, git
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.follower import send_left_over

@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 
 from fashion_cnn.project.files import write_text
 from fashion_cnn.project.process import run_stage
-from fashion_cnn.project.records import ALIVE, LATER, RECORD, WEIGHTS, read_record, records_folder
+from fashion_cnn.project.record import RECORD, WEIGHTS, read_record, records_folder
+from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
 
@@ -121,8 +122,7 @@ def _bring_in_line(store, path: Path, ended: bool) -> str | None:
     try:
         record = read_record(path)
         if ended and record.status == "RUNNING":  # the stage was killed
-            last = max((int(row["time"]) for row in record.rows), default=record.begun)
-            record.status, record.ended = "KILLED", last
+            record.status = "KILLED"
         runs.bring_in_line(store, record)
         if record.status == "RUNNING":  # for its model: takes seconds, during which the stage trains
             import fashion_cnn.models.cnns  # noqa: F401

@@ -16,7 +16,7 @@ import numpy as np
 from fashion_cnn.project.catalog import TOY, TRAININGS
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.params import as_yaml, params_in
-from fashion_cnn.project.records import Record, now_ms
+from fashion_cnn.project.record import Record
 from fashion_cnn.project.repository import GitError, git
 from fashion_cnn.schema import N_TRAIN
 from fashion_cnn.tracking.store import Store, locked
@@ -225,7 +225,7 @@ def _log_epochs(client, run_id: str, record: Record) -> bool:
         return False
     logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
     missing = [row for row in record.rows if row["epoch"] not in logged]
-    _log_rows(client, run_id, missing, record.ended or now_ms())
+    _log_rows(client, run_id, missing, record.ended)
     return bool(missing)
 
 
@@ -237,7 +237,7 @@ def _log_metrics(client, run, record: Record, only_missing: bool) -> bool:
         for name, value in record.metrics.items()
         if name not in has or not (only_missing or _is_kept_as(value, has[name]))
     }
-    _log_rows(client, run.info.run_id, [{"epoch": 0, **new}], record.ended or now_ms())
+    _log_rows(client, run.info.run_id, [{"epoch": 0, **new}], record.ended)
     return bool(new)
 
 

@@ -19,7 +19,7 @@ from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import replace_atomically
 from fashion_cnn.project.process import run_stage
-from fashion_cnn.project.records import records_folder
+from fashion_cnn.project.record import records_folder
 from fashion_cnn.project.repository import repository_root
 from fashion_cnn.project.time_limit import at_most
 

@@ -1,8 +1,7 @@
 """What a stage tells MLflow: a record of each training that it is about, which always holds all of it.
 
-A stage knows nothing of MLflow. It keeps its records in a folder of its own under .records/, and starts
-fashion_cnn/tracking/follower.py, which alone talks to the store, and deletes the folder once the runs in it
-are in line with the records.
+It keeps them in a folder under .records/, and starts the follower, which alone talks to the store, and which
+deletes the folder once the runs are in line with the records.
 """
 
 import os
@@ -14,73 +13,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field
 
 from fashion_cnn.project.catalog import Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import replace_atomically
 from fashion_cnn.project.provenance import machine_tags
+from fashion_cnn.project.record import DIFF, FILES, RECORD, WEIGHTS, Record, now_ms, records_folder
 from fashion_cnn.project.repository import code_state, repository_root
 
 FOLLOWER, STORE = "fashion_cnn.tracking.follower", "fashion_cnn.tracking.store"
 WAIT = 30  # seconds that a stage waits for its follower
 ALIVE, LOG = "stage.lock", "follower.log"
-# What the folder of a record holds beside it: weights, the code's changes, and files as the run has them.
-RECORD, WEIGHTS, DIFF, FILES = "record.json", "weights.safetensors", "uncommitted.diff", "files"
 LATER = "`fashion-cnn sync` writes the rest"
-
-
-class Record(BaseModel):
-    """What is known of one training; of a later stage, what that says about it. Times are in ms."""
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
-    training: str  # as dvc.yaml names it
-    key: str = ""  # digest of all that determines the result, if this is the training's own record
-    dvc_lock: str = ""  # digest of its entry in dvc.lock, if it was read from there
-    weights_sha256: str = ""
-    tags: dict[str, str] = {}  # which code, experiment and machine made the weights
-    params: dict[str, Any] = {}
-    dataset: dict[str, Any] = {}  # name, digest, source, and sizes of the splits
-    rows: list[dict[str, float]] = []  # metrics of epochs, each with its "epoch" and "time"
-    metrics: dict[str, float] = {}  # those without an epoch
-    example: list = []  # input of the model, (2 or more, C, H, W)
-    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "FINISHED"
-    begun: int
-    ended: int = 0
-    # Those that are here. Beside the file, not in it, which could name any file of this machine.
-    files: dict[str, Path] = Field(default={}, exclude=True)  # by their paths in the run
-    weights: Path | None = Field(default=None, exclude=True)
-    diff: Path | None = Field(default=None, exclude=True)  # what the code was beyond its commit
-
-
-def records_folder() -> Path:
-    """Where all stages keep records, also those in DVC's temporary copies; names sort by time."""
-    return repository_root() / ".records"
-
-
-def read_record(path: Path) -> Record:
-    """A record and the files beside it. Raises ValueError if it is damaged, or a file is a link elsewhere."""
-    if links := [file for file in path.parent.rglob("*") if file.is_symlink()]:
-        raise ValueError(f"{links[0]} is a link, expected files alone")
-    record = Record.model_validate_json(path.read_text(encoding="utf-8"))
-    weights, diff, files = (path.with_name(name) for name in (WEIGHTS, DIFF, FILES))
-    record.weights = weights if weights.exists() else None
-    record.diff = diff if diff.exists() else None
-    found = sorted(file for file in files.rglob("*") if file.is_file())
-    record.files = {file.relative_to(files).as_posix(): file for file in found}
-    return record
 
 
 class StageRecords:
     """The records of one stage, and the process that follows them while the stage works.
 
-    Open it before the work: the follower takes seconds to start. If the stage fails, it need not be closed.
-    A fault of the disk costs a record, not the stage.
+    Open it before the work: the follower takes seconds to start. A fault of the disk costs a record, not the
+    stage.
     """
 
     def __init__(self):
@@ -103,6 +57,7 @@ class StageRecords:
 
     def save(self, record: Record) -> None:
         """Replace the record's file, whole or not at all."""
+        record.ended = now_ms()
         self.keep(record, RECORD, f"{record.model_dump_json()}\n".encode())
 
     def keep(self, record: Record, name: str, content: Path | bytes) -> None:
@@ -123,19 +78,10 @@ class StageRecords:
         self, stage: str, training: Training, weights_sha256: str, metrics: dict, files: list[Path]
     ) -> None:
         """Record what a later stage says about the training that made these weights."""
-        now = now_ms()
+        record = Record(training=training.stage, weights_sha256=weights_sha256, metrics=metrics)
         # An experiment may report on weights that its commit has; `fashion-cnn sync` finds out.
-        tags = {} if os.environ.get("DVC_EXP_NAME") else self.tags
-        record = Record(
-            training=training.stage,
-            weights_sha256=weights_sha256,
-            tags=tags,
-            metrics=metrics,
-            begun=now,
-            ended=now,
-        )
-        if tags and self.diff:
-            self.keep(record, DIFF, self.diff)
+        if not os.environ.get("DVC_EXP_NAME"):
+            self.keep_origin(record)
         for path in files:
             self.keep(record, f"{FILES}/{stage}/{path.name}", path)
         self.save(record)
@@ -149,17 +95,22 @@ class StageRecords:
                 said, _ = self._follower.communicate(timeout=WAIT)
             except subprocess.TimeoutExpired:  # not killed: it may be making a store, or wait for its answer
                 said = f"MLflow: not everything was written within {WAIT} s; that goes on; {LATER}"
-        failed = f"MLflow: the follower has failed, see {self.folder / LOG}; {LATER}"
-        print(next(iter(self.faults.values()), said.strip()) or failed)
+        told = next(iter(self.faults.values()), said.strip())
+        print(told or f"MLflow: the follower has failed, see {self.folder / LOG}; {LATER}")
+
+    def keep_origin(self, record: Record) -> None:
+        """Say which code made the weights of a record."""
+        record.tags |= self.tags
+        if self.diff:
+            self.keep(record, DIFF, self.diff)
 
     def _note(self, name: str, error: OSError) -> None:
-        what = f"{error.filename or self.folder}: {error.strerror or error}"
-        self.faults[name] = f"MLflow: {what}, so not all is recorded; {LATER}"
+        what = f"MLflow: {error.filename or self.folder}: {error.strerror or error}"
+        self.faults[name] = f"{what}, so not all is recorded; {LATER}"
 
     def _follow(self) -> subprocess.Popen[str]:
-        # In its own session and without DVC_STAGE, so that it outlives the stage and reports how that ended.
-        # Its errors go to a file, or who reads this stage's would wait for it. The copy that it was started
-        # in may be deleted meanwhile, so it is told the root.
+        # It outlives the stage, and perhaps the copy of the project in which that runs: hence a session and a
+        # file for errors of its own, and the root.
         environment = os.environ | {"FASHION_CNN_ROOT": str(repository_root())}
         environment.pop("DVC_STAGE", None)
         with (self.folder / LOG).open("w") as errors:
@@ -183,12 +134,11 @@ class Run:
 
     def log_epochs(self, rows: list[dict]) -> None:
         """Metrics of epochs, each with the epoch's number; those that the run has already are left."""
-        now = now_ms()
-        self.record.rows += [{**row, "time": now} for row in rows]
+        self.record.rows += [{**row, "time": now_ms()} for row in rows]
         self.records.save(self.record)
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
-        """The metrics of one epoch."""
+        """Metrics of one epoch."""
         self.log_epochs([{**row, "images_per_second": images_per_second}])
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -212,31 +162,18 @@ def open_run(training: Training, params: dict[str, object], key: str) -> Iterato
     resumed or repeated.
     """
     records = StageRecords()
-    tags = {**records.tags, **experiment_tag(), **machine_tags()}
-    record = Record(
-        training=training.stage, key=key, tags=tags, params=params, status="RUNNING", begun=now_ms()
-    )
-    if records.diff:
-        records.keep(record, DIFF, records.diff)
+    record = Record(training=training.stage, key=key, params=params, status="RUNNING")
+    record.tags = machine_tags()
+    if name := os.environ.get("DVC_EXP_NAME"):
+        record.tags["dvc_exp_name"] = name
+    records.keep_origin(record)
     records.save(record)
     try:
         yield Run(records, record)
         record.status = "FINISHED"
-    except BaseException as error:
-        record.status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    except BaseException as fault:
+        record.status = "KILLED" if isinstance(fault, KeyboardInterrupt) else "FAILED"
         raise
     finally:
-        record.ended = now_ms()
         records.save(record)
         records.close()
-
-
-def experiment_tag() -> dict[str, str]:
-    """The name of the experiment, when DVC runs one."""
-    name = os.environ.get("DVC_EXP_NAME")
-    return {"dvc_exp_name": name} if name else {}
-
-
-def now_ms() -> int:
-    """Milliseconds, as MLflow counts them."""
-    return int(time.time() * 1000)

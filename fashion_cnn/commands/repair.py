@@ -1,0 +1,134 @@
+"""What a kill of DVC leaves, and what puts it right; `make repro` and `fashion-cnn back` begin with it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from itertools import chain
+from pathlib import Path
+
+import psutil
+from dvc.utils.serialize import dump_yaml
+
+from fashion_cnn.commands.dvc_state import parse_lock, read_lock
+from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.files import write_text
+from fashion_cnn.project.process import DVC
+from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, file_at, git
+
+RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's list of who reads and writes what
+# Where `dvc exp run` puts what is not committed, until it has put it back.
+KEPT_CHANGES = ("refs/stash", "refs/exps/exec/EXEC_MERGE")
+
+
+def mend_lock() -> bool:
+    """Replace a dvc.lock that is cut short; whether that was needed.
+
+    DVC writes it in place, so a kill in that moment leaves a part of it, which DVC then refuses to read. The
+    committed one takes its place, as by `git restore`, or none if git has none: DVC finds stages that
+    finished since in its run cache. A merge conflict is left: a person must settle it.
+    """
+    if not LOCK.exists() or parse_lock(LOCK.read_bytes()) or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
+        return False
+    try:
+        committed = file_at("HEAD", LOCK)
+    except GitError:
+        committed = None
+    if committed:
+        write_text(LOCK, committed.decode())
+    else:
+        LOCK.unlink()
+    done = "the committed one replaces it" if committed else "it is deleted"
+    print(f"{LOCK} was cut short by a kill: {done}, and DVC finds later results in its run cache")
+    return True
+
+
+def mend_rwlock() -> bool:
+    """Remove DVC's list of who reads and writes what if it is cut short, or all in it have ended.
+
+    Returns whether it was cut short.
+    """
+    try:
+        users = rwlock_users()
+    except ValueError:
+        RWLOCK.unlink()
+        print(f"{RWLOCK} was cut short by a kill and is deleted")
+        return True
+    # DVC takes a killed process to be at work until its parent has waited for it, which can take seconds.
+    if users and not any(is_at_work(user) for user in users):
+        RWLOCK.unlink()
+    return False
+
+
+def rwlock_users() -> list[dict]:
+    """The `pid` and `cmd` of each process that DVC's list names. Raises ValueError if it is cut short."""
+    held = json.loads(RWLOCK.read_text(encoding="utf-8")) if RWLOCK.exists() else {}
+    return [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
+
+
+def is_at_work(user: dict) -> bool:
+    """Whether a process of DVC's list exists; its number may be another process's by now."""
+    try:
+        process = psutil.Process(user["pid"])
+        arguments = user["cmd"].partition(" ")[2]  # behind `dvc`, which the kernel may show in another way
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return not ended and " ".join(process.cmdline()).endswith(arguments)
+    except psutil.Error:
+        return False
+
+
+def refuse_while_dvc_works() -> None:
+    """Raise StageError if DVC is running stages here: what they read must not change meanwhile."""
+    if at_work := {user["cmd"] for user in rwlock_users() if is_at_work(user)}:
+        raise StageError(f"`{'`, `'.join(sorted(at_work))}` is running here; wait until it ends")
+
+
+def return_to_branch() -> None:
+    """Put HEAD on the branch it was on before it was detached, if it is still at that branch's commit."""
+    if git("rev-parse", "--symbolic-full-name", "HEAD").strip() != b"HEAD":
+        return
+    at_head = git("for-each-ref", "--points-at=HEAD", "--format=%(refname)", "refs/heads").decode().split()
+    left = re.search(r"^checkout: moving from (\S+) to", git("reflog", "-1", "--format=%gs").decode())
+    if left and f"refs/heads/{left[1]}" in at_head:
+        git("symbolic-ref", "-m", "fashion-cnn back", "HEAD", f"refs/heads/{left[1]}")
+        print(f"HEAD is on branch {left[1]} again", flush=True)
+
+
+def say_where_changes_are() -> None:
+    """Say which changes of code git keeps for this commit, if the files have none.
+
+    `dvc exp run` takes what is not committed out of the files for a moment; a kill in it leaves it there.
+    """
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE):
+        return
+    head = git("rev-parse", "HEAD").decode().strip()
+    kept = git("for-each-ref", "--format=%(refname) %(parent)", *KEPT_CHANGES).decode()
+    for ref, parent, *_ in map(str.split, kept.splitlines()):
+        if parent != head:
+            continue
+        listed = git("diff", "--name-only", "--relative", "-z", head, ref, "--", ".", *NOT_CODE)
+        if files := os.fsdecode(listed).split("\0")[:-1]:
+            command = shlex.join(["git", "restore", f"--source={ref}", "--", *files])
+            print(f"git has changes that your files lack; to restore them: {command}")
+
+
+def drop_unknown_results() -> None:
+    """Remove those stages from dvc.lock whose outputs DVC's cache lacks.
+
+    They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
+    its entry, DVC looks for this machine's own results in its run cache.
+    """
+    done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")
+    unknown = set(json.loads(done.stdout).get("not_in_cache", []))
+    lock = read_lock()
+    kept = {
+        name: stage
+        for name, stage in lock["stages"].items()
+        if unknown.isdisjoint(out["path"].rstrip("/") for out in stage["outs"])
+    }
+    if len(kept) < len(lock["stages"]):
+        print(f"not in DVC's cache, so made on another machine: {', '.join(sorted(unknown))}", flush=True)
+        dump_yaml(LOCK, lock | {"stages": kept})
