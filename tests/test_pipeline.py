@@ -272,7 +272,7 @@ def test_a_new_store_is_filled_from_dvc_lock(project):
     # Under another name: MLflow in this process would keep connections to a file that was replaced.
     store = f"sqlite:///{project.parent / 'new.db'}"
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
-    assert told.count("made, params, curve, model") == 3
+    assert told.count("made, commit, params, curve, metrics, model") == 3
     assert_runs_match(project, store)
     assert tool(project, "sync", MLFLOW_TRACKING_URI=store).count("up to date") == 3
 
