@@ -46,12 +46,11 @@ def main() -> None:
         "surest": evaluation.mistakes(images, labels, logits, params.mistakes),
     }
 
-    results = training.evaluation_results
-    ends = (".json", "_mistakes.json", "_per_class.csv", "_confusion.csv")
-    paths = [results.with_name(results.name + end) for end in ends]
-    metrics = write_json(paths[0], metrics | moved) | write_json(paths[1], mistakes)
-    write_csv(paths[2], evaluation.per_class(labels, predictions))
-    write_csv(paths[3], evaluation.confusion(labels, predictions))
+    per_class = training.evaluation_results.with_name(f"{training.images}_per_class.csv")
+    paths = [training.evaluated, training.mistakes, per_class, training.confusion]
+    metrics = write_json(training.evaluated, metrics | moved) | write_json(training.mistakes, mistakes)
+    write_csv(per_class, evaluation.per_class(labels, predictions))
+    write_csv(training.confusion, evaluation.confusion(labels, predictions))
     records.report("evaluate_cnn", training, sha256_of(training.weights), metrics, paths)
     records.close()
 

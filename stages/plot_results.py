@@ -23,15 +23,13 @@ def main() -> None:
     toy_curve = read_table(TOY.curve, results.TOY_CURVE)
     curves, confusion, moved, mistakes = {}, {}, {}, {}
     for name, training in CNNS.items():
-        evaluation = training.evaluation_results.with_suffix(".json")
         curves[name] = read_table(training.curve, results.CURVE)
-        confusion[name] = read_table(evaluation.with_name(f"{name}_confusion.csv"), results.CONFUSION)
+        confusion[name] = read_table(training.confusion, results.CONFUSION)
         moved[name] = {
-            "shifts": read_rows(evaluation, "shifts", results.SHIFTS),
-            "rotations": read_rows(evaluation, "rotations", results.ROTATIONS),
+            "shifts": read_rows(training.evaluated, "shifts", results.SHIFT_COLUMNS),
+            "rotations": read_rows(training.evaluated, "rotations", results.ROTATION_COLUMNS),
         }
-        surest = evaluation.with_name(f"{name}_mistakes.json")
-        mistakes[name] = read_rows(surest, "surest", results.MISTAKES)
+        mistakes[name] = read_rows(training.mistakes, "surest", results.MISTAKES)
     copies, labels, _ = load_copies()
     variants = [images[:EXAMPLES] for images in (read_idx(TRAIN_IMAGES), *copies)]
     drawn = {

@@ -28,7 +28,7 @@ from fashion_cnn.project.files import read_tensors, sha256_of, write_json, write
 from fashion_cnn.project.params import load_params
 from fashion_cnn.project.stage_records import StageRecords
 
-METRICS = TOY.evaluation_results.with_suffix(".json")
+METRICS = TOY.evaluated
 WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 
 

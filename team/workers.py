@@ -16,9 +16,9 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.errors import StageError, StoreError
 from fashion_cnn.project.repository import git
-from fashion_cnn.tracking.store import CONNECT, StoreError, connect
+from fashion_cnn.tracking.store import CONNECT, connect
 from team.trial import run, steadily
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -238,6 +238,36 @@ def test_a_side_that_is_nothing_is_named(results, side, words):
         read_side(side)
 
 
+def test_a_name_as_a_whole_comes_before_its_parts(results):
+    head = git(results, "rev-parse", "HEAD").strip()
+    wide = git(results, "for-each-ref", "--format=%(objectname)", "refs/exps/??/*/wide-0").strip()
+    for name in ("slow-0,slow-1", "wide@original", "HEAD", "workspace"):
+        git(results, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", wide)
+
+    def wrong(side: str) -> list[float]:
+        return [
+            round(200 * (1 - one.metrics["test_accuracy"])) for one in read_side(side)["train_cnn@original"]
+        ]
+
+    assert wrong("slow-0,slow-1") == wrong("wide@original") == wrong("wide@original@original") == [20]
+    write_results(results, "original", 0, 77)
+    assert wrong("workspace") == [77]
+    commit(results)
+    assert wrong("HEAD") == [77]
+
+
+def test_an_experiment_that_is_damaged_is_named_and_the_others_are_listed(results, capsys):
+    head = git(results, "rev-parse", "HEAD").strip()
+    (results / "metrics/train_cnn/original.json").write_text("{")
+    git(results, "commit", "--quiet", "--all", "--message", "damage")
+    git(results, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/broken", "HEAD")
+    git(results, "reset", "--quiet", "--hard", head)
+    compare.list_all(as_json=True)
+    told = capsys.readouterr()
+    assert told.err.startswith("left out experiment broken: metrics/train_cnn/original.json of refs/exps/")
+    assert {row["name"] for row in json.loads(told.out)} >= {"workspace", "slow-0", "wide-1"}
+
+
 def test_an_evaluation_of_other_weights_does_not_count(results, capsys):
     lock = yaml.safe_load((results / "dvc.lock").read_text())
     weights = {"path": "models/cnn_original.safetensors"}

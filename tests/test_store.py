@@ -17,10 +17,11 @@ import pytest
 from filelock import FileLock
 
 from fashion_cnn.project.catalog import TOY
+from fashion_cnn.project.errors import StoreError
 from fashion_cnn.project.record import Record
 from fashion_cnn.project.repository import repository_root
 from fashion_cnn.tracking import runs
-from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_url
+from fashion_cnn.tracking.store import connect, reason, shown, store_url
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +30,7 @@ pytestmark = [
 
 
 def test_stages_that_meet_a_new_store_at_once_all_get_it(workspace):
-    code = "from fashion_cnn.tracking.store import TOYS, connect; print(connect().experiment(TOYS))"
+    code = "from fashion_cnn.tracking.store import TOY_RUNS, connect; print(connect().experiment(TOY_RUNS))"
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = [process.communicate()[0] for process in processes]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from fashion_cnn.commands import judgement
-from fashion_cnn.commands.dvc_state import Experiment, changed_params, experiments
+from fashion_cnn.commands.dvc_state import Experiment, changed_params, experiments, left_out_if_damaged
 from fashion_cnn.commands.judgement import ALIKE, Judgement
 from fashion_cnn.commands.sides import WORKSPACE, Result, read_side, results_of
 from fashion_cnn.project.catalog import CNNS, TOY
@@ -36,7 +36,10 @@ def main(a: str, b: str, as_json: bool) -> None:
 
 def list_all(as_json: bool) -> None:
     """List the experiments."""
-    rows = [row_of_workspace(), *map(row_of, experiments())]
+    rows = [row_of_workspace()]
+    for experiment in experiments():
+        with left_out_if_damaged(experiment):
+            rows.append(row_of(experiment))
     print(json.dumps(rows, indent=2) if as_json else listed(rows))
 
 

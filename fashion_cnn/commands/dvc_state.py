@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
@@ -9,7 +12,7 @@ from ruamel.yaml import YAML, YAMLError
 from voluptuous import Invalid
 
 from fashion_cnn.project.catalog import TRAININGS
-from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.errors import StageError, StoreError
 from fashion_cnn.project.params import PARAMS_PATH, params_in
 from fashion_cnn.project.repository import LOCK, file_at, git
 
@@ -32,6 +35,18 @@ def experiments() -> list[Experiment]:
         *_, first, rest, name = reference.split("/")
         found.append(Experiment(name, first + rest, reference, int(time)))
     return found
+
+
+@contextmanager
+def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
+    """Name an experiment that is damaged instead of stopping; a fault of the store stops."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except StageError as error:
+        what = f"{experiment.name}: {str(error).partition('; ')[0]}"
+        print(f"left out experiment {what}; `dvc exp remove {experiment.name}` drops it", file=sys.stderr)
 
 
 def changed_params(baseline: str, reference: str | None = None) -> dict[str, object]:

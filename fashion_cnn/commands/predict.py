@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fashion_cnn.commands.pictures import read_picture, write_picture
-from fashion_cnn.commands.registry import CHAMPION, Classifier, load_classifier
+from fashion_cnn.commands.registry import CHAMPION, Classify, load_classifier
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import DEFAULT_CNN
@@ -33,7 +33,7 @@ def main(pictures: Sequence[Path], model: str | None, show: Path | None, as_json
     sys.exit(any("error" in one for one in answers))
 
 
-def load_default() -> Classifier:
+def load_default() -> Classify:
     """The champion's classifier if there is one, else that of the weights in models/."""
     try:
         return load_classifier(CHAMPION)
@@ -42,7 +42,7 @@ def load_default() -> Classifier:
         return load_classifier(str(DEFAULT_CNN.weights))
 
 
-def answer(path: Path, classify: Classifier, show: Path | None) -> dict:
+def answer(path: Path, classify: Classify, show: Path | None) -> dict:
     """What is said about one file: its most probable classes, or why it cannot be read."""
     try:
         image, inverted = read_picture(path)

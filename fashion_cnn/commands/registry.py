@@ -20,10 +20,10 @@ from fashion_cnn.tracking.store import Store, as_store_error, connect
 SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
 NAME, CHAMPION = "fashion-cnn", "champion"
 # (N, 28, 28) uint8 to probabilities (N, 10).
-Classifier = Callable[[np.ndarray], np.ndarray]
+Classify = Callable[[np.ndarray], np.ndarray]
 
 
-def load_classifier(model: str) -> Classifier:
+def load_classifier(model: str) -> Classify:
     """The classifier in a file of weights, of a run or a version, or the champion.
 
     Raises StageError if there is none.
@@ -37,7 +37,7 @@ def load_classifier(model: str) -> Classifier:
         return of_version(find_version(store.client, model))
 
 
-def of_network(network: Callable) -> Classifier:
+def of_network(network: Callable) -> Classify:
     """The classifier of a CNN that gives logits."""
 
     def classify(images: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def of_network(network: Callable) -> Classifier:
     return classify
 
 
-def of_version(version) -> Classifier:
+def of_version(version) -> Classify:
     """The classifier of a version, as it is served."""
     import mlflow
 

@@ -53,7 +53,7 @@ def results(seed: int, images: str) -> dict:
     """One row: the seed, the train images, and the last val and all test metrics."""
     training = CNNS[images]
     metrics: dict = {}
-    for file in (training.metrics, training.evaluation_results.with_suffix(".json")):
+    for file in (training.metrics, training.evaluated):
         metrics |= json.loads(dvc.api.read(str(file), rev=f"seed-{seed}"))
     [weights_sha256] = metrics["weights_sha256"]
     numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}

@@ -41,17 +41,26 @@ def read_side(side: str) -> dict[str, list[Result]]:
     `side` is workspace, an experiment, a git revision, an MLflow run, or several with commas, and may end in
     @original or @augmented. Raises StageError if it is none of these, or has no results.
     """
-    names, _, images = side.rpartition("@")
-    if images not in {training.images for training in TRAININGS.values()}:
-        names, images = side, ""
+    named, _, images = side.rpartition("@")
+    if is_a_name(side) or images not in {training.images for training in TRAININGS.values()}:
+        named, images = side, ""
+    names = [named] if is_a_name(named) else named.split(",")
     found: dict[str, dict[str, Result]] = {}
-    for source in (source for name in names.split(",") for source in sources(name.strip())):
+    for source in (source for name in names for source in sources(name.strip())):
         for result in results_of(source):
             if images in ("", TRAININGS[result.training].images):
                 found.setdefault(result.training, {}).setdefault(result.weights_sha256, result)
     if not found:
         raise StageError(f"{side}: no results there, expected metrics/ as `dvc repro` writes it")
     return {training: list(results.values()) for training, results in found.items()}
+
+
+def is_a_name(side: str) -> bool:
+    """Whether a side as a whole names an experiment or a revision, as `a,b` and `x@original` may."""
+    try:
+        return bool(re.search("[,@]", side) and commit_of(side))
+    except StageError:
+        return False
 
 
 def sources(name: str) -> list[str]:
@@ -77,7 +86,7 @@ def commit_of(name: str) -> str:
     """The commit of an experiment (of HEAD's or the newest, if several have the name) or of a revision."""
     try:
         head = git("rev-parse", "HEAD").decode().strip()
-        named = [one for one in reversed(experiments()) if one.name == name]
+        named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]  # that is git's
         named.sort(key=lambda one: one.baseline != head)  # HEAD's first, then the newest
         if named:
             return named[0].reference
@@ -99,8 +108,7 @@ def results_in(source: str, read: Reader) -> list[Result]:
         if not isinstance(metrics.get("weights_sha256"), list):
             raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
         params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
-        section = training.stage.partition("@")[0]
-        seed = params.get(section, {}).get("seed", params.get(f"{section}.seed"))
+        seed = params.get(training.section, {}).get("seed", params.get(f"{training.section}.seed"))
         # An experiment may have run the training alone; the evaluation there is then of other weights.
         made = digest_of(training.weights, stages.get(training.stage, {}).get("outs", []))
         is_evaluated = made == digest_of(
@@ -149,7 +157,7 @@ def result_of_run(run_id: str) -> Result:
                 return None
             return Path(client.download_artifacts(run_id, f"{folder}/{path.name}")).read_bytes()
 
-        seed = run.data.params.get(f"{training.stage.partition('@')[0]}.seed")
+        seed = run.data.params.get(f"{training.section}.seed")
         weights_sha256 = run.data.tags["weights_sha256"]
         return with_evaluation(run_id, training, weights_sha256, seed and int(seed), run.data.metrics, read)
 
@@ -158,9 +166,8 @@ def with_evaluation(
     source: str, training: Training, weights_sha256: str, seed: int | None, metrics: dict, read: Reader
 ) -> Result:
     """The result of a training, with what its evaluation says if there is one."""
-    results = training.evaluation_results
-    evaluation = load(source, results.with_suffix(".json"), read, json.loads, {})
-    rows = load(source, results.with_name(f"{results.name}_confusion.csv"), read, read_rows, [])
+    evaluation = load(source, training.evaluated, read, json.loads, {})
+    rows = load(source, training.confusion, read, confusion_rows, [])
     return Result(
         source=source,
         training=training.stage,
@@ -187,7 +194,7 @@ def load(source: str, path: Path, read: Reader, parse: Callable, default):
     return found
 
 
-def read_rows(text: str) -> list[tuple[str, str]]:
+def confusion_rows(text: str) -> list[tuple[str, str]]:
     """The label and prediction of each image."""
     header, *rows = csv.reader(text.splitlines())
     if header != ["actual", "predicted"]:

@@ -11,12 +11,16 @@ import json
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from fashion_cnn.commands.dvc_state import Experiment, experiments, parse_lock, weights_at
+from fashion_cnn.commands.dvc_state import (
+    Experiment,
+    experiments,
+    left_out_if_damaged,
+    parse_lock,
+    weights_at,
+)
 from fashion_cnn.lesson.results import NUMBER, TOY_CURVE, read_table, read_weights_sha256
 from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
@@ -25,9 +29,9 @@ from fashion_cnn.project.record import DIFF, Record, now_ms, records_folder
 from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, code_state, file_at, git
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.follower import send_left_over
-from fashion_cnn.tracking.store import Store, StoreError, as_store_error, connect, shown, store_url
+from fashion_cnn.tracking.store import Store, as_store_error, connect, shown, store_url
 
-PLOTS, PAGE = "plot_results", "build_page"
+PLOT_STAGE, PAGE_STAGE = "plot_results", "build_page"
 SEEN = Path(".dvc/tmp/synced")
 CODE, RUNS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as .dvcignore has it
 
@@ -138,7 +142,7 @@ def records_of(
 def _report(own: Record, name: str, entry: dict, root: Path) -> Record:
     """What a later stage says about the training of a record."""
     paths = [path for out in entry["outs"] for path in _files(_check(root, out))]
-    if name == PLOTS:
+    if name == PLOT_STAGE:
         paths = [path for path in paths if path.stem in TRAININGS[own.training].figures]
     metrics: dict = {}
     for path in paths:
@@ -166,7 +170,7 @@ def sync_experiments(store: Store) -> None:
         known[run.data.tags.get("dvc_stage"), run.data.tags.get("weights_sha256")].append(run)
     before, taken = cache(_weights_before), set()
     for experiment in reversed(found):  # of several with the same weights, the newest gets the run
-        with _left_out(experiment):
+        with left_out_if_damaged(experiment):
             left = []
             for one in weights_at(experiment.reference).items():
                 own = runs.of_experiment(known[one], experiment.name, experiment.baseline)
@@ -190,18 +194,6 @@ def _weights_before(baseline: str) -> dict[str, str]:
         return weights_at(baseline)
     except StageError:
         return weights_at("HEAD")
-
-
-@contextmanager
-def _left_out(experiment: Experiment) -> Iterator[None]:
-    """Name an experiment that is damaged instead of stopping; a fault of the store stops."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except StageError as error:
-        name, what = experiment.name, str(error).partition("; ")[0]
-        print(f"sync: left out experiment {name}: {what}; `dvc exp remove {name}` drops it")
 
 
 def _sync_experiment(store: Store, experiment: Experiment, left: list[Training]) -> None:
@@ -242,7 +234,7 @@ def _is_code_of(entry: dict) -> bool:
 
 def _reports(training: Training, entries: dict) -> list[str]:
     """The stages of dvc.lock that say something about a training, and not about an earlier one."""
-    about_it = [training.evaluation, PLOTS, *([] if training is TOY else [PAGE])]
+    about_it = [training.evaluation, PLOT_STAGE, *([] if training is TOY else [PAGE_STAGE])]
     makers = [entries[name] for name in (training.stage, training.evaluation) if name in entries]
     return [name for name in about_it if name in entries and _has_read(entries[name], makers)]
 

@@ -15,7 +15,7 @@ import requests
 
 from fashion_cnn.commands import sync
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.tracking.store import CNNS, TOYS, as_store_error, connect, shown, store_url
+from fashion_cnn.tracking.store import CNN_RUNS, TOY_RUNS, as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
 VIEW = "trainings"
@@ -39,8 +39,8 @@ DESCRIPTION = """{}
 - **Figures:** a run's artifacts have them, under `plot_results`.
 """
 ABOUT = {
-    CNNS: "One run for each training of the CNN: `train_cnn@original` and `train_cnn@augmented`.",
-    TOYS: "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`.",
+    CNN_RUNS: "One run for each training of the CNN: `train_cnn@original` and `train_cnn@augmented`.",
+    TOY_RUNS: "One run for each training of the 12-parameter CNN on two 4×4 images: `train_toy_cnn`.",
 }
 
 
@@ -56,7 +56,7 @@ def main(port: int) -> None:
         for name, what in ABOUT.items():
             note = DESCRIPTION.format(what)
             store.client.set_experiment_tag(store.experiment(name), "mlflow.note.content", note)
-        cnns, view = store.experiment(CNNS), json.dumps(SAVED_VIEW)
+        cnns, view = store.experiment(CNN_RUNS), json.dumps(SAVED_VIEW)
         store.client.set_experiment_tag(cnns, f"mlflow.sharedViewState.{VIEW}", view)
     path = f"/#/experiments/{cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     url = store_url()

@@ -33,8 +33,8 @@ PIXELS = Kind(pixels_from_text, "784 pixels as 1568 hexadecimal digits")
 TOY_CURVE = {"epoch": INTEGER, "train_loss": NUMBER}
 CURVE = TOY_CURVE | {"train_accuracy": NUMBER, "val_loss": NUMBER, "val_accuracy": NUMBER}
 CONFUSION = {"actual": CLASS, "predicted": CLASS}
-SHIFTS = {"pixels": INTEGER, "shift_x": NUMBER, "shift_y": NUMBER, "n": INTEGER}
-ROTATIONS = {"degrees": INTEGER, "rotation": NUMBER, "n": INTEGER}
+SHIFT_COLUMNS = {"pixels": INTEGER, "shift_x": NUMBER, "shift_y": NUMBER, "n": INTEGER}
+ROTATION_COLUMNS = {"degrees": INTEGER, "rotation": NUMBER, "n": INTEGER}
 MISTAKES = {"label": CLASS, "prediction": CLASS, "confidence": NUMBER, "pixels": PIXELS}
 
 

@@ -35,22 +35,20 @@ def toy(images: np.ndarray, labels: np.ndarray) -> dict:
 
 def cnn(training: Training) -> dict:
     """Parts 2 and 3: a CNN's weights, and what its training and its evaluation say."""
-    evaluation = training.evaluation_results.with_suffix(".json")
-    confusion = read_table(evaluation.with_name(f"{training.images}_confusion.csv"), results.CONFUSION)
+    confusion = read_table(training.confusion, results.CONFUSION)
     counts = Counter((row["actual"], row["predicted"]) for row in confusion)
-    surest = evaluation.with_name(f"{training.images}_mistakes.json")
     model = load_cnn(training.weights)
     return {
         "layers": layers(model, int16),
         "views": model.views,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve(read_table(training.curve, results.CURVE)),
-        "shifts": columns(read_rows(evaluation, "shifts", results.SHIFTS)),
-        "rotations": columns(read_rows(evaluation, "rotations", results.ROTATIONS)),
+        "shifts": columns(read_rows(training.evaluated, "shifts", results.SHIFT_COLUMNS)),
+        "rotations": columns(read_rows(training.evaluated, "rotations", results.ROTATION_COLUMNS)),
         "confusion": [[counts[actual, predicted] for predicted in CLASSES] for actual in CLASSES],
         "mistakes": [
             row | {"pixels": pixels(row["pixels"]), "confidence": number(row["confidence"])}
-            for row in read_rows(surest, "surest", results.MISTAKES)
+            for row in read_rows(training.mistakes, "surest", results.MISTAKES)
         ],
     }  # fmt: skip
 

@@ -33,6 +33,26 @@ class Training:
         return self.results.with_suffix(".json")
 
     @property
+    def evaluated(self) -> Path:
+        """What its evaluation came to."""
+        return self.evaluation_results.with_suffix(".json")
+
+    @property
+    def confusion(self) -> Path:
+        """The label and the prediction of each test image; of a CNN, as the next."""
+        return self.evaluation_results.with_name(f"{self.images}_confusion.csv")
+
+    @property
+    def mistakes(self) -> Path:
+        """The surest mistakes."""
+        return self.evaluation_results.with_name(f"{self.images}_mistakes.json")
+
+    @property
+    def section(self) -> str:
+        """Its section of params.yaml."""
+        return self.stage.partition("@")[0]
+
+    @property
     def outputs(self) -> tuple[Path, Path, Path]:
         """What each training writes."""
         return self.weights, self.curve, self.metrics

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fashion_cnn.project.errors import StoreError
 from fashion_cnn.project.files import write_text
 from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.record import RECORD, WEIGHTS, read_record, records_folder
 from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
-from fashion_cnn.tracking.store import StoreError, connect, reason, shown, store_faults, store_name, store_url
+from fashion_cnn.tracking.store import connect, reason, shown, store_faults, store_name, store_url
 
 LOCK, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
 LOOK = 0.3  # seconds between looks at the records

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from fashion_cnn.project.catalog import TOY
-from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.errors import StoreError
 from fashion_cnn.project.files import replace_atomically
 from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.record import records_folder
@@ -24,7 +24,7 @@ from fashion_cnn.project.repository import repository_root
 from fashion_cnn.project.time_limit import at_most
 
 # Apart, since the toy's metrics and charts are others.
-CNNS, TOYS = "fashion-cnn", "fashion-cnn-toy"
+CNN_RUNS, TOY_RUNS = "fashion-cnn", "fashion-cnn-toy"
 TEAM = Path("team.env")  # a team's addresses, which git keeps: hence no secret may be in it
 CONNECT = 30  # seconds in which a store must answer
 LOCKED = 300  # seconds to wait for another process that makes the same
@@ -38,10 +38,6 @@ ARTIFACT_PATHS = {
 }
 
 
-class StoreError(StageError):
-    """The MLflow store cannot be reached or used."""
-
-
 class Store:
     """A client of the store, and its experiments, each created when a run of it is."""
 
@@ -52,11 +48,11 @@ class Store:
     @property
     def experiments(self) -> list[str]:
         """The ids of those that exist: runs are looked for in all."""
-        return [found for name in (CNNS, TOYS) if (found := self._find(name))]
+        return [found for name in (CNN_RUNS, TOY_RUNS) if (found := self._find(name))]
 
     def experiment_of(self, training: str) -> str:
         """The id of the experiment in which a training has its runs. Raises StoreError if it is deleted."""
-        return self.experiment(TOYS if training == TOY.stage else CNNS)
+        return self.experiment(TOY_RUNS if training == TOY.stage else CNN_RUNS)
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, which is created if there is none. Raises StoreError if it is deleted."""
@@ -169,7 +165,7 @@ def connect() -> Store:
             if is_sqlite(url):
                 _prepare_sqlite(Path(shown(url)))
             store = Store(mlflow.MlflowClient())
-            store.experiment(CNNS)
+            store.experiment(CNN_RUNS)
             return store
 
 
@@ -219,7 +215,7 @@ def _follow_the_folder(database: sqlite3.Connection) -> None:
     """Name this folder in the paths of artifacts: the project may have been moved or copied."""
     here = repository_root() / "mlruns"
     query = "SELECT DISTINCT artifact_location FROM experiments WHERE name IN (?, ?)"
-    for (location,) in database.execute(query, [CNNS, TOYS]).fetchall():
+    for (location,) in database.execute(query, [CNN_RUNS, TOY_RUNS]).fetchall():
         there = Path(unquote(urlsplit(location).path))
         if there == here or there.name != "mlruns":  # another name would be the user's choice
             continue
