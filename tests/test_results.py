@@ -51,7 +51,7 @@ def test_damaged_rows_in_metrics_are_named(tmp_path, content, words):
     path = tmp_path / "metrics.json"
     path.write_text(content)
     with pytest.raises(StageError) as raised:
-        read_rows(path, "shifts", results.SHIFTS)
+        read_rows(path, "shifts", results.SHIFT_COLUMNS)
     assert str(raised.value) == f"{path}: {words}; `dvc repro` writes it again"
 
 
