@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from crash import Started, kill, stage_processes, wait_for_text, wait_until_gone
-from fashion_cnn.commands import summary
+from fashion_cnn.commands import repair, summary
 from pipeline import dvc, ran, set_params, tool, try_tool, two_stages
 from project import git
 
@@ -116,6 +117,18 @@ def refused(project: Path) -> str:
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     return line
+
+
+def test_folders_that_dvcs_cache_lacks_are_dropped_from_dvc_lock_too(tmp_path, monkeypatch):
+    """DVC names them with a slash at the end."""
+    monkeypatch.chdir(tmp_path)
+    out = {"path": "data/augmented", "md5": "ab.dir", "hash": "md5"}
+    entries = {name: {"cmd": "true", "outs": [out | {"path": name}]} for name in ("data/augmented", "models")}
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": entries}))
+    told = Mock(returncode=0, stdout=json.dumps({"not_in_cache": ["data/augmented/"]}))
+    monkeypatch.setattr(repair.subprocess, "run", lambda *_, **__: told)
+    repair.drop_unknown_results()
+    assert list(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) == ["models"]
 
 
 def test_a_lock_of_git_is_named_with_the_way_out(project):

@@ -147,8 +147,9 @@ def write_results(folder: Path, images: str, seed: int, wrong: int, epochs: int 
     )
     params = {"train_cnn": {"seed": seed, "epochs": epochs}}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    stages = {f"train_cnn@{name}": {"params": {"params.yaml": params}} for name in ("original", "augmented")}
-    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+    entry = {"cmd": "true", "params": {"params.yaml": params}}
+    stages = {f"train_cnn@{name}": entry for name in ("original", "augmented")}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
 
 @pytest.fixture
@@ -272,13 +273,20 @@ def test_an_evaluation_of_other_weights_does_not_count(results, capsys):
     lock = yaml.safe_load((results / "dvc.lock").read_text())
     weights = {"path": "models/cnn_original.safetensors"}
     lock["stages"]["train_cnn@original"]["outs"] = [{**weights, "md5": "new"}]
-    lock["stages"]["evaluate_cnn@original"] = {"deps": [{**weights, "md5": "old"}]}
+    lock["stages"]["evaluate_cnn@original"] = {"cmd": "true", "deps": [{**weights, "md5": "old"}]}
     (results / "dvc.lock").write_text(yaml.safe_dump(lock))
     metrics = results / "metrics/train_cnn/original.json"
     metrics.write_text(json.dumps({"val_accuracy": 0.5, "weights_sha256": ["new"]}))
     [workspace] = read_side("workspace")["train_cnn@original"]
     assert workspace.metrics == {"val_accuracy": 0.5}
     assert "not evaluated on both sides" in run(capsys, "workspace")
+
+
+def test_an_evaluation_before_a_training_by_hand_does_not_count(results):
+    lock = yaml.safe_load((results / "dvc.lock").read_text())
+    lock["stages"]["train_cnn@original"]["outs"] = [{"path": "metrics/train_cnn/original.json", "md5": "old"}]
+    (results / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert "test_accuracy" not in read_side("workspace")["train_cnn@original"][0].metrics
 
 
 def test_results_of_an_early_version_are_compared_by_what_they_have(results, capsys):
@@ -290,14 +298,16 @@ def test_results_of_an_early_version_are_compared_by_what_they_have(results, cap
     assert told.count("Test images") == 1
 
 
-@pytest.mark.parametrize("content", ["", "stages:\n", "stages: [", "- a\n"])
-def test_a_dvc_lock_that_was_cut_short_is_named_or_taken_as_empty(results, content):
+CUT = "schema: '2.0'\nstages:\n  train_cnn@original:\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "stages:\n", "stages: [", "- a\n", CUT, f"{CUT}    outs:\n    - path: x\n"]
+)
+def test_a_dvc_lock_that_was_cut_short_is_named(results, content):
     (results / "dvc.lock").write_text(content)
-    if content == "stages:\n":
-        assert read_side("workspace")["train_cnn@original"][0].seed is None
-    else:
-        with pytest.raises(StageError, match=r"dvc\.lock of workspace: "):
-            read_side("workspace")
+    with pytest.raises(StageError, match=r"dvc\.lock of workspace: "):
+        read_side("workspace")
 
 
 def test_damaged_results_are_named(results):

@@ -11,7 +11,7 @@ import pytest
 
 from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.repository import code_state, file_at
-from fashion_cnn.project.stage_records import StageRecords, open_run
+from fashion_cnn.project.stage_records import open_run
 from fashion_cnn.tracking.store import connect
 from project import commit_all, git
 
@@ -94,12 +94,13 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys):
     (repository / "code.py").write_text("two\n")
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
-    stage_records = StageRecords()
-    stage_records.report("evaluate_cnn", TOY, "ab" * 32, {}, [])
-    stage_records.close()
+    with open_run(TOY, {}, "12" * 32):
+        pass
     assert "the run records no uncommitted changes: git read-tree: fatal: " in capsys.readouterr().out
     assert "uncommitted.diff" not in run_artifacts()
-    command = [sys.executable, "-m", "fashion_cnn", "trace", "ab" * 32, "--json"]
+    store = connect()
+    [run] = store.client.search_runs(store.experiments)
+    command = [sys.executable, "-m", "fashion_cnn", "trace", run.info.run_id, "--json"]
     [trace] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
 

@@ -26,7 +26,7 @@ from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.record import Record, read_record, records_folder
 from fashion_cnn.project.repository import code_state
 from fashion_cnn.project.stage_records import StageRecords, open_run
-from fashion_cnn.tracking import runs
+from fashion_cnn.tracking import follower, runs
 from fashion_cnn.tracking.follower import send_left_over
 from fashion_cnn.tracking.store import connect
 from project import SCRIPTS, STAGES, commit_all, imported_files
@@ -43,9 +43,9 @@ SHA, KEY = "ab" * 32, "12" * 32
 @pytest.fixture
 def unsent(workspace, new_store, monkeypatch):
     """Records without followers, so that a test can send them itself."""
-    follower = Mock()
-    follower.communicate.return_value = ("MLflow: left\n", None)
-    monkeypatch.setattr(StageRecords, "_follow", lambda _: follower)
+    process = Mock()
+    process.communicate.return_value = ("MLflow: left\n", None)
+    monkeypatch.setattr(StageRecords, "_follow", lambda _: process)
     monkeypatch.setattr(stage_records, "code_state", lambda: ({}, b""))
     shutil.copy(new_store, workspace / "mlflow.db")
     return workspace
@@ -267,6 +267,32 @@ def test_a_record_names_no_files(unsent):
     assert (record.files, record.weights, record.diff) == ({}, None, None)
 
 
+def test_what_another_user_left_stops_nothing_else(unsent, monkeypatch):
+    train(unsent, has_model=False)
+    (records_folder() / "0-0").mkdir()
+    whole = follower.has_ended
+
+    def has_ended(folder: Path) -> bool:
+        if folder.name == "0-0":
+            raise PermissionError(13, "Permission denied", folder / "stage.lock")
+        return whole(folder)
+
+    monkeypatch.setattr(follower, "has_ended", has_ended)
+    [line] = send()
+    assert "Permission denied" in line
+    assert_whole(all_runs()[0], unsent, has_model=False)
+
+
+def test_what_could_not_be_sent_is_tried_again_while_the_stage_works(unsent, monkeypatch):
+    report("evaluate_cnn", TOY, SHA, {"test_loss": 0.5}, [])
+    [folder], seen, store = folders(), {}, connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "bring_in_line", Mock(side_effect=OSError(5, "Input/output error")))
+        assert "Input/output error" in follower.send(store, folder, False, seen)
+    assert follower.send(store, folder, False, seen) is None
+    assert all_runs()[0].data.metrics == {"test_loss": 0.5}
+
+
 def test_a_link_in_a_record_is_not_followed(unsent):
     report("evaluate_cnn", TOY, SHA, {}, [])
     [folder] = folders()
@@ -381,12 +407,12 @@ def test_a_training_whose_follower_dies_too_is_marked_by_the_next(workspace):
     connect()
     started = stage(ENDLESS)
     wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)
-    [follower] = [
+    [process] = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")
         if b"tracking.follower" in path.read_bytes() and str(workspace).encode() in path.read_bytes()
     ]
-    os.kill(follower, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
     assert send() == []
     assert all_runs()[0].info.status == "RUNNING"  # the stage is alive
     started.kill()

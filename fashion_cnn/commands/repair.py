@@ -1,4 +1,4 @@
-"""What a kill of DVC leaves, and what puts it right; `make repro` and `fashion-cnn back` begin with it."""
+"""Putting DVC's and git's files right, as after a kill; `make repro` and `fashion-cnn back` use it."""
 
 import json
 import os
@@ -122,12 +122,12 @@ def drop_unknown_results() -> None:
     done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
     if done.returncode:
         raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")
-    unknown = set(json.loads(done.stdout).get("not_in_cache", []))
+    unknown = {path.rstrip("/") for path in json.loads(done.stdout).get("not_in_cache", [])}
     lock = read_lock()
     kept = {
         name: stage
         for name, stage in lock["stages"].items()
-        if unknown.isdisjoint(out["path"].rstrip("/") for out in stage["outs"])
+        if unknown.isdisjoint(out["path"] for out in stage["outs"])
     }
     if len(kept) < len(lock["stages"]):
         print(f"not in DVC's cache, so made on another machine: {', '.join(sorted(unknown))}", flush=True)

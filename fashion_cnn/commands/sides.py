@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
-
-from fashion_cnn.commands.dvc_state import experiments
+from fashion_cnn.commands.dvc_state import experiments, parse_lock
 from fashion_cnn.project.catalog import RUN_ID, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.files import numbers
+from fashion_cnn.project.files import md5_of, numbers
 from fashion_cnn.project.repository import LOCK, GitError, file_at, git
 
 WORKSPACE = "workspace"
@@ -99,7 +97,7 @@ def commit_of(name: str) -> str:
 
 def results_in(source: str, read: Reader) -> list[Result]:
     """The results in metrics/ and dvc.lock."""
-    stages = load(source, LOCK, read, YAML(typ="safe").load, {}).get("stages") or {}
+    stages = load(source, LOCK, read, lambda text: parse_lock(text.encode()), {}).get("stages", {})
     found = []
     for training in TRAININGS.values():
         metrics = load(source, training.metrics, read, json.loads, {})
@@ -109,11 +107,12 @@ def results_in(source: str, read: Reader) -> list[Result]:
             raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
         params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
         seed = params.get(training.section, {}).get("seed", params.get(f"{training.section}.seed"))
-        # An experiment may have run the training alone; the evaluation there is then of other weights.
-        made = digest_of(training.weights, stages.get(training.stage, {}).get("outs", []))
-        is_evaluated = made == digest_of(
-            training.weights, stages.get(training.evaluation, {}).get("deps", [])
-        )
+        # A training may have run alone, by an experiment or by hand: the evaluation is then of other weights.
+        outs = stages.get(training.stage, {}).get("outs", [])
+        evaluated = digest_of(training.weights, stages.get(training.evaluation, {}).get("deps", []))
+        is_evaluated = digest_of(training.weights, outs) == evaluated and digest_of(
+            training.metrics, outs
+        ) in (None, md5_of(read(training.metrics) or b""))
         found.append(
             with_evaluation(
                 source, training, metrics["weights_sha256"][0], seed, numbers(metrics),
@@ -186,7 +185,7 @@ def load(source: str, path: Path, read: Reader, parse: Callable, default):
         return default
     try:
         found = parse(content.decode("utf-8"))
-    except (ValueError, YAMLError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         raise StageError(f"{path} of {source}: {reason}; expected it as a stage writes it") from None
     if not isinstance(found, type(default)):

@@ -11,6 +11,7 @@ import json
 import tempfile
 import zipfile
 from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,14 +27,13 @@ from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import md5_of, numbers, read_json, write_text
 from fashion_cnn.project.record import DIFF, Record, now_ms, records_folder
-from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, code_state, file_at, git
+from fashion_cnn.project.repository import CODE, CODE_ENDS, LOCK, NOT_CODE, GitError, code_state, file_at, git
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.follower import send_left_over
 from fashion_cnn.tracking.store import Store, as_store_error, connect, shown, store_url
 
 PLOT_STAGE, PAGE_STAGE = "plot_results", "build_page"
 SEEN = Path(".dvc/tmp/synced")
-CODE, RUNS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as .dvcignore has it
 
 
 def main(is_quiet: bool = False) -> None:
@@ -41,21 +41,22 @@ def main(is_quiet: bool = False) -> None:
 
     `is_quiet`: say nothing of runs that are up to date.
     """
+    with as_store_error():
+        store = connect()
+        for fault in send_left_over(store):
+            print(f"sync: {fault}")
     if not LOCK.exists():
         raise StageError(f"{LOCK}: not found; run from the repository root, after `dvc repro`")
     entries = read_entries(LOCK.read_bytes())
     here, now = code_state(), now_ms()
-    with tempfile.TemporaryDirectory() as scratch, as_store_error():
+    with tempfile.TemporaryDirectory() as scratch:
         found = {}
         for name in [name for name in TRAININGS if name in entries]:
             origin = here if _is_code_of(entries[name]) else ({}, b"")
             found[name] = records_of(TRAININGS[name], entries, Path(), Path(scratch), origin, now)
-        store = connect()
-        for fault in send_left_over(store):
-            print(f"sync: {fault}")
         sync_experiments(store)  # first: runs of an experiment that is checked out are the experiment's
         for name, records in found.items():
-            changes = bring_in_line(store, records)
+            changes = write(store, records)
             new = {run_id: added for run_id, added in changes.items() if added}
             if not new and not is_quiet:
                 new = {next(iter(changes)): ["up to date"]}
@@ -64,7 +65,7 @@ def main(is_quiet: bool = False) -> None:
 
 
 def main_if_new() -> None:
-    """The same, unless the last time saw these results, experiments and store: it takes seconds."""
+    """The same, unless results, experiments and store are those of the last time: it takes seconds."""
     left = any(records_folder().glob("[!.]*"))
     if left or not SEEN.exists() or SEEN.read_text(encoding="utf-8") != _seen():
         main(is_quiet=True)
@@ -83,12 +84,13 @@ def _seen() -> str:
     return hashlib.sha256(store.encode() + LOCK.read_bytes() + references).hexdigest()
 
 
-def bring_in_line(store: Store, records: list[Record], only_missing: bool = False) -> dict[str, list[str]]:
-    """The same for several records of a training, the training's own first."""
+def write(store: Store, records: list[Record], only_missing: bool = False) -> dict[str, list[str]]:
+    """Bring runs in line with several records of a training, the training's own first."""
     changes: dict[str, list[str]] = {}
-    for record in records:
-        for run_id, added in runs.bring_in_line(store, record, only_missing).items():
-            changes[run_id] = changes.get(run_id, []) + added
+    with as_store_error():
+        for record in records:
+            for run_id, added in runs.bring_in_line(store, record, only_missing).items():
+                changes[run_id] = changes.get(run_id, []) + added
     return changes
 
 
@@ -166,7 +168,9 @@ def sync_experiments(store: Store) -> None:
         print(f"sync: did not look for experiments: {error}")
         return
     known = defaultdict(list)
-    for run in runs.find_runs(store) if found else []:
+    with as_store_error():
+        tracked = runs.find_runs(store) if found else []
+    for run in tracked:
         known[run.data.tags.get("dvc_stage"), run.data.tags.get("weights_sha256")].append(run)
     before, taken = cache(_weights_before), set()
     for experiment in reversed(found):  # of several with the same weights, the newest gets the run
@@ -190,10 +194,10 @@ def _is_named(found: list, experiment: Experiment) -> bool:
 
 def _weights_before(baseline: str) -> dict[str, str]:
     """Those of the commit of an experiment, or of HEAD if this clone does not have it, or it is damaged."""
-    try:
-        return weights_at(baseline)
-    except StageError:
-        return weights_at("HEAD")
+    for reference in (baseline, "HEAD"):
+        with suppress(StageError):
+            return weights_at(reference)
+    return {}
 
 
 def _sync_experiment(store: Store, experiment: Experiment, left: list[Training]) -> None:
@@ -209,7 +213,7 @@ def _sync_experiment(store: Store, experiment: Experiment, left: list[Training])
             if training.stage not in entries:
                 continue
             records = records_of(training, entries, root, scratch, origin, 1000 * experiment.time)
-            for run_id, added in bring_in_line(store, records, only_missing=True).items():
+            for run_id, added in write(store, records, only_missing=True).items():
                 if added:
                     said = f"{', '.join(added)} of experiment {experiment.name}"
                     print(f"sync: {training.stage}, run {run_id}: {said}")
@@ -229,7 +233,7 @@ def _origin_of(experiment: Experiment) -> tuple[dict, bytes]:
 def _is_code_of(entry: dict) -> bool:
     """Whether the working tree holds the code that a stage ran with."""
     code = {dep["path"]: dep["md5"] for dep in entry.get("deps", []) if dep["path"].startswith(CODE)}
-    return all(Path(path).exists() and _md5(Path(path), RUNS) == digest for path, digest in code.items())
+    return all(Path(path).exists() and _md5(Path(path), CODE_ENDS) == digest for path, digest in code.items())
 
 
 def _reports(training: Training, entries: dict) -> list[str]:

@@ -27,7 +27,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     training: str  # as dvc.yaml names it
-    key: str = ""  # digest of all that determines the result, if this is the training's own record
+    key: str = ""  # digest of all that determines the result; set by the training's stage only
     dvc_lock: str = ""  # digest of its entry in dvc.lock, if it was read from there
     weights_sha256: str = ""
     tags: dict[str, str] = {}  # which code, experiment and machine made the weights
@@ -39,10 +39,10 @@ class Record(BaseModel):
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "FINISHED"
     begun: int = Field(default_factory=now_ms)
     ended: int = Field(default_factory=now_ms)  # of one that is running, when it last changed
-    # Those that are here. Beside the file, not in it, which could name any file of this machine.
+    # Files beside the record. It does not name them: it could then name any file of this machine.
     files: dict[str, Path] = Field(default={}, exclude=True)  # by their paths in the run
     weights: Path | None = Field(default=None, exclude=True)
-    diff: Path | None = Field(default=None, exclude=True)  # what the code was beyond its commit
+    diff: Path | None = Field(default=None, exclude=True)  # how the code differed from its commit
 
 
 def records_folder() -> Path:

@@ -13,7 +13,7 @@ from fashion_cnn.project.process import ELSEWHERE
 LOCK = Path("dvc.lock")
 # Settings and results, which a run records itself; every other change makes a tree dirty.
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
-CODE = [f"{folder}/*{end}" for folder in ("stages", "fashion_cnn") for end in (".py", ".js", ".css", ".html")]
+CODE, CODE_ENDS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as .dvcignore has it
 MOST = 10_000_000  # bytes of new files that a run records
 
 
@@ -22,7 +22,7 @@ class GitError(StageError):
 
 
 def repository_root() -> Path:
-    """The project that a stage belongs to: of a copy that DVC or a trial made, what it was made from."""
+    """The project's root; in a copy that DVC or a trial made, that of the original."""
     if named := os.environ.get("FASHION_CNN_ROOT"):
         return Path(named)
     # Of an outer DVC project, if this is a stage of that.
@@ -49,15 +49,15 @@ def git(*arguments: str, stdin: bytes = b"", more: Mapping[str, str] = MappingPr
 def code_state() -> tuple[dict[str, str], bytes]:
     """The commit and whether code differs from it, as tags; and the difference, which `git apply` takes.
 
-    New files count, and so does code that git ignores or is told to skip. If git fails, a line says why, and
-    what it did not say is missing.
+    New files count, and so does code that git ignores or is told to skip. If git fails, a line says why:
+    without a commit there are no tags, and without a difference the code counts as changed.
     """
     tags = {}
     try:
         tags["git_commit"] = git("rev-parse", "--verify", "HEAD").decode().strip()
         with tempfile.TemporaryDirectory() as scratch:
             diff, left_out = _changes(Path(scratch))
-    except GitError as error:
+    except (GitError, OSError) as error:  # a full disk, a file that has just gone
         what = "uncommitted changes" if tags else "commit"
         print(f"the run records no {what}: {error}")
         return tags and tags | {"git_dirty": "true"}, b""
@@ -77,8 +77,9 @@ def _changes(scratch: Path) -> tuple[bytes, list[str]]:
     own = {"GIT_INDEX_FILE": str(scratch / "index"), "GIT_OBJECT_DIRECTORY": str(scratch / "objects")}
     git("read-tree", "HEAD", more=own)
     git("add", "--update", "--", ".", *NOT_CODE, more=own)
+    code = [f"{folder}*{end}" for folder in CODE for end in CODE_ENDS]
     others = ("ls-files", "-z", "--others", "--exclude-standard")
-    listed = git(*others, "--", ".", *NOT_CODE, more=own) + git(*others, "--ignored", "--", *CODE, more=own)
+    listed = git(*others, "--", ".", *NOT_CODE, more=own) + git(*others, "--ignored", "--", *code, more=own)
     files = sorted((os.lstat(path).st_size, path) for path in os.fsdecode(listed).split("\0") if path)
     taken: list[str] = []
     left_out: list[str] = []

@@ -1,4 +1,4 @@
-"""What a stage tells MLflow: a record of each training that it is about, which always holds all of it.
+"""What a stage records for MLflow: one record per training, rewritten whole at each change.
 
 It keeps them in a folder under .records/, and starts the follower, which alone talks to the store, and which
 deletes the folder once the runs are in line with the records.
@@ -24,7 +24,7 @@ from fashion_cnn.project.provenance import machine_tags
 from fashion_cnn.project.record import DIFF, FILES, RECORD, WEIGHTS, Record, now_ms, records_folder
 from fashion_cnn.project.repository import code_state, repository_root
 
-FOLLOWER, STORE = "fashion_cnn.tracking.follower", "fashion_cnn.tracking.store"
+FOLLOWER = "fashion_cnn.tracking.follower"
 WAIT = 30  # seconds that a stage waits for its follower
 ALIVE, LOG = "stage.lock", "follower.log"
 LATER = "`fashion-cnn sync` writes the rest"
@@ -38,11 +38,11 @@ class StageRecords:
     """
 
     def __init__(self):
-        if os.environ.get("REQUIRE_MLFLOW") and subprocess.run([sys.executable, "-m", STORE]).returncode:
+        reach = [sys.executable, "-m", "fashion_cnn.tracking.store"]
+        if os.environ.get("REQUIRE_MLFLOW") and subprocess.run(reach, check=False).returncode:
             raise StageError("MLflow: no store, and REQUIRE_MLFLOW is set, so the stage stops")
-        self.tags, self.diff = code_state()  # now: when the stage ends, the tree may differ
         self.folder = records_folder() / f"{time.time_ns()}-{secrets.token_hex(4)}"
-        self.faults: dict[str, str] = {}  # by the file that could not be written
+        self.faults: dict[Path, str] = {}  # by the file that could not be written
         self._follower = None
         # Hidden from other followers until it is locked: records that nobody holds are of an ended stage.
         hidden = self.folder.with_name(f".new-{self.folder.name}")
@@ -53,7 +53,7 @@ class StageRecords:
             hidden.rename(self.folder)
             self._follower = self._follow()
         except OSError as error:
-            self._note("", error)
+            self._note(self.folder, error)
 
     def save(self, record: Record) -> None:
         """Replace the record's file, whole or not at all."""
@@ -64,24 +64,22 @@ class StageRecords:
         """Put a file into the record's folder, as it is now."""
         if not self._follower:
             return
-        self.faults.pop(name, None)
+        path = self.folder / record.training / name
+        self.faults.pop(path, None)
         try:
-            with replace_atomically(self.folder / record.training / name) as partial:
+            with replace_atomically(path) as partial:
                 if isinstance(content, bytes):
                     partial.write_bytes(content)
                 else:
                     shutil.copyfile(content, partial)
         except OSError as error:
-            self._note(name, error)
+            self._note(path, error)
 
     def report(
         self, stage: str, training: Training, weights_sha256: str, metrics: dict, files: list[Path]
     ) -> None:
         """Record what a later stage says about the training that made these weights."""
         record = Record(training=training.stage, weights_sha256=weights_sha256, metrics=metrics)
-        # An experiment may report on weights that its commit has; `fashion-cnn sync` finds out.
-        if not os.environ.get("DVC_EXP_NAME"):
-            self.keep_origin(record)
         for path in files:
             self.keep(record, f"{FILES}/{stage}/{path.name}", path)
         self.save(record)
@@ -98,15 +96,9 @@ class StageRecords:
         told = next(iter(self.faults.values()), said.strip())
         print(told or f"MLflow: the follower has failed, see {self.folder / LOG}; {LATER}")
 
-    def keep_origin(self, record: Record) -> None:
-        """Say which code made the weights of a record."""
-        record.tags |= self.tags
-        if self.diff:
-            self.keep(record, DIFF, self.diff)
-
-    def _note(self, name: str, error: OSError) -> None:
-        what = f"MLflow: {error.filename or self.folder}: {error.strerror or error}"
-        self.faults[name] = f"{what}, so not all is recorded; {LATER}"
+    def _note(self, path: Path, error: OSError) -> None:
+        what = f"MLflow: {error.filename or path}: {error.strerror or error}"
+        self.faults[path] = f"{what}, so not all is recorded; {LATER}"
 
     def _follow(self) -> subprocess.Popen[str]:
         # It outlives the stage, and perhaps the copy of the project in which that runs: hence a session and a
@@ -133,7 +125,7 @@ class Run:
         self.records.save(self.record)
 
     def log_epochs(self, rows: list[dict]) -> None:
-        """Metrics of epochs, each with the epoch's number; those that the run has already are left."""
+        """Metrics of epochs, each with the epoch's number."""
         self.record.rows += [{**row, "time": now_ms()} for row in rows]
         self.records.save(self.record)
 
@@ -163,10 +155,12 @@ def open_run(training: Training, params: dict[str, object], key: str) -> Iterato
     """
     records = StageRecords()
     record = Record(training=training.stage, key=key, params=params, status="RUNNING")
-    record.tags = machine_tags()
+    tags, diff = code_state()  # now: when the training ends, the tree may differ
+    record.tags = tags | machine_tags()
     if name := os.environ.get("DVC_EXP_NAME"):
         record.tags["dvc_exp_name"] = name
-    records.keep_origin(record)
+    if diff:
+        records.keep(record, DIFF, diff)
     records.save(record)
     try:
         yield Run(records, record)

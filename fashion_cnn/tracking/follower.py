@@ -22,7 +22,7 @@ from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import connect, reason, shown, store_faults, store_name, store_url
 
-LOCK, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
+SENDING, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
 LOOK = 0.3  # seconds between looks at the records
 PAUSE = 3  # seconds after a store could not be reached
 
@@ -42,10 +42,9 @@ def main() -> None:
                 # Once: a copy with its team.env may be deleted meanwhile.
                 os.environ["MLFLOW_TRACKING_URI"] = store_url()
                 store = connect()
-                lines = send_left_over(
-                    store, folder
-                )  # first: a training may resume a run that one of them began
-            fault = send(store, folder, ended, seen, wait=10 if ended else 0)
+                # First: a training may resume a run that one of them began.
+                lines = send_left_over(store, folder)
+            fault = send(store, folder, ended, seen)
         except StoreError as error:
             fault = str(error)
         if ended:
@@ -76,21 +75,29 @@ def send_left_over(store, own: Path | None = None) -> list[str]:
     left.sort(key=lambda path: (not any(path.glob(f"*/{WEIGHTS}")), path.name))
     lines = []
     for folder in left:
-        if has_ended(folder) and (fault := send(store, folder, True, {}, wait=10)):
-            lines.append(f"{fault}; to drop it, delete {folder}")
+        try:
+            if has_ended(folder) and (fault := send(store, folder, True, {})):
+                lines.append(f"{fault}; to drop it, delete {folder}")
+        except StoreError as error:  # it waits for something
+            lines.append(str(error))
+        except (OSError, ValueError) as error:  # not readable, as a file of another user may be
+            lines.append(f"MLflow: {folder}: {reason(error)}; to drop it, delete {folder}")
     return lines
 
 
-def send(store, folder: Path, ended: bool, seen: dict[Path, bytes], wait: float) -> str | None:
+def send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | None:
     """Bring runs in line with those records of a stage that `seen` lacks; if it has ended, delete them.
 
-    Waits at most `wait` seconds for another process that does so. Returns the fault that stopped this.
+    Returns the fault of a record, in a line. Raises StoreError if another process does the same for more than
+    ten seconds, or the records are for another store.
     """
     try:
-        with FileLock(folder / LOCK, timeout=wait):
+        with FileLock(folder / SENDING, timeout=10 if ended else 0):
             return _send(store, folder, ended, seen)
     except Timeout:
-        return f"MLflow: another process has locked {folder / LOCK}" if ended else None
+        if ended:
+            raise StoreError(f"MLflow: another process is sending {folder}") from None
+        return None
     except FileNotFoundError:  # another was faster
         if folder.exists():
             raise
@@ -102,24 +109,23 @@ def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | No
     if not named.exists():
         write_text(named, here)
     elif (other := named.read_text(encoding="utf-8")) != here:
-        return f"MLflow: begun in another store, {other}, where `fashion-cnn sync` ends it"
+        raise StoreError(f"MLflow: begun in another store, {other}, where `fashion-cnn sync` ends it")
     for path in sorted(folder.glob(f"*/{RECORD}")):
         content = path.read_bytes()
         if content == seen.get(path) and not ended:
             continue
+        if fault := _send_record(store, path, ended):
+            faults.append(fault)
+            continue
         seen[path] = content
-        fault = _bring_in_line(store, path, ended)
-        faults += [fault] if fault else []
-        if ended and not fault:
+        if ended:
             path.unlink()  # first: without some of its files it would be another record
     if ended and not faults:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # what a kill leaves of it has no records, and goes next time
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill leaves has no records, and goes next time
     return faults[0] if faults else None
 
 
-def _bring_in_line(store, path: Path, ended: bool) -> str | None:
+def _send_record(store, path: Path, ended: bool) -> str | None:
     try:
         record = read_record(path)
         if ended and record.status == "RUNNING":  # the stage was killed
@@ -135,15 +141,6 @@ def _bring_in_line(store, path: Path, ended: bool) -> str | None:
             return f"MLflow store {shown(store_url())}: {reason(error)}"
         return f"MLflow: {path}: {type(error).__name__}: {reason(error)}"
     return None
-
-
-def _has_ended(folder: Path, wait: float) -> bool:
-    """Whether nobody writes into a stage's records any more; a pipe and a lock need not close at once."""
-    try:
-        with FileLock(folder / ALIVE, timeout=wait):
-            return True
-    except Timeout:
-        return False
 
 
 if __name__ == "__main__":

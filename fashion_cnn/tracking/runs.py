@@ -24,7 +24,8 @@ from fashion_cnn.tracking.store import Store, locked
 NEWEST = ["attributes.start_time DESC"]
 LIMIT = sys.float_info.max  # what MLflow keeps infinity as
 IMAGES = "train_images"  # a param of runs that is not one of params.yaml
-DVC_LOCK, LOCK_FILE = "dvc_lock", "dvc.lock.json"  # a tag, and the file that it is the digest of
+DVC_LOCK = "dvc_lock"  # a tag: the digest of the training's entry in dvc.lock
+LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that read the training
 # Of runs in MLflow's charts and tables; without them, two of a few runs may have the same. Okabe and Ito's,
 # from those of the figures on.
 COLOR = "mlflow.runColor"
@@ -63,7 +64,7 @@ def runs_of(store: Store, record: Record) -> list:
     mine = [run for run in found if run.data.tags.get(DVC_LOCK, record.dvc_lock) == record.dvc_lock]
     if name := record.tags.get("dvc_exp_name"):
         mine = of_experiment(mine, name, record.tags.get("git_commit"))
-    return (mine or found)[:1]  # without one of its own, it is another training's to the same weights
+    return (mine or found)[:1]  # else the newest run of these weights, though another training made it
 
 
 def of_experiment(found: list, name: str, baseline: str | None) -> list:

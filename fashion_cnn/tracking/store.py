@@ -198,7 +198,9 @@ def locked(what: str = "store") -> Iterator[None]:
             yield
             lock.unlink()
     except Timeout:
-        raise StoreError(f"MLflow: {lock} is locked; if no other process is at work, delete it") from None
+        raise StoreError(
+            f"MLflow: {lock} is locked by another process; if there is none, delete it"
+        ) from None
 
 
 def _prepare_sqlite(path: Path) -> None:
