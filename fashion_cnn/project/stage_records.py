@@ -25,7 +25,7 @@ from fashion_cnn.project.record import DIFF, FILES, RECORD, WEIGHTS, Record, now
 from fashion_cnn.project.repository import code_state, repository_root
 
 FOLLOWER = "fashion_cnn.tracking.follower"
-WAIT = 30  # seconds that a stage waits for its follower
+WAIT, STOPPED = 30, 5  # seconds that a stage waits for its follower; the second if it was stopped
 ALIVE, LOG = "stage.lock", "follower.log"
 LATER = "`fashion-cnn sync` writes the rest"
 
@@ -84,15 +84,15 @@ class StageRecords:
             self.keep(record, f"{FILES}/{stage}/{path.name}", path)
         self.save(record)
 
-    def close(self) -> None:
+    def close(self, is_stopped: bool = False) -> None:
         """Wait until the follower is done, for a bounded time, and print its line."""
-        said = ""
+        said, wait = "", STOPPED if is_stopped else WAIT
         if self._follower:
             self._alive.release()
             try:
-                said, _ = self._follower.communicate(timeout=WAIT)
+                said, _ = self._follower.communicate(timeout=wait)
             except subprocess.TimeoutExpired:  # not killed: it may be making a store, or wait for its answer
-                said = f"MLflow: not everything was written within {WAIT} s; that goes on; {LATER}"
+                said = f"MLflow: not everything was written within {wait} s; that goes on; {LATER}"
         told = next(iter(self.faults.values()), said.strip())
         print(told or f"MLflow: the follower has failed, see {self.folder / LOG}; {LATER}")
 
@@ -170,4 +170,4 @@ def open_run(training: Training, params: dict[str, object], key: str) -> Iterato
         raise
     finally:
         records.save(record)
-        records.close()
+        records.close(is_stopped=record.status == "KILLED")

@@ -77,7 +77,7 @@ def lose_server(project: Path, epoch: int) -> str:
         training = Started(project, log, *command, **store)
         wait_for_text(training, f"epoch {epoch}/")
     failed, printed = training.process.wait(), training.printed()
-    if failed or "`fashion-cnn sync` sends the rest" not in printed or "Traceback" in printed:
+    if failed or "`fashion-cnn sync` writes the rest" not in printed or "Traceback" in printed:
         return f"the training did not go on: {printed[-300:]}"
     if outputs(project) != before:
         return "other outputs without the server"
