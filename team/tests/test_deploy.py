@@ -301,5 +301,5 @@ def test_a_wrong_password_is_one_line_without_it(server, project, user):
     assert done.stderr.count("\n") == 1
     assert password not in done.stdout + done.stderr
     trained = dvc(project, "repro", "--force", "--single-item", STAGE, **as_member(server, "ana") | wrong)
-    assert "`fashion-cnn sync` sends the rest" in trained.stdout
+    assert "`fashion-cnn sync` writes the rest" in trained.stdout
     assert password not in trained.stdout
