@@ -220,7 +220,7 @@ def test_a_sync_that_dies_after_any_call_is_completed_by_the_next(unsent):
 def test_a_model_whose_upload_was_killed_is_not_left_beside_the_whole_one(unsent, monkeypatch):
     train(unsent)
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow.pytorch.save_model", Mock(side_effect=SystemExit))
+        patch.setattr("mlflow.MlflowClient.log_model_artifacts", Mock(side_effect=SystemExit))
         with pytest.raises(SystemExit):
             send()
     [run] = all_runs()
