@@ -202,7 +202,8 @@ def _log_params(client, run, params: dict[str, object]) -> bool:
         rest = N_TRAIN - int(str(params["split.val_size"]))
         params = {**params, IMAGES: params.get("split.train_size") or rest}
     missing = [Param(name, as_yaml(value)) for name, value in params.items() if name not in run.data.params]
-    client.log_batch(run.info.run_id, params=missing)
+    if missing:
+        client.log_batch(run.info.run_id, params=missing)
     return bool(missing)
 
 
