@@ -9,11 +9,13 @@ from dataclasses import asdict
 import numpy as np
 
 from fashion_cnn.commands import judgement
-from fashion_cnn.commands.dvc_state import Experiment, changed_params, experiments, left_out_if_damaged
+from fashion_cnn.commands.dvc_state import Experiment, experiments, left_out_if_damaged
 from fashion_cnn.commands.judgement import ALIKE, Judgement
 from fashion_cnn.commands.sides import WORKSPACE, Result, read_side, results_of
 from fashion_cnn.project.catalog import CNNS, TOY
 from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import PARAMS_PATH, params_in
+from fashion_cnn.project.repository import file_at
 
 MOVED = {
     "test_accuracy_shift_3px": "shifted by ±3 px",
@@ -176,6 +178,13 @@ def row_of(experiment: Experiment) -> dict:
     changed = changed_params(experiment.baseline, experiment.reference)
     when = time.strftime("%m-%d %H:%M", time.localtime(experiment.time))
     return {"name": experiment.name, "changed": changed, "when": when, **accuracies(experiment.reference)}
+
+
+def changed_params(baseline: str, reference: str | None = None) -> dict[str, object]:
+    """The params of an experiment, or of the working tree, that differ from those of `baseline`."""
+    content = file_at(reference, PARAMS_PATH) if reference else PARAMS_PATH.read_bytes()
+    before = params_in(file_at(baseline, PARAMS_PATH) or b"")
+    return {name: value for name, value in params_in(content or b"").items() if before.get(name) != value}
 
 
 def accuracies(source: str) -> dict:

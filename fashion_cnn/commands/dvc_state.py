@@ -1,19 +1,17 @@
 """What DVC keeps in files and in git: dvc.lock, the results of a commit, and experiments."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from ruamel.yaml import YAML, YAMLError
 from voluptuous import Invalid
 
 from fashion_cnn.project.catalog import TRAININGS
 from fashion_cnn.project.errors import StageError, StoreError
-from fashion_cnn.project.params import PARAMS_PATH, params_in
+from fashion_cnn.project.files import weights_digest
 from fashion_cnn.project.repository import LOCK, file_at, git
 
 
@@ -49,13 +47,6 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
         print(f"left out experiment {what}; `dvc exp remove {experiment.name}` drops it", file=sys.stderr)
 
 
-def changed_params(baseline: str, reference: str | None = None) -> dict[str, object]:
-    """The params of an experiment, or of the working tree, that differ from those of `baseline`."""
-    content = file_at(reference, PARAMS_PATH) if reference else PARAMS_PATH.read_bytes()
-    before = params_in(file_at(baseline, PARAMS_PATH) or b"")
-    return {name: value for name, value in params_in(content or b"").items() if before.get(name) != value}
-
-
 def weights_at(reference: str) -> dict[str, str]:
     """The SHA-256 of the weights of each training that a commit or an experiment has results of.
 
@@ -70,13 +61,11 @@ def weights_at(reference: str) -> dict[str, str]:
             metrics = json.loads(content)
         except ValueError:
             metrics = None
-        match metrics:
-            case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
-                found[name] = digest
-            case _:
-                raise StageError(
-                    f"{training.metrics} of {reference}: no weights_sha256, expected it as a stage writes it"
-                )
+        if not (digest := weights_digest(metrics)):
+            raise StageError(
+                f"{training.metrics} of {reference}: no weights_sha256, expected it as a stage writes it"
+            )
+        found[name] = digest
     return found
 
 
@@ -89,6 +78,8 @@ def read_lock() -> dict:
 
 def parse_lock(content: bytes) -> dict | None:
     """What a dvc.lock of this content holds; None if it is not what DVC writes."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # a third of a second, which most commands need not spend
+
     try:
         lock = YAML(typ="safe").load(content.decode())  # as DVC does
         COMPILED_LOCKFILE_SCHEMA(lock)

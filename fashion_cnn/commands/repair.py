@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 
 import psutil
-from dvc.utils.serialize import dump_yaml
 
 from fashion_cnn.commands.dvc_state import parse_lock, read_lock
 from fashion_cnn.project.errors import StageError
@@ -119,6 +118,8 @@ def drop_unknown_results() -> None:
     They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
     its entry, DVC looks for this machine's own results in its run cache.
     """
+    from dvc.utils.serialize import dump_yaml  # here, since `make repro` starts without it
+
     done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
     if done.returncode:
         raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")

@@ -179,17 +179,14 @@ def sync_experiments(store: Store) -> None:
             for one in weights_at(experiment.reference).items():
                 own = runs.of_experiment(known[one], experiment.name, experiment.baseline)
                 is_first = one not in taken and (own or not known[one])
-                if one in before(experiment.baseline).items() or not (is_first or _is_named(own, experiment)):
+                is_named = own and own[0].data.tags.get("dvc_exp_name") == experiment.name
+                if one in before(experiment.baseline).items() or not (is_first or is_named):
                     continue  # another training's run will do
                 taken.add(one)
                 if not own or runs.DVC_LOCK not in own[0].data.tags:
                     left.append(TRAININGS[one[0]])
             if left:
                 _sync_experiment(store, experiment, left)
-
-
-def _is_named(found: list, experiment: Experiment) -> bool:
-    return any(run.data.tags.get("dvc_exp_name") == experiment.name for run in found)
 
 
 def _weights_before(baseline: str) -> dict[str, str]:

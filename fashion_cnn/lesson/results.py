@@ -1,7 +1,6 @@
 """Reading back what the stages write into metrics/, each file checked: its columns, every cell."""
 
 import csv
-import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.files import pixels_from_text, read_json
+from fashion_cnn.project.files import pixels_from_text, read_json, weights_digest
 
 
 class Kind(NamedTuple):
@@ -65,11 +64,11 @@ def read_rows(path: Path, name: str, columns: dict[str, Kind]) -> list[dict]:
 
 def read_weights_sha256(path: Path) -> str:
     """The digest of the weights that a training names in its metrics. Raises StageError if it has none."""
-    found = read_json(path).get("weights_sha256")
-    match found:
-        case [str(digest)] if re.fullmatch("[0-9a-f]{64}", digest):
-            return digest
-    raise _damaged(path, f"weights_sha256 is {reprlib.repr(found)}, expected a list of one SHA-256")
+    metrics = read_json(path)
+    if digest := weights_digest(metrics):
+        return digest
+    found = reprlib.repr(metrics.get("weights_sha256"))
+    raise _damaged(path, f"weights_sha256 is {found}, expected a list of one SHA-256")
 
 
 def _typed(path: Path, header: list[str], rows: list[dict], kinds: dict[str, Kind]) -> list[dict]:

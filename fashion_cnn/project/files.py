@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,14 @@ def write_json(path: Path, metrics: dict) -> dict:
 def numbers(metrics: dict) -> dict:
     """The metrics that are numbers: those that MLflow and `dvc metrics show` have a place for."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def weights_digest(metrics: object) -> str | None:
+    """The SHA-256 of the weights that a training names in its metrics; None if they name none."""
+    match metrics:
+        case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    return None
 
 
 def read_json(path: Path) -> dict:

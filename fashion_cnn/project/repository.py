@@ -4,6 +4,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 
@@ -81,12 +82,8 @@ def _changes(scratch: Path) -> tuple[bytes, list[str]]:
     others = ("ls-files", "-z", "--others", "--exclude-standard")
     listed = git(*others, "--", ".", *NOT_CODE, more=own) + git(*others, "--ignored", "--", *code, more=own)
     files = sorted((os.lstat(path).st_size, path) for path in os.fsdecode(listed).split("\0") if path)
-    taken: list[str] = []
-    left_out: list[str] = []
-    total = 0
-    for size, path in files:
-        total += size
-        (taken if total <= MOST else left_out).append(path)
+    count = sum(total <= MOST for total in accumulate(size for size, _ in files))
+    taken, left_out = [path for _, path in files[:count]], [path for _, path in files[count:]]
     if taken:
         names = os.fsencode("\0".join(taken))
         how = ("--force", "--pathspec-from-file=-", "--pathspec-file-nul")

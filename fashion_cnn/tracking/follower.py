@@ -20,7 +20,7 @@ from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.record import RECORD, WEIGHTS, read_record, records_folder
 from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
-from fashion_cnn.tracking.store import connect, reason, shown, store_faults, store_name, store_url
+from fashion_cnn.tracking.store import as_store_error, connect, reason, shown, store_name, store_url
 
 SENDING, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
 LOOK = 0.3  # seconds between looks at the records
@@ -127,18 +127,16 @@ def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | No
 
 def _send_record(store, path: Path, ended: bool) -> str | None:
     try:
-        record = read_record(path)
-        if ended and record.status == "RUNNING":  # the stage was killed
-            record.status = "KILLED"
-        runs.bring_in_line(store, record)
-        if record.status == "RUNNING":  # for its model: takes seconds, during which the stage trains
-            import fashion_cnn.models.cnns  # noqa: F401
-    # The store, a damaged record, or one of another version: no fault of one may stop the others.
-    except Exception as error:
-        if isinstance(error, StoreError):
-            return str(error)
-        if isinstance(error, store_faults()):
-            return f"MLflow store {shown(store_url())}: {reason(error)}"
+        with as_store_error():
+            record = read_record(path)
+            if ended and record.status == "RUNNING":  # the stage was killed
+                record.status = "KILLED"
+            runs.bring_in_line(store, record)
+            if record.status == "RUNNING":  # for its model: takes seconds, during which the stage trains
+                import fashion_cnn.models.cnns  # noqa: F401
+    except StoreError as error:
+        return str(error)
+    except Exception as error:  # a damaged record, or one of another version, may not stop the others
         return f"MLflow: {path}: {type(error).__name__}: {reason(error)}"
     return None
 

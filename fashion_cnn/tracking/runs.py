@@ -105,7 +105,7 @@ def create_run(store: Store, record: Record):
     tags = {
         "dvc_stage": record.training,
         COLOR: COLORS[(place + 1) % len(COLORS)],
-        "mlflow.source.name": f"stages/{record.training.partition('@')[0]}.py",
+        "mlflow.source.name": f"stages/{TRAININGS[record.training].section}.py",
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
     }
@@ -135,7 +135,7 @@ def run_name(record: Record) -> str:
         committed = params_in(git("show", f"{tags['git_commit']}:./params.yaml"))
     except (KeyError, GitError):  # not in git, or without params there
         return stage
-    own = f"{stage.partition('@')[0]}."
+    own = f"{TRAININGS[stage].section}."
     changed = [
         f"{name.removeprefix(own)}={as_yaml(value)}"
         for name, value in record.params.items()

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
-import pytest
 import yaml
 
+from fixtures import needs
 from pipeline import environment
 from project import ROOT
 from servers import process
@@ -24,13 +24,11 @@ POSTGRES = max(
     Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: float(path.parent.name)
 )
 CADDY = shutil.which("caddy")
-MISSING = (
-    "needs PostgreSQL: apt-get install postgresql" if not POSTGRES
-    else "needs make .venv/servers" if not importlib.util.find_spec("psycopg2")
-    else ""
-)  # fmt: skip
-needs_servers = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-needs_proxy = pytest.mark.skipif(not CADDY, reason="needs Caddy: apt-get install caddy")
+needs_servers = needs(
+    (POSTGRES, "PostgreSQL: apt-get install postgresql"),
+    (importlib.util.find_spec("psycopg2"), "make .venv/servers"),
+)
+needs_proxy = needs((CADDY, "Caddy: apt-get install caddy"))
 
 
 def read_settings(file: Path) -> dict[str, str]:

@@ -6,15 +6,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
+from fixtures import needs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-MISSING = (
-    "needs Chromium: apt-get install chromium" if not CHROMIUM
-    else "needs Playwright: make .venv/browser" if not importlib.util.find_spec("playwright")
-    else ""
-)  # fmt: skip
-needs_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+needs_browser = needs(
+    (CHROMIUM, "Chromium: apt-get install chromium"),
+    (importlib.util.find_spec("playwright"), "Playwright: make .venv/browser"),
+)
 
 
 @contextmanager

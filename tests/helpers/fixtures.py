@@ -14,6 +14,12 @@ start()
 prepare_torch("cpu")  # as every stage does before torch computes
 
 
+def needs(*wanted: tuple[object, str]) -> pytest.MarkDecorator:
+    """Skip a test without the first of `wanted` that is not here, each with what to do about it."""
+    missing = next((what for found, what in wanted if not found), "")
+    return pytest.mark.skipif(bool(missing), reason=f"needs {missing}")
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch) -> Path:
     """An empty folder to run stage code in, with the tests' params.yaml and an MLflow store of its own."""
