@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,13 @@ class Report:
     def heading(self, title: str, note: str = "") -> None:
         """Begin a section."""
         print(f"\n## {title}", flush=True)
-        self.lines += [f"## {title}", ""] + ([note, ""] if note else [])
+        self.lines += [f"## {title}", ""]
+        if note:
+            self.note(note)
+
+    def note(self, text: str) -> None:
+        """Add a paragraph."""
+        self.lines += [textwrap.fill(text, 110), ""]
 
     def table(self, header: str, rows: list[str]) -> None:
         """Add a table; rows are already joined by |."""

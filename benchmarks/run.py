@@ -167,7 +167,7 @@ def main() -> None:
     if status.returncode:
         sys.exit("error: the pipeline is not up to date, expected a finished `make repro`")
     report = Report()
-    report.lines += [conditions(), ""]
+    report.note(conditions())
     comparison_rows(report, quick)
     pipeline_rows(report, rounds=1 if quick else 5)
     growth_rows(report, quick)
