@@ -90,7 +90,7 @@ def main(seed: int, steps: int | None = None) -> None:
     from fashion_cnn.project.params import load_params
     from fashion_cnn.training.train_data import load_train_data
 
-    split = load_params("split").split
+    split = load_params().split
     data = load_train_data("original", split.val_size, split.train_size, split.seed)
     model = fresh(build_cnn, seed)
     batches = loader(data.pool[0, data.train], data.labels[data.train])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Do what train_cnn does around its epochs."""
-    params = leaves(load_params("split", "train_cnn", path=ROOT / "params.yaml"))
+    params = leaves(load_params(ROOT / "params.yaml"), "split", "train_cnn")
     model, weights = fresh(build_cnn, 0), Path(os.environ["FASHION_CNN_ROOT"]) / "benchmark.safetensors"
     weights_sha256 = save_weights(model, weights)
     began = time.perf_counter()

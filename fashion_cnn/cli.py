@@ -93,7 +93,7 @@ def baseline() -> None:
 
 
 @cli.command()
-@click.argument("name", required=False, shell_complete=lambda *given: recipes(given[-1]))
+@click.argument("name", required=False, shell_complete=lambda *given: recipe_names(given[-1]))
 def recipe(name: str | None) -> None:
     """List the recipes, or run one as a DVC experiment of its name.
 
@@ -108,9 +108,11 @@ def recipe(name: str | None) -> None:
         recipe.main(name)
 
 
-def recipes(start: str) -> list[str]:
+def recipe_names(start: str) -> list[str]:
     """The names of recipes that start so."""
-    return sorted(path.stem for path in Path("recipes").glob("*.yaml") if path.stem.startswith(start))
+    from fashion_cnn.commands.recipe import recipes
+
+    return [name for name in recipes() if name.startswith(start)]
 
 
 @cli.command()

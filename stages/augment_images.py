@@ -11,17 +11,17 @@ from fashion_cnn.project.params import leaves, load_params
 
 
 def main() -> None:
-    sections = load_params("augment_images")
-    params = sections.augment_images
+    params = load_params()
+    how = params.augment_images
     images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)  # (60000, 28, 28), (60000,)
     copies = augment(
         images,
-        copies=params.copies,
-        max_shift=params.max_shift,
-        max_rotation=params.max_rotation,
-        seed=params.seed,
+        copies=how.copies,
+        max_shift=how.max_shift,
+        max_rotation=how.max_rotation,
+        seed=how.seed,
     )
-    save_copies(copies, labels, leaves(sections))
+    save_copies(copies, labels, leaves(params, "augment_images"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TENSORS = Path("data/toy.safetensors")
 
 
 def main() -> None:
-    split = load_params("split").split
+    split = load_params().split
     records = StageRecords()
     prepare_torch("cpu")
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)

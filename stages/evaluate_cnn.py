@@ -20,7 +20,7 @@ from fashion_cnn.project.stage_records import StageRecords
 
 def main() -> None:
     training = named_cnn()
-    params = load_params("evaluate_cnn").evaluate_cnn
+    params = load_params().evaluate_cnn
     records = StageRecords()
     device = prepare_torch(params.device)
     images, labels = read_idx(TEST_IMAGES), read_idx(TEST_LABELS)  # (10000, 28, 28), (10000,)

@@ -10,8 +10,8 @@ from fashion_cnn.sources.fetch import fetch
 
 
 def main() -> None:
-    params = load_params("fetch")
-    fetch(params.fetch.sources, RAW_DIR)
+    params = load_params().fetch
+    fetch(params.sources, RAW_DIR)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ EXAMPLES = 8  # images shown with their copies
 
 
 def main() -> None:
-    params = load_params("plot_results").plot_results
+    params = load_params().plot_results
     records = StageRecords()
 
     toy_curve = read_table(TOY.curve, results.TOY_CURVE)

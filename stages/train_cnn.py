@@ -21,12 +21,12 @@ from fashion_cnn.training.train_data import load_train_data
 
 def main() -> None:
     training = named_cnn()
-    params = load_params("split", "train_cnn")
+    params = load_params()
     device = prepare_torch(params.train_cnn.device)
     data = load_train_data(training.images, params.split.val_size, params.split.train_size, params.split.seed)
 
     # The params that made the copies, too, so that runs on other copies can be compared.
-    settings = leaves(params) | data.made_by
+    settings = leaves(params, "split", "train_cnn") | data.made_by
     data_digest = digest(data.pool, data.labels, data.train, data.val)
     key = result_key(training.stage, settings, data_digest)
     with exclusive_checkpoint(key, training.weights) as checkpoint, open_run(training, settings, key) as run:

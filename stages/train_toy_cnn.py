@@ -19,12 +19,12 @@ TENSORS = Path("data/toy.safetensors")
 
 
 def main() -> None:
-    params = load_params("train_toy_cnn")
+    params = load_params()
     prepare_torch("cpu", threads=1, fixed_order=False)
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
     images, labels = toy["images"], toy["labels"]
 
-    settings, data_digest = leaves(params), digest(images, labels)
+    settings, data_digest = leaves(params, "train_toy_cnn"), digest(images, labels)
     key = result_key(TOY.stage, settings, data_digest)
     with open_run(TOY, settings, key) as run:
         run.log_dataset(TOY.images, data_digest, TENSORS, {"train_images": len(images)})

@@ -33,8 +33,7 @@ WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 
 
 def main() -> None:
-    sections = load_params("verify_manual_conv", "train_cnn.model")
-    params, name = sections.verify_manual_conv, sections.train_cnn.model
+    params, name = load_params().verify_manual_conv, load_params().train_cnn.model
     records = StageRecords()
     prepare_torch("cpu", threads=1)  # its float64 sums have no fixed order on more
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")

@@ -32,7 +32,7 @@ from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.catalog import TOY, TOY_HISTORY
 
 def main():
-    params = load_params("train_toy_cnn").train_toy_cnn
+    params = load_params().train_toy_cnn
     if params.epochs == 99999:
         time.sleep(600)
     write_tensors(TOY.weights, {"weights": np.array([params.seed, params.epochs])})

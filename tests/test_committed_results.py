@@ -129,7 +129,7 @@ def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
     git(project, "restore", ".")
     instances = {name: [name] for name in SCRIPTS}
     instances |= {name: [f"{name}@{images}" for images in CNNS] for name in ("train_cnn", "evaluate_cnn")}
-    own = {name: code_deps(name) | set(sections_read(name)) for name in SCRIPTS}
+    own = {name: code_deps(name) | sections_read(name) for name in SCRIPTS}
     assert found == {instance: own[name] for name in SCRIPTS for instance in instances[name]}
 
 

@@ -15,7 +15,7 @@ from fashion_cnn.cli import cli
 from fashion_cnn.commands import recipe
 from fashion_cnn.commands.dvc_state import Experiment
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.params import parse_params
+from fashion_cnn.project.params import load_params
 from project import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -154,7 +154,7 @@ def in_ladder(code: str) -> object:
 
 @pytest.mark.slow
 def test_every_rung_fits_the_params_and_adds_one_idea():
-    params = parse_params(ROOT / "params.yaml").model_dump()
+    params = load_params(ROOT / "params.yaml").model_dump()
     rungs = in_ladder("ladder.rungs()")
     assert set(NAMES) <= set(rungs)
     for settings in rungs.values():
@@ -182,7 +182,7 @@ def test_dvc_reads_the_values_as_they_are_written(folder):
     command = recipe.command("short", recipe.read_recipe("short"))
     overrides = [text for flag, text in itertools.pairwise(command) if flag == "-S"]
     apply_overrides(folder / "params.yaml", overrides)
-    params = parse_params(folder / "params.yaml")
+    params = load_params(folder / "params.yaml")
     assert (params.train_cnn.epochs, params.train_cnn.schedule) == (2, "one-cycle")
     assert (params.train_cnn.flips, params.train_cnn.learning_rate) == (True, 0.01)
     assert params.split.train_size is None

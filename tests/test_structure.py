@@ -70,7 +70,7 @@ def test_declared_code_is_what_the_script_imports(stage):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_declared_params_are_what_the_stage_reads(stage):
     sections = sections_read(stage)
-    assert stage_definitions()[stage].get("params", []) == sections
+    assert set(stage_definitions()[stage].get("params", [])) == sections
     nodes = [node for path in imported_files(STAGES / f"{stage}.py") for node in ast.walk(parsed(path))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     leaves = set()

@@ -9,15 +9,20 @@ from pydantic import ValidationError
 
 from fashion_cnn.commands.dvc_state import experiments
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, parse_params, read_yaml
+from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, load_params, read_yaml
 from fashion_cnn.project.process import DVC
 
 RECIPES = Path("recipes")
 
 
+def recipes() -> dict[str, Path]:
+    """The files of the recipes, by their names."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
 def list_all() -> None:
     """List the recipes."""
-    print("\n".join(f"{path.stem:<12}{purpose(path)}" for path in sorted(RECIPES.glob("*.yaml"))))
+    print("\n".join(f"{name:<12}{purpose(path)}" for name, path in recipes().items()))
     print("\nrun one    fashion-cnn recipe NAME")
 
 
@@ -44,13 +49,10 @@ def command(name: str, settings: dict[str, object]) -> list[str]:
 
 def read_recipe(name: str) -> dict[str, object]:
     """The params of a recipe, {"train_cnn.epochs": 4, …}. Raises StageError if it is none."""
-    path = RECIPES / f"{name}.yaml"
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    if name not in names:
-        raise StageError(
-            f"{name}: no recipe of this name, expected one of {RECIPES}/: {', '.join(names) or 'it is empty'}"
-        )
-    recipe, params = read_yaml(path), parse_params(PARAMS_PATH).model_dump()
+    if not (path := recipes().get(name)):
+        names = ", ".join(recipes()) or "it is empty"
+        raise StageError(f"{name}: no recipe of this name, expected one of {RECIPES}/: {names}")
+    recipe, params = read_yaml(path), load_params(PARAMS_PATH).model_dump()
     if not isinstance(recipe, dict) or not all(isinstance(section, dict) for section in recipe.values()):
         raise StageError(f"{path}: expected sections of params.yaml, each with some of its keys")
     for section, changes in recipe.items():

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fashion_cnn.project.files import read_metadata, read_tensors, sha256_of, wr
 
 TOY_SHAPE = (1, 4, 4)  # C, H, W
 CNN_SHAPE = (1, 28, 28)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
@@ -96,7 +98,7 @@ def build_cnn(model: str = LESSON, views: int = 1) -> Cnn:
     return Cnn(model, views)
 
 
-def fresh(build: Callable[[], nn.Sequential], seed: int) -> nn.Sequential:
+def fresh(build: Callable[[], Model], seed: int) -> Model:
     """A model with torch's usual random weights, the same for the same seed."""
     torch.manual_seed(seed)
     return build()

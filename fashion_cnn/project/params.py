@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -13,34 +12,24 @@ from fashion_cnn.schema import Params, explain
 PARAMS_PATH = Path("params.yaml")
 
 
-def load_params(*sections: str, path: Path = PARAMS_PATH) -> SimpleNamespace:
-    """Validate all of `path` and return the named sections as attributes; of "section.key" that key alone.
+def load_params(path: Path = PARAMS_PATH) -> Params:
+    """The sections of `path`, frozen. All of it is validated, whichever sections the caller reads.
 
     Raises StageError, one line with the path, the value and what is allowed.
     """
-    params, found = parse_params(path), SimpleNamespace()
-    for name in sections:
-        section, _, key = name.partition(".")
-        values = getattr(params, section)
-        setattr(found, section, SimpleNamespace(**{key: getattr(values, key)}) if key else values)
-    return found
-
-
-def leaves(params: SimpleNamespace) -> dict[str, object]:
-    """Flatten sections to {"train_cnn.epochs": 5, …}, the keys that DVC and MLflow show."""
-    return {
-        f"{name}.{leaf}": value
-        for name, section in vars(params).items()
-        for leaf, value in section.model_dump().items()
-    }
-
-
-def parse_params(path: Path = PARAMS_PATH) -> Params:
-    """Read and validate `path`; see load_params for the errors."""
     try:
         return Params.model_validate(read_yaml(path))
     except ValidationError as error:
         raise StageError(f"{path}: {explain(error)}") from None
+
+
+def leaves(params: Params, *sections: str) -> dict[str, object]:
+    """Flatten the named sections to {"train_cnn.epochs": 5, …}, the keys that DVC and MLflow show."""
+    return {
+        f"{name}.{leaf}": value
+        for name in sections
+        for leaf, value in getattr(params, name).model_dump().items()
+    }
 
 
 def read_yaml(path: Path) -> object:

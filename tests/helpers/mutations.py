@@ -11,7 +11,7 @@ from fashion_cnn.data.fashion_mnist import IdxFile, read_idx
 from fashion_cnn.models.cnns import build_toy_cnn, load_weights
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import read_tensors, write_tensors
-from fashion_cnn.project.params import parse_params
+from fashion_cnn.project.params import load_params
 from project import ROOT
 
 VALUES = [
@@ -48,7 +48,7 @@ def params(rng: random.Random, path: Path) -> None:
         cut = rng.choice([0, 1, 20])
         mutated = good[:at] + rng.choice([b"", *SNIPPETS]) + good[at + cut :]
     path.write_bytes(mutated)
-    parse_params(path)
+    load_params(path)
 
 
 def idx(rng: random.Random, path: Path) -> None:

@@ -1,11 +1,14 @@
 """The project as a map: its stages, the code each runs, and copies of its tree."""
 
 import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import yaml
+
+from fashion_cnn.schema import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES, PACKAGE = ROOT / "stages", ROOT / "fashion_cnn"
@@ -58,12 +61,11 @@ def _local_imports(path: Path) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
-def sections_read(stage: str) -> list[str]:
-    """The sections of params.yaml that the script names in its call of load_params."""
-    tree = ast.parse((STAGES / f"{stage}.py").read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "load_params"]
-    return [argument.value for call in loads for argument in call.args]
+def sections_read(stage: str) -> set[str]:
+    """The sections of params.yaml that the script reads; `load_params().SECTION.key` reads that key alone."""
+    text = (STAGES / f"{stage}.py").read_text()
+    names = re.findall(r"load_params\(\)\.([\w.]+)", text) + re.findall(r"\bparams\.(\w+)", text)
+    return {name for name in names if name.partition(".")[0] in Params.model_fields}
 
 
 def copy_of_project(folder: Path) -> Path:
