@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 import small_stages as small
 from fashion_cnn.models.cnns import build_cnn, fresh
+from fashion_cnn.project import provenance
+from fashion_cnn.project.provenance import digest, result_key
 from fashion_cnn.training import loop
 from fashion_cnn.training.batches import COUNT, draw_epoch
 from fashion_cnn.training.checkpoints import Checkpoint, exclusive_checkpoint
@@ -247,8 +250,28 @@ def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, t
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def flipped(content: bytes, at: int) -> bytes:
+    """The content with its lowest bit at a place turned round."""
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def renamed(content: bytes) -> bytes:
+    """The same tensors and metadata, whole, but a tensor has another name."""
+    size = int.from_bytes(content[:8], "little")
+    return content[:8] + content[8 : 8 + size].replace(b'"losses"', b'"lossez"') + content[8 + size :]
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda content: content[:100], lambda content: b"", lambda content: safetensors.numpy.save({})]
+    "damage",
+    [
+        lambda content: content[:100],
+        lambda content: b"",
+        lambda content: safetensors.numpy.save({}),
+        lambda content: safetensors.numpy.save({"losses": np.zeros(16)}, {"rows": "[7]"}),
+        renamed,
+        *(partial(flipped, at=place) for place in (-1, -5000, -30_000)),
+        lambda content: content.replace(b"train_loss", b"train_lass", 1),
+    ],
 )
 def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damage):
     _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path))
@@ -256,6 +279,56 @@ def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damag
     path.write_bytes(damage(path.read_bytes()))
     assert train(images[None], checkpoint=Checkpoint("k", tmp_path))[1] == rows
     assert "checkpoint k.safetensors is damaged (" in capsys.readouterr().out
+
+
+def test_the_checkpoint_of_another_key_is_not_resumed(train, images, tmp_path):
+    train(images[None], checkpoint=Checkpoint("k", tmp_path))
+    (tmp_path / "k.safetensors").rename(tmp_path / "other.safetensors")
+    assert Checkpoint("other", tmp_path).rows == []
+
+
+@pytest.fixture
+def key(tmp_path, monkeypatch):
+    """result_key on a package of two modules; by default with the same stage, params, data and machine."""
+    package = tmp_path / "fashion_cnn"
+    modules = {name: SimpleNamespace() for name in ("schema", "layers")} | {"project/provenance": provenance}
+    (package / "project").mkdir(parents=True)
+    for name, module in modules.items():
+        (package / f"{name}.py").write_text("1")
+        monkeypatch.setattr(module, "__file__", str(package / f"{name}.py"), raising=False)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(provenance, "machine_tags", lambda: {"torch": "1"})
+    return lambda stage="s", params=1, data="d": result_key(stage, {"params": params}, data)
+
+
+def test_the_key_of_the_same_training_is_the_same(key, tmp_path):
+    before = key()
+    (tmp_path / "fashion_cnn/schema.py").write_text("2")  # which changes no result
+    assert key() == before
+
+
+@pytest.mark.parametrize("change", [{"stage": "t"}, {"params": 2}, {"data": "e"}])
+def test_another_stage_other_params_or_data_have_another_key(key, change):
+    assert key(**change) != key()
+
+
+def test_other_code_has_another_key(key, tmp_path):
+    before = key()
+    (tmp_path / "fashion_cnn/layers.py").write_text("2")
+    assert key() != before
+
+
+def test_another_machine_has_another_key(key, monkeypatch):
+    before = key()
+    monkeypatch.setattr(provenance, "machine_tags", lambda: {"torch": "2"})
+    assert key() != before
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_the_digest_of_data_is_that_of_all_arrays(images, changed):
+    arrays = [images, LABELS]
+    others = [array + (number == changed) for number, array in enumerate(arrays)]
+    assert digest(*others) != digest(*arrays)
 
 
 def test_a_training_killed_in_its_first_epoch_starts_over(train, images, tmp_path):

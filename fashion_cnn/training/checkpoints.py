@@ -1,5 +1,6 @@
 """The state of a training after its last finished epoch, so that a killed one resumes from there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ class Checkpoint:
     """Weights, the optimizer's moments, the losses of images and the rows of metrics so far, in one file.
 
     `key` is the digest of everything that determines the result, so that no training resumes from
-    another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage.
+    another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage. It holds a
+    digest of its content: one flipped bit would end in other weights.
     """
 
     def __init__(self, key: str, folder: Path):
@@ -28,12 +30,14 @@ class Checkpoint:
         self.rows, self.tensors = [], {}
         try:
             with safe_open(self.path, framework="pt") as file:
-                self.rows = json.loads(file.metadata()["rows"])
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about.get("sha256") != self._digest(tensors, about.get("rows", "")):
+                raise ValueError("its content has another digest than it names")
+            self.rows, self.tensors = json.loads(about["rows"]), tensors
         except FileNotFoundError:
             pass
-        # A fault of the disk. The training does not need the file.
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # the training does not need the file
             print(f"checkpoint {self.path.name} is damaged ({error}); training starts from epoch 1")
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor) -> list[dict]:
@@ -63,8 +67,17 @@ class Checkpoint:
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        about = {"rows": json.dumps(rows)}
+        about["sha256"] = self._digest(tensors, about["rows"])
         with replace_atomically(self.path) as partial:
-            partial.write_bytes(save(tensors, {"rows": json.dumps(rows)}))
+            partial.write_bytes(save(tensors, about))
+
+    def _digest(self, tensors: dict[str, torch.Tensor], rows: str) -> str:
+        hasher = hashlib.sha256(f"{self.path.stem} {rows}".encode())
+        for name, tensor in sorted(tensors.items()):
+            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hasher.update(tensor.numpy().tobytes())
+        return hasher.hexdigest()
 
     def delete(self) -> None:
         """Remove the file: the stage has written its outputs."""
