@@ -147,9 +147,10 @@ def promote(model: str, level: float, dry_run: bool) -> None:
 def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_json: bool) -> None:
     """Name the garment in pictures: the three most probable classes of each.
 
-    A picture of any size and mode is first made what the network knows: grey, light on black, 28×28. A
-    missing file stops the command before it starts; one that is not a picture gets a line, and the others go
-    on. Without a champion, models/cnn_augmented.safetensors answers.
+    A picture is first made what the network knows: grey, light on black, 28×28. It should show one garment,
+    upright, before a plain background; a line says what is doubtful. A missing file stops the command before
+    it starts; one that is not a picture gets a line, and the others go on. Without a champion,
+    models/cnn_augmented.safetensors answers.
     """
     start()
     from fashion_cnn.commands import predict

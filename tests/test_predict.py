@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fashion_cnn.cli import cli
+from fashion_cnn.commands import pictures
 from fashion_cnn.commands.pictures import read_picture
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
@@ -36,67 +37,119 @@ BLOCK[:, 7:21] = 255  # twice as high as wide, from edge to edge
 
 @pytest.mark.parametrize("box", [(30, 20, 80, 120), (100, 40, 150, 140)])
 def test_a_dark_garment_on_white_is_inverted_and_fills_the_middle(tmp_path, box):
-    image, inverted = read_picture(save(tmp_path, drawn((300, 200), box)))
-    assert inverted
-    assert (image == BLOCK).all()
+    seen = read_picture(save(tmp_path, drawn((300, 200), box)))
+    assert seen.inverted
+    assert (seen.image == BLOCK).all()
 
 
 def test_a_light_garment_on_black_is_not_inverted(tmp_path):
-    image, inverted = read_picture(save(tmp_path, drawn((90, 90), (10, 4, 50, 84), back=0, garment=255)))
-    assert not inverted
-    assert (image == BLOCK).all()
+    seen = read_picture(save(tmp_path, drawn((90, 90), (10, 4, 50, 84), back=0, garment=255)))
+    assert not seen.inverted
+    assert (seen.image == BLOCK).all()
 
 
 def test_a_small_garment_is_enlarged(tmp_path):
-    image, _ = read_picture(save(tmp_path, drawn((40, 40), (8, 8, 12, 16))))
-    assert (image == BLOCK).all()
+    seen = read_picture(save(tmp_path, drawn((40, 40), (8, 8, 12, 16))))
+    assert (seen.image == BLOCK).all()
 
 
 def test_a_picture_shrinks_by_area(tmp_path):
-    """56×56 pixels, of which each 2×2 are 200, 100, 60 and 40: the mean is 100."""
-    garment = np.tile(np.array([[200, 100], [60, 40]], np.uint8), (28, 28))
-    image, _ = read_picture(save(tmp_path, Image.fromarray(np.pad(garment, 9))))
-    assert (image == 100).all()
+    """56×56 pixels, the right half 255, of the left each 2×2 are 200, 100, 60 and 40: the mean is 100."""
+    left, right = np.tile([[200, 100], [60, 40]], (28, 14)), np.full((56, 28), 255)
+    garment = np.hstack([left, right]).astype(np.uint8)
+    seen = read_picture(save(tmp_path, Image.fromarray(np.pad(garment, 9))))
+    assert (seen.image == np.repeat([100, 255], 14)).all()
 
 
-def test_a_grey_background_becomes_black(tmp_path):
-    picture = drawn((100, 100), (20, 20, 60, 100 - 0), back=100, garment=200).crop((0, 0, 100, 99))
-    image, inverted = read_picture(save(tmp_path, picture))
-    assert not inverted
-    assert set(np.unique(image)) == {0, round(100 * 255 / 155)}
+def test_a_grey_background_becomes_black_and_the_garment_white(tmp_path):
+    seen = read_picture(save(tmp_path, drawn((90, 90), (20, 2, 60, 82), back=100, garment=200)))
+    assert not seen.inverted
+    assert (seen.image == BLOCK).all()
+
+
+def test_a_pale_garment_gets_all_contrast_and_a_doubt(tmp_path):
+    seen = read_picture(save(tmp_path, drawn((300, 200), (30, 20, 80, 120), garment=225)))
+    assert (seen.image == BLOCK).all()
+    assert seen.doubts == ["little contrast: the garment differs by 30 of 255"]
+
+
+def test_a_background_that_darkens_evenly_is_no_garment(tmp_path):
+    sheet = np.linspace(255, 155, 300) + np.zeros((200, 1))
+    sheet[20:120, 30:80] = 0
+    seen = read_picture(save(tmp_path, Image.fromarray(np.rint(sheet).astype(np.uint8))))
+    assert ((seen.image > 0) == (BLOCK > 0)).all()
+    assert seen.image[seen.image > 0].min() > 230
+    assert seen.doubts == []
+
+
+def test_noise_is_no_garment(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 10, (200, 300))
+    sheet = drawn((300, 200), (30, 20, 80, 120), back=230) + noise
+    seen = read_picture(save(tmp_path, Image.fromarray(sheet.clip(0, 255).astype(np.uint8))))
+    off_its_edges = np.ix_(range(2, 26), [*range(5), *range(10, 18), *range(23, 28)])
+    assert (abs(seen.image - BLOCK.astype(int))[off_its_edges] < 20).all()
+
+
+def test_a_speck_is_no_garment(tmp_path):
+    picture = drawn((300, 200), (30, 20, 80, 120))
+    picture.putpixel((250, 150), 0)
+    assert (read_picture(save(tmp_path, picture)).image == BLOCK).all()
+
+
+def test_a_busy_border_and_a_small_garment_are_doubtful(tmp_path):
+    stripes = np.tile(np.repeat([255, 120], 10), (200, 15)).astype(np.uint8)
+    [busy] = read_picture(save(tmp_path, Image.fromarray(stripes))).doubts
+    assert busy.startswith("its border is busy: ")
+    [small] = read_picture(save(tmp_path, drawn((40, 40), (8, 8, 12, 16)))).doubts
+    assert small == "small: the garment has 4×8 pixels"
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16])
+def test_numbers_without_a_scale_are_read_by_their_own_range(tmp_path, kind):
+    values = (np.array(drawn((300, 200), (30, 20, 80, 120))) / 255).astype(np.float32)
+    values = values if kind == np.float32 else values.astype(kind) * 700
+    assert (read_picture(save(tmp_path, Image.fromarray(values), "picture.tiff")).image == BLOCK).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16"])
+def test_a_large_picture_is_reduced_and_reads_the_same(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(pictures, "ENOUGH", 15_000)
+    picture = drawn((300, 200), (30, 20, 80, 120)).convert("I" if mode == "I;16" else mode)
+    seen = read_picture(save(tmp_path, picture.convert(mode)))
+    assert (seen.image == BLOCK).all()
 
 
 def test_an_image_of_the_data_set_stays_as_it_is(tmp_path, images):
     dark = images[0] // 2
-    image, inverted = read_picture(save(tmp_path, Image.fromarray(dark)))
-    assert (image == dark).all()
-    assert not inverted
-    image, inverted = read_picture(save(tmp_path, Image.fromarray(255 - dark)))
-    assert (image == dark).all()
-    assert inverted
+    seen = read_picture(save(tmp_path, Image.fromarray(dark)))
+    assert (seen.image == dark).all()
+    assert not seen.inverted
+    seen = read_picture(save(tmp_path, Image.fromarray(255 - dark)))
+    assert (seen.image == dark).all()
+    assert seen.inverted
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "P", "CMYK"])
 def test_the_mode_of_a_picture_changes_nothing(tmp_path, mode):
     picture = drawn((300, 200), (30, 20, 80, 120)).convert(mode)
-    image, inverted = read_picture(save(tmp_path, picture, "picture.tiff"))
-    assert inverted
-    assert (image == BLOCK).all()
+    seen = read_picture(save(tmp_path, picture, "picture.tiff"))
+    assert seen.inverted
+    assert (seen.image == BLOCK).all()
 
 
 def test_16_bits_a_pixel(tmp_path):
     grey = np.array(drawn((300, 200), (30, 20, 80, 120)), np.uint16) * 257
-    image, inverted = read_picture(save(tmp_path, Image.fromarray(grey)))
-    assert inverted
-    assert (image == BLOCK).all()
+    seen = read_picture(save(tmp_path, Image.fromarray(grey)))
+    assert seen.inverted
+    assert (seen.image == BLOCK).all()
 
 
 @pytest.mark.parametrize(("garment", "inverted"), [((250, 250, 250, 255), False), ((5, 5, 5, 255), True)])
 def test_behind_a_transparent_background_is_what_differs_from_the_garment(tmp_path, garment, inverted):
     picture = drawn((300, 200), (30, 20, 80, 120), "RGBA", back=(255, 255, 255, 0), garment=garment)
-    image, was_inverted = read_picture(save(tmp_path, picture))
-    assert was_inverted == inverted
-    assert (image == np.where(BLOCK, 250, 0)).all()
+    seen = read_picture(save(tmp_path, picture))
+    assert seen.inverted == inverted
+    assert (seen.image == BLOCK).all()
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
@@ -104,8 +157,8 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif[0x0112] = 6  # to be turned by 90° clockwise
     picture = drawn((200, 300), (20, 30, 120, 80))
     picture.save(tmp_path / "turned.png", exif=exif)
-    image, _ = read_picture(tmp_path / "turned.png")
-    assert (image == BLOCK).all()
+    seen = read_picture(tmp_path / "turned.png")
+    assert (seen.image == BLOCK).all()
 
 
 def cut_short(folder: Path) -> Path:
@@ -127,6 +180,11 @@ def text(folder: Path) -> Path:
         (lambda folder: folder, "Is a directory"),
         (cut_short, "truncated"),
         (lambda folder: save(folder, Image.new("RGB", (50, 50), "red")), "blank"),
+        (
+            lambda folder: save(folder, Image.new("1", (170_000, 1000))),
+            "170 megapixels, expected at most 100;",
+        ),
+        (lambda folder: save(folder, Image.new("F", (9, 9), float("nan")), "picture.tiff"), "not finite"),
     ],
 )
 def test_what_is_no_picture_is_named_in_one_line(tmp_path, make, words):
@@ -156,7 +214,9 @@ def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp
     assert code == 1
     assert faults.startswith(f"error: {bad}: no picture that Pillow reads")
     assert told.startswith(f"{good}: ")
-    assert told.endswith(" % (inverted, as its border is light)\n")
+    answer, doubt = told.splitlines()
+    assert answer.endswith(" % (inverted, as its border is light)")
+    assert doubt == "  doubtful: no class is above one half"  # these weights are not trained
     assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 
 

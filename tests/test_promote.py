@@ -291,7 +291,13 @@ def test_the_champion_is_served_with_probabilities_by_class(server, trained, dat
             expected = model(torch.from_numpy(images)[:, None].float() / 255).softmax(1).numpy()
         assert [list(row) for row in rows] == [list(CLASSES)] * count
         assert np.array([list(row.values()) for row in rows]) == pytest.approx(expected, abs=1e-5)
+    image = images[0].tolist()
     for wrong in (
+        {"inputs": {"images": (images / 255).tolist()}},
+        {"inputs": {"images": [[[str(value) for value in row] for row in image]]}},
+        {"inputs": {"images": [[[value > 0 for value in row] for row in image]]}},
+        {"inputs": {"images": (images.astype(int) + 1).tolist()}},  # 256
+        {"inputs": {"images": json.loads("[" * 60 + "]" * 60)}},
         {"inputs": {"images": np.zeros((2, 28, 27), int).tolist()}},
         {"inputs": {"pictures": np.zeros((2, 28, 28), int).tolist()}},
         {"inputs": {"images": [["a"]]}},
@@ -299,3 +305,21 @@ def test_the_champion_is_served_with_probabilities_by_class(server, trained, dat
     ):
         answer = requests.post(server, json=wrong, timeout=30)
         assert answer.status_code == 400, (json.dumps(wrong)[:80], answer.text[:300])
+    nested = '{"inputs": {"images": ' + "[" * 3000 + "]" * 3000 + "}}"
+    answer = requests.post(server, nested, headers={"Content-Type": "application/json"}, timeout=30)
+    assert answer.status_code == 500  # MLflow's own, whose reader does not go so deep
+    assert requests.post(server, json={"inputs": {"images": [image]}}, timeout=30).ok  # it goes on
+
+
+def test_no_code_of_a_version_runs_here(store, trained, data, workspace, capsys):
+    add_run(store, trained[2])
+    run(capsys, trained[2])
+    for code in workspace.glob("mlruns/**/*.py"):
+        code.write_text("raise SystemExit('ran')")
+    [weights] = workspace.glob("mlruns/**/artifacts/artifacts/*.safetensors")
+    images = data["train-images"][:2]
+    found = registry.load_classifier("champion")(images)
+    assert (found == registry.load_classifier(str(trained[2]))(images)).all()
+    weights.write_bytes(trained[1].read_bytes())
+    with pytest.raises(StageError, match="fashion-cnn version 1: not the weights of its run"):
+        registry.load_classifier("champion")

@@ -1,51 +1,117 @@
 """Making a picture what the network knows: the recipe by which Fashion-MNIST was made (arXiv:1708.07747)."""
 
+import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from fashion_cnn.project.errors import StageError
 
 SIZE = 28
-NOISE = 13  # of 255: pixels this near the background are background, 5 % as in the recipe
+MOST, ENOUGH = 100_000_000, 4_000_000  # pixels that are opened; to which a larger picture is reduced
+NOISE, FLAT = 13, 3  # of 255: a picture that differs less from its background is blank; of a pale one, noise
+NEAR = 0.05  # pixels this near the background are background, as in the recipe
+# Beyond these, a picture gets a line: it is hardly one of those that the network knows.
+FAINT, BUSY = 40, 0.25  # of 255, how much the garment differs; the share of the border that is no background
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound speaks of attacks
 
 
-def read_picture(path: Path) -> tuple[np.ndarray, bool]:
-    """A garment as (28, 28) uint8, light on black, and whether it had to be inverted for that.
+@dataclass(frozen=True)
+class Prepared:
+    """What the network sees of a picture, and what is doubtful about it."""
+
+    image: np.ndarray  # (28, 28) uint8, light on black
+    inverted: bool  # whether the picture was dark on light
+    doubts: list[str]
+
+
+def read_picture(path: Path) -> Prepared:
+    """A garment as the network knows it. Raises StageError if the file is no picture, or a blank one."""
+    try:
+        return prepare(to_grey(path))
+    except ValueError as error:
+        raise StageError(f"{path}: {error}") from None
+
+
+def prepare(grey: np.ndarray) -> Prepared:
+    """Make a picture's brightness (H, W), from 0 to 255, what the network knows.
 
     A picture of 28×28 keeps its place; any other is trimmed to the garment, which then fills the square by
-    its longer side, in the middle. Raises StageError if the file is no picture, or a blank one.
+    its longer side, in the middle. Raises ValueError if it is blank.
     """
-    grey = to_grey(path)
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    background = float(np.median(border))
-    inverted = background > 127
-    if inverted:
-        grey, background = 255 - grey, 255 - background
-    rows, columns = np.nonzero(np.abs(grey - background) > NOISE)
-    if not len(rows):
-        raise StageError(f"{path}: blank, expected a garment that differs from its background")
+    background, noise, busy = background_of(grey)
+    inverted = float(np.median(background)) > 127
+    garment = (background - grey) if inverted else (grey - background)
+    doubts = []
+    if busy > BUSY:
+        doubts.append(f"its border is busy: {100 * busy:.0f} % of it is far from a plain background")
+    mask = garment_in(garment, noise)
+    if not mask.any():
+        raise ValueError("blank, expected a garment that differs from its background")
     if grey.shape == (SIZE, SIZE):
-        return np.rint(grey).astype(np.uint8), inverted
-    grey = grey[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    grey = np.clip(grey - background, 0, None) * 255 / (255 - background)
-    return in_the_middle(grey), inverted
+        return Prepared(np.rint(255 - grey if inverted else grey).astype(np.uint8), inverted, doubts)
+    rows, columns = ndimage.find_objects(mask.astype(int))[0]
+    garment = np.where(mask, garment, 0).clip(0)[rows, columns]
+    strongest = float(np.percentile(garment[mask[rows, columns]], 99))
+    if strongest < FAINT:
+        doubts.append(f"little contrast: the garment differs by {strongest:.0f} of 255")
+    if max(garment.shape) < SIZE:
+        doubts.append(f"small: the garment has {garment.shape[1]}×{garment.shape[0]} pixels")
+    return Prepared(in_the_middle((garment * 255 / strongest).clip(0, 255)), inverted, doubts)
+
+
+def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The brightness of the background (H, W), its noise, and the share of the border that is far from it.
+
+    A plane through the border's pixels, without those that are far from it. The noise is a standard
+    deviation, estimated from the median deviation.
+    """
+    edge = np.ones(grey.shape, bool)
+    edge[1:-1, 1:-1] = False
+    places = [np.ones(grey.shape), *np.meshgrid(*(np.linspace(-1, 1, n) for n in grey.shape), indexing="ij")]
+    terms, values = np.stack([place[edge] for place in places], 1), grey[edge]
+    plane = np.array([np.median(values), 0, 0])
+    for _ in range(10):
+        deviation = np.abs(values - terms @ plane)
+        noise = 1.4826 * float(np.median(deviation))
+        is_background = deviation <= max(3 * noise, NOISE)
+        plane = np.linalg.lstsq(terms[is_background], values[is_background], rcond=None)[0]
+    busy = float((np.abs(values - terms @ plane) > 2 * NOISE).mean())
+    return np.tensordot(plane, places, 1), noise, busy
+
+
+def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
+    """Which pixels of the difference from the background are the garment (H, W): its large parts."""
+    # A mean over so many pixels leaves little enough of noise.
+    window = min(max(1, math.ceil(4 * noise / NOISE)), max(1, min(garment.shape) // 10))
+    differs = np.abs(ndimage.uniform_filter(garment, window))
+    if (strongest := differs.max()) <= NOISE:
+        return np.zeros(garment.shape, bool)
+    least = max(NEAR * strongest, 4 * noise / window, FLAT)
+    parts, _ = ndimage.label(differs > least, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return (sizes >= sizes.max() / 20)[parts]
 
 
 def to_grey(path: Path) -> np.ndarray:
-    """The picture's brightness (H, W), float from 0 to 255, upright.
+    """The picture's brightness (H, W), float from 0 to 255, upright; a large picture is reduced first.
 
-    What is transparent becomes black behind a light garment, and white behind a dark one.
+    What is transparent becomes black behind a light garment, and white behind a dark one. Of 16 or 32 bits
+    a pixel, the least becomes 0, the greatest 255.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which convert() would cut at 255
-                values = np.asarray(upright, np.float64)
-                top = 65535 if values.max() > 255 else 255
-                return values.clip(0, top) * 255 / top
+            if (pixels := picture.width * picture.height) > MOST:
+                raise ValueError(f"{pixels / 1e6:.0f} megapixels, expected at most {MOST / 1e6:.0f}")
+            ImageOps.exif_transpose(picture, in_place=True)
+            upright = reduced(picture, math.ceil(math.sqrt(pixels / ENOUGH)))
+            if upright.mode.startswith(("I", "F")):
+                return over_its_range(np.asarray(upright, np.float64))
             coloured = upright.convert("RGBA")
             grey = np.asarray(coloured.convert("L"), np.float64)
             opacity = np.asarray(coloured.getchannel("A"), np.float64) / 255
@@ -53,9 +119,26 @@ def to_grey(path: Path) -> np.ndarray:
             return grey * opacity + (255 if is_dark else 0) * (1 - opacity)
     except UnidentifiedImageError:
         raise StageError(f"{path}: no picture that Pillow reads, expected PNG, JPEG or the like") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise StageError(f"{path}: too large for the memory here, expected a smaller picture") from None
+    except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise StageError(f"{path}: {reason}; expected a picture such as PNG or JPEG") from None
+
+
+def reduced(picture: Image.Image, factor: int) -> Image.Image:
+    """The picture, or a smaller one: of factor × factor pixels, the mean."""
+    if factor == 1:
+        return picture
+    has_means = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16B": "I"}
+    return picture.convert(has_means.get(picture.mode, picture.mode)).reduce(factor)
+
+
+def over_its_range(values: np.ndarray) -> np.ndarray:
+    """Values from 0 for the least to 255 for the greatest."""
+    if not np.isfinite(values).all():
+        raise ValueError("some of its values are not finite")
+    return (values - values.min()) * 255 / max(float(np.ptp(values)), np.finfo(float).tiny)
 
 
 def in_the_middle(grey: np.ndarray) -> np.ndarray:

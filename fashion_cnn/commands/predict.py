@@ -45,22 +45,24 @@ def load_default() -> Classify:
 def answer(path: Path, classify: Classify, show: Path | None) -> dict:
     """What is said about one file: its most probable classes, or why it cannot be read."""
     try:
-        image, inverted = read_picture(path)
+        seen = read_picture(path)
     except StageError as error:
         return {"file": str(path), "error": str(error)}
     if show:
-        write_picture(show / f"{path.name}.28x28.png", image)
-    [probabilities] = classify(image[None])
+        write_picture(show / f"{path.name}.28x28.png", seen.image)
+    [probabilities] = classify(seen.image[None])
     order = np.argsort(-probabilities, kind="stable")[:TOP]
     top = [
         {"class": CLASSES[number], "probability": round(float(probabilities[number]), 4)} for number in order
     ]
-    return {"file": str(path), "inverted": inverted, "top": top}
+    doubts = [] if probabilities.max() > 0.5 else ["no class is above one half"]
+    return {"file": str(path), "inverted": seen.inverted, "top": top, "doubts": seen.doubts + doubts}
 
 
 def in_words(one: dict) -> str:
-    """One line about one file."""
+    """One line about one file, and one for each doubt."""
     if "error" in one:
         return f"error: {one['error']}"
     top = ", ".join(f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in one["top"])
-    return f"{one['file']}: {top}{' (inverted, as its border is light)' if one['inverted'] else ''}"
+    answer = f"{one['file']}: {top}{' (inverted, as its border is light)' if one['inverted'] else ''}"
+    return "\n".join([answer, *(f"  doubtful: {doubt}" for doubt in one["doubts"])])

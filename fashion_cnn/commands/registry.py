@@ -34,7 +34,7 @@ def load_classifier(model: str) -> Classify:
         store = connect()
         if re.fullmatch(RUN_ID, model):
             return of_network(exported(store.client, find_cnn_run(store, model)))
-        return of_version(find_version(store.client, model))
+        return of_version(store.client, find_version(store.client, model))
 
 
 def of_network(network: Callable) -> Classify:
@@ -51,12 +51,21 @@ def of_network(network: Callable) -> Classify:
     return classify
 
 
-def of_version(version) -> Classify:
-    """The classifier of a version, as it is served."""
-    import mlflow
+def of_version(client, version) -> Classify:
+    """The classifier of a version: its weights, in the code of this project.
 
-    model = mlflow.pyfunc.load_model(f"models:/{NAME}/{version.version}")
-    return lambda images: model.predict({"images": images}).to_numpy()
+    The version's own code is left alone, since whoever may register a version could run any code here.
+    Raises StageError if its weights are not those of its run.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    name, expected = f"{NAME} version {version.version}", client.get_run(version.run_id).data.tags
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(download_artifacts(f"models:/{NAME}/{version.version}/artifacts", dst_path=scratch))
+        [*found] = folder.glob("*.safetensors")
+        if len(found) != 1 or sha256_of(found[0]) != expected.get("weights_sha256"):
+            raise StageError(f"{name}: not the weights of its run, {version.run_id}; register it again")
+        return of_network(load_cnn(found[0]))
 
 
 def find_version(client, name: str):
@@ -161,7 +170,8 @@ def log_served_model(client, run):
             artifacts={"weights": str(weights)},
             code_paths=[str(here.parent)],
             signature=ModelSignature(
-                Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28), "images")]),
+                # Any: of another type, MLflow would convert what serving.py is to refuse.
+                Schema([TensorSpec(np.dtype("O"), (-1,), "images")]),
                 Schema([ColSpec("double", name) for name in CLASSES]),
             ),
             input_example={"images": np.zeros((2, 28, 28), np.uint8)},
