@@ -1,6 +1,7 @@
 """predict: what becomes of a picture before the network sees it, and what is said about each file."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,15 @@ def test_a_model_that_is_not_there_is_named(workspace, tmp_path, capsys):
     (tmp_path / "picture.png").touch()
     with pytest.raises(StageError, match=r"no-such-model: not found"):
         run(capsys, tmp_path / "picture.png", "--model", "no-such-model")
+
+
+def test_while_dvc_trains_a_model_that_is_not_there_is_waited_for(workspace, tmp_path, capsys):
+    users = {"write": {"models/cnn_augmented.safetensors": {"pid": os.getpid(), "cmd": "dvc"}}}
+    (workspace / ".dvc/tmp").mkdir(parents=True)
+    (workspace / ".dvc/tmp/rwlock").write_text(json.dumps(users))
+    (tmp_path / "picture.png").touch()
+    with pytest.raises(StageError, match="`dvc` is running here; wait until it ends"):
+        run(capsys, tmp_path / "picture.png", "--model", "models/cnn_augmented.safetensors")
 
 
 def test_a_file_that_is_not_there_is_refused_before_torch_is_imported(workspace):
