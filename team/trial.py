@@ -54,6 +54,12 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
         raise TrialError(f"COMMIT: {commit}, expected its 40 digits, as `git rev-parse HEAD` prints them")
     if not re.fullmatch(r"\w[\w-]*", name):
         raise TrialError(f"NAME: {name!r}, expected letters, digits, _ and -")
+    if repository.startswith("-"):  # git would take it for an option, some of which run programs
+        raise TrialError(f"REPOSITORY: {repository}, expected a folder or an address")
+    if not re.fullmatch(r"\w+(@\w+)?", stage):
+        raise TrialError(f"STAGE: {stage!r}, expected a stage of dvc.yaml, such as train_cnn@original")
+    if wrong := [path for path in settings if not re.fullmatch(r"\w+(\.\w+)+", path)]:
+        raise TrialError(f"PATH: {wrong[0]!r}, expected a param's path, such as train_cnn.epochs")
     repository = str(Path(repository).resolve()) if Path(repository).exists() else repository
     is_here = Path(repository, ".dvc").is_dir()
     home = Path(repository if is_here else os.environ.get("FASHION_CNN_TRIALS", "~/.cache/fashion-cnn"))
@@ -69,9 +75,8 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
             return
         shutil.rmtree(clone, ignore_errors=True)  # what a kill has left
         try:
-            steadily(
-                home, "git", "clone", "--quiet", "--no-checkout", "--origin", "origin", repository, clone
-            )
+            options = ("--quiet", "--no-checkout", "--origin", "origin")
+            steadily(home, "git", "clone", *options, "--", repository, clone)
             run(clone, "git", "checkout", "--quiet", "--detach", commit)
             cache = run(home, *DVC, "cache", "dir").strip() if is_here else home / "cache"
             run(clone, *DVC, "cache", "dir", "--local", cache)
@@ -111,7 +116,7 @@ def sweep(clones: Path) -> None:
 def has(home: Path, repository: str, reference: str) -> bool:
     """Whether a repository has a reference."""
     ask = run if Path(repository).exists() else steadily
-    return bool(ask(home, "git", "ls-remote", repository, reference))
+    return bool(ask(home, "git", "ls-remote", "--", repository, reference))
 
 
 def steadily(folder: Path, *command: str | Path) -> str:

@@ -98,17 +98,41 @@ def test_an_old_python_is_named(folder):
     assert "error: ./old python is Python 3.9.1, expected 3.11 or newer: make PYTHON=" in done.stderr
 
 
+def restored(params: dict, **tags: str) -> list[str]:
+    """The commands that trace prints for a run."""
+    run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
+    return trace.restore(run, {"dvc_stage": "train_toy_cnn"} | tags, has_diff=False)
+
+
 def test_the_commands_that_trace_prints_are_quoted():
     params = {"train_cnn.device": ODD, "split.train_size": "null", "split.seed": "0", "train_images": "55000"}
-    run = SimpleNamespace(data=SimpleNamespace(params=params), info=SimpleNamespace(run_id="ab" * 16))
-    commands = trace.restore(run, {"git_commit": ODD, "dvc_stage": "train_cnn@$(touch ran)"}, has_diff=False)
-    assert [shlex.split(command) for command in commands] == [
-        ["git", "checkout", ODD],
-        [
-            *["dvc", "exp", "run", "-S", "split.seed=0", "-S", "split.train_size=null"],
-            *["-S", f"train_cnn.device={ODD}", "train_cnn@$(touch ran)"],
-        ],
+    [checkout, run] = restored(params, git_commit="0a" * 20)
+    assert checkout == f"git checkout {'0a' * 20}"
+    assert shlex.split(run) == [
+        *["dvc", "exp", "run", "-S", "split.seed=0", "-S", "split.train_size=null"],
+        *["-S", f"train_cnn.device={ODD}", "train_toy_cnn"],
     ]
+
+
+@pytest.mark.parametrize("value", ["1\n    rm -rf ~", "\x1b[2K1", "\u202e1"])
+def test_a_value_from_the_store_can_forge_no_line(value):
+    assert restored({"split.seed": value}) == ["dvc exp run train_toy_cnn"]
+    assert restored({}, git_commit=value) == ["dvc exp run train_toy_cnn"]
+    [line] = restored({}, dvc_stage=value)
+    assert line.startswith("# no command: dvc_stage is ")
+    assert line.isprintable()
+    known = {
+        "run_id": "1",
+        "dvc_stage": "s",
+        "status": "FINISHED",
+        "params": {},
+        "dvc_lock": {},
+        "restore": [],
+    }
+    for name in ("dvc_stage", "git_commit", "dvc_exp_name", "torch"):
+        told = trace.words({**known, name: value})
+        assert all(line.isprintable() for line in told.splitlines())
+        assert len(told.splitlines()) == 7
 
 
 def test_a_command_refuses_a_folder_that_is_not_the_project(tmp_path, monkeypatch):

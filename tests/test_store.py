@@ -129,6 +129,25 @@ def test_a_teams_file_names_the_store_unless_the_environment_does(workspace, mon
     assert "secret" not in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"# \xe4\n", "byte 2 is not UTF-8"),
+        (b"# of all\nMLFLOW_TRACKING_URI='https://runs.example\n", "line 2: expected NAME=value"),
+    ],
+)
+def test_a_damaged_file_of_a_team_is_named(workspace, content, words):
+    Path("team.env").write_bytes(content)
+    with pytest.raises(StoreError, match=rf"^team\.env: {words}"):
+        store_url()
+
+
+def test_no_variable_of_this_machine_gets_into_an_address(workspace, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    Path("team.env").write_text("MLFLOW_TRACKING_URI=https://${SECRET}.example\n")
+    assert store_url() == "https://${SECRET}.example"
+
+
 def test_addresses_are_shown_without_passwords():
     assert shown("http://me:s%40e@cret@host:5000/a@b") == "http://host:5000/a@b"
     assert shown("postgresql://me:secret@host/runs") == "postgresql://host/runs"

@@ -1,6 +1,7 @@
 """What DVC keeps in files and in git: dvc.lock, the results of a commit, and experiments."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
         raise
     except StageError as error:
         what = f"{experiment.name}: {str(error).partition('; ')[0]}"
-        print(f"left out experiment {what}; `dvc exp remove {experiment.name}` drops it", file=sys.stderr)
+        drop = shlex.join(["dvc", "exp", "remove", experiment.name])
+        print(f"left out experiment {what}; `{drop}` drops it", file=sys.stderr)
 
 
 def weights_at(reference: str) -> dict[str, str]:

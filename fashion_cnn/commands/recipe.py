@@ -31,8 +31,8 @@ def main(name: str) -> None:
     settings = read_recipe(name)
     if name in [experiment.name for experiment in experiments()]:
         raise StageError(
-            f"{name}: there is an experiment of this name; `dvc exp apply {name}` restores it, "
-            f"`dvc exp remove {name}` deletes it"
+            f"{name}: there is an experiment of this name; `dvc exp apply {shlex.quote(name)}` restores it, "
+            f"`dvc exp remove {shlex.quote(name)}` deletes it"
         )
     asked = command(name, settings)
     print(shlex.join(["dvc", *asked]), flush=True)

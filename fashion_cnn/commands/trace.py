@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from fashion_cnn.commands.dvc_state import weights_at
-from fashion_cnn.project.catalog import RUN_ID
+from fashion_cnn.project.catalog import RUN_ID, TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.repository import GitError, git
@@ -72,9 +72,13 @@ def trace(client, run) -> dict:
 def restore(run, tags: dict, has_diff: bool) -> list[str]:
     """The commands that make the run's results again, from the DVC cache where it has them.
 
-    Quoted: params and tags come from a store that others may write to.
+    Params and tags come from a store that others may write to: hence values are quoted, and what no stage
+    writes is no command.
     """
-    commands = [shlex.join(["git", "checkout", tags["git_commit"]])] if "git_commit" in tags else []
+    if tags.get("dvc_stage") not in TRAININGS:
+        return [f"# no command: dvc_stage is {shown(tags.get('dvc_stage'))}, expected a training"]
+    commit = tags.get("git_commit", "")
+    commands = [f"git checkout {commit}"] if re.fullmatch("[0-9a-f]{40}", commit) else []
     # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
     if tags.get("git_dirty") == "true" and has_diff:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
@@ -83,9 +87,15 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append("# the run had uncommitted changes, which it does not record")
     changes = []
     for name, value in sorted(run.data.params.items()):
-        if name != IMAGES:
+        if name != IMAGES and shown(name + value) == name + value:
             changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
     return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
+
+
+def shown(value: object) -> str:
+    """A value in one line, without escape sequences, which could make a terminal show other words."""
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text)
 
 
 def words(trace: dict) -> str:
@@ -109,4 +119,5 @@ def words(trace: dict) -> str:
                 lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
     if not trace["dvc_lock"]:
         lines.append("  dvc.lock    not recorded yet; `fashion-cnn sync` records it")
-    return "\n".join([*lines, "  to restore it:", *(f"    {command}" for command in trace["restore"])])
+    lines += ["  to restore it:", *(f"    {command}" for command in trace["restore"])]
+    return "\n".join(map(shown, lines))

@@ -7,10 +7,12 @@ import sqlite3
 import textwrap
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from filelock import FileLock, Timeout
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -99,13 +101,26 @@ def prepare_mlflow() -> None:
 
 def address(name: str) -> str | None:
     """An address from the environment, or else from team.env. Raises StoreError if that may have a secret."""
-    found = dotenv_values(TEAM).get(name) if TEAM.exists() else None
+    found = read_team().get(name)
     if found and not is_sqlite(found) and found != shown(found):
         raise StoreError(
             f"{TEAM}: {name} has a user, a password or a query, expected an address alone, since git keeps "
             "the file; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return os.environ.get(name) or found
+
+
+def read_team() -> dict[str, str | None]:
+    """The values in team.env, as written: no variable of this machine gets into an address."""
+    try:
+        text = TEAM.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{TEAM}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
+    if wrong := next((line for line in parse_stream(StringIO(text)) if line.error), None):
+        raise StoreError(f"{TEAM}: line {wrong.original.line}: expected NAME=value")
+    return dotenv_values(stream=StringIO(text), interpolate=False)
 
 
 def store_url() -> str:

@@ -73,6 +73,23 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     assert (project / WEIGHTS).read_bytes() == bytes_
 
 
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("REPOSITORY: --upload-pack=x", {"repository": "--upload-pack=x"}),
+        ("COMMIT: HEAD", {"commit": "HEAD"}),
+        ("NAME: '--x'", {"name": "--x"}),
+        ("STAGE: '--force'", {"stage": "--force"}),
+        ("PATH: '--x'", {"settings": {"--x": "1"}}),
+    ],
+)
+def test_no_value_of_a_trial_is_an_option_of_a_command(words, change, monkeypatch):
+    monkeypatch.setattr(trial, "run", None)
+    good = {"repository": ".", "commit": "0" * 40, "name": "n", "stage": STAGE, "settings": {}}
+    with pytest.raises(trial.TrialError, match=f"^{words}, expected "):
+        trial.run_trial(**good | change)
+
+
 def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
     command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
     done = run_module(project, "team.search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
