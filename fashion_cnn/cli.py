@@ -115,6 +115,14 @@ def recipe_names(start: str) -> list[str]:
     return [name for name in recipes() if name.startswith(start)]
 
 
+def check_model(model: str, names: str) -> None:
+    """Refuse weights that are not there, and are no name of a model, before torch is imported."""
+    if not re.fullmatch(names, model):
+        from fashion_cnn.commands.repair import check_weights
+
+        check_weights(Path(model))
+
+
 @cli.command()
 @click.argument("model", default=str(DEFAULT_CNN.weights))
 @click.option("--level", default=0.05, show_default=True, help="Of McNemar's test, between 0 and 1.")
@@ -127,8 +135,7 @@ def promote(model: str, level: float, dry_run: bool) -> None:
     if it reads more val images than the champion, of those that neither was trained on, and McNemar's exact
     test gives a p below the level. The test split is not opened.
     """
-    if not re.fullmatch(RUN_ID, model) and not Path(model).is_file():
-        raise StageError(f"{model}: not found; expected weights, as `make repro` makes them, or a run's id")
+    check_model(model, RUN_ID)
     if not 0 < level < 1:
         raise StageError(f"--level is {level}, expected a number between 0 and 1")
     start()
@@ -152,6 +159,7 @@ def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_js
     it starts; one that is not a picture gets a line, and the others go on. Without a champion,
     models/cnn_augmented.safetensors answers.
     """
+    check_model(model or "champion", rf"champion|\d+|{RUN_ID}")
     start()
     from fashion_cnn.commands import predict
 

@@ -327,3 +327,8 @@ def test_the_environment_is_set_before_torch_computes():
         text=True,
     ).stdout
     assert printed.split() == ["PASSIVE", "2000", "None", "2", "True"]
+
+
+def test_a_backend_of_jupyters_does_not_stop_the_figures():
+    code = "from fashion_cnn.project.process import start; start(); import fashion_cnn.lesson.figures"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": "none-such"}, check=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from browser import needs_browser, open_page, see_comparison, see_models, see_run, see_table
@@ -26,8 +27,8 @@ pytestmark = [
 ]
 
 
-def start(port: object) -> subprocess.Popen:
-    settings = environment(FASHION_CNN_ROOT=os.environ["FASHION_CNN_ROOT"])
+def start(port: object, **more: str) -> subprocess.Popen:
+    settings = environment(FASHION_CNN_ROOT=os.environ["FASHION_CNN_ROOT"], **more)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         settings.pop(name, None)
     return subprocess.Popen(
@@ -122,6 +123,19 @@ def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
     assert fault == f"error: port {port}: Address already in use; name another: fashion-cnn ui --port 5001\n"
     _, fault = start("many").communicate(timeout=60)
     assert "Error: Invalid value for '--port': 'many' is not a valid integer range." in fault
+
+
+def test_nothing_of_the_ui_outlives_a_kill_and_no_proxy_is_in_its_way(workspace, new_store):
+    shutil.copy(ROOT / "dvc.yaml", workspace)
+    shutil.copy(new_store, workspace / "mlflow.db")
+    port = str(free_port())
+    started = start(port, http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
+    assert any(line.startswith("MLflow: http") for line in started.stdout), started.stderr.read()
+    at_work = [one for one in psutil.process_iter(["cmdline"]) if port in (one.info["cmdline"] or [])]
+    assert len(at_work) > 1
+    started.kill()
+    started.communicate()
+    assert psutil.wait_procs(at_work, timeout=30)[1] == []
 
 
 def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):

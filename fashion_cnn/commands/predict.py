@@ -9,7 +9,7 @@ import numpy as np
 
 from fashion_cnn.commands.pictures import read_picture, write_picture
 from fashion_cnn.commands.registry import CHAMPION, Classify, load_classifier
-from fashion_cnn.commands.repair import refuse_while_dvc_works
+from fashion_cnn.commands.repair import check_weights
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import DEFAULT_CNN
@@ -24,11 +24,7 @@ def main(pictures: Sequence[Path], model: str | None, show: Path | None, as_json
     if show and (twice := {name for name in names if names.count(name) > 1}):
         raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
     prepare_torch("cpu")
-    try:
-        classify = load_classifier(model) if model else load_default()
-    except StageError:
-        refuse_while_dvc_works()  # DVC removes a model before it trains it anew
-        raise
+    classify = load_classifier(model) if model else load_default()
     answers = [answer(path, classify, show) for path in pictures]
     if as_json:
         print(json.dumps(answers, indent=2))
@@ -43,6 +39,7 @@ def load_default() -> Classify:
     try:
         return load_classifier(CHAMPION)
     except StageError as error:
+        check_weights(DEFAULT_CNN.weights)
         print(f"{error}; using {DEFAULT_CNN.weights}", file=sys.stderr)
         return load_classifier(str(DEFAULT_CNN.weights))
 

@@ -83,6 +83,13 @@ def refuse_while_dvc_works() -> None:
         raise StageError(f"`{'`, `'.join(sorted(at_work))}` is running here; wait until it ends")
 
 
+def check_weights(path: Path) -> None:
+    """Raise StageError if there is no such file of weights, and say so if DVC is making it."""
+    if not path.is_file():
+        refuse_while_dvc_works()  # DVC removes a model before it trains it anew
+        raise StageError(f"{path}: not found; expected weights, as `make repro` makes them")
+
+
 def return_to_branch() -> None:
     """Put HEAD on the branch it was on before it was detached, if it is still at that branch's commit."""
     if git("rev-parse", "--symbolic-full-name", "HEAD").strip() != b"HEAD":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import webbrowser
+from contextlib import suppress
 
 import requests
 
@@ -17,7 +18,10 @@ from fashion_cnn.commands import sync
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.tracking.store import CNN_RUNS, TOY_RUNS, as_store_error, connect, shown, store_url
 
-HOST, START = "127.0.0.1", 60  # seconds in which the UI must answer
+HOST, START = "127.0.0.1", 180  # seconds in which the UI must answer
+# Runs a command, and kills it and all that it has started when this process ends, however it ends: the pipe
+# that it reads from is closed then.
+KEEPER = '{ "$@"; kill -KILL 0; } & read -r _; kill -KILL 0'
 VIEW = "trainings"
 COLUMNS = [
     "attributes.`Created`",
@@ -70,16 +74,17 @@ def main(port: int) -> None:
         "--workers", "1",
     ]  # fmt: skip
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with subprocess.Popen(command, env=os.environ | settings) as server:
-        try:
-            wait_until_ready(server, port)
-            address = f"http://{HOST}:{port}{path}"
-            print(f"MLflow: {address}\nCtrl-C ends it")
-            if can_show():
-                webbrowser.open(address)
-            server.wait()
-        finally:
-            server.terminate()
+    print("starting MLflow's UI …")
+    with subprocess.Popen(
+        ["/bin/sh", "-c", KEEPER, "sh", *command], env=os.environ | settings, stdin=subprocess.PIPE,
+        start_new_session=True,
+    ) as server:  # fmt: skip
+        wait_until_ready(server, port)
+        address = f"http://{HOST}:{port}{path}"
+        print(f"MLflow: {address}\nCtrl-C ends it")
+        if can_show():
+            webbrowser.open(address)
+        server.wait()
 
 
 def can_show() -> bool:
@@ -102,11 +107,12 @@ def check_free(port: int) -> None:
 def wait_until_ready(server: subprocess.Popen, port: int) -> None:
     """Wait until the UI answers. Raises StageError if it ends, or does not in time."""
     deadline = time.monotonic() + START
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            if requests.get(f"http://{HOST}:{port}/health", timeout=5).ok:
-                return
-        except (requests.ConnectionError, requests.Timeout):
-            time.sleep(0.1)
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy leads to this machine
+        while server.poll() is None and time.monotonic() < deadline:
+            with suppress(requests.ConnectionError, requests.Timeout):
+                if session.get(f"http://{HOST}:{port}/health", timeout=5).ok:
+                    return
+            time.sleep(0.2)
     fault = f"did not answer within {START} s" if server.poll() is None else "ended at once"
     raise StageError(f"MLflow's UI {fault}; its messages are above")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, functional
+from tqdm import tqdm
 
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.inference import loss_and_accuracy, predict
@@ -56,15 +57,19 @@ def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device:
     `dvc plots` joins the tables of a file by row.
     """
 
-    def accuracy(transform: str, amount: int) -> float:
-        return loss_and_accuracy(predict(model, move(images, transform, amount), device), labels)[1]
+    n, moves = len(labels), 2 * len(SHIFTS) + len(ANGLES)
+    with tqdm(total=moves, desc="shifts and rotations", disable=None) as bar:
 
-    n = len(labels)
-    shifts = [
-        {"pixels": by, "shift_x": accuracy("shift_x", by), "shift_y": accuracy("shift_y", by), "n": n}
-        for by in SHIFTS
-    ]
-    rotations = [{"degrees": by, "rotation": accuracy("rotation", by), "n": n} for by in ANGLES]
+        def accuracy(transform: str, amount: int) -> float:
+            found = loss_and_accuracy(predict(model, move(images, transform, amount), device), labels)[1]
+            bar.update()
+            return found
+
+        shifts = [
+            {"pixels": by, "shift_x": accuracy("shift_x", by), "shift_y": accuracy("shift_y", by), "n": n}
+            for by in SHIFTS
+        ]
+        rotations = [{"degrees": by, "rotation": accuracy("rotation", by), "n": n} for by in ANGLES]
     return {"shifts": shifts, "rotations": rotations}
 
 

@@ -21,9 +21,10 @@ ELSEWHERE = (
 )  # fmt: skip
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
-# What these libraries read from the environment changes the last bits of results, or the speed. No
-# setting of the user's reaches them, since neither params nor tags would know of it.
-LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OPENCV_", "NPY_")
+# What these libraries read from the environment changes the last bits of results, or the speed, or, as
+# Jupyter's backend for matplotlib, stops a stage. No setting of the user's reaches them, because neither
+# params nor tags would know of it.
+LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OPENCV_", "NPY_", "MPLBACKEND")
 
 
 def start() -> None:
