@@ -12,7 +12,7 @@ from scipy import stats
 
 from fashion_cnn.cli import cli
 from fashion_cnn.commands import compare, judgement
-from fashion_cnn.commands.sides import read_side
+from fashion_cnn.commands.sides import Result, read_side
 from fashion_cnn.project.errors import StageError
 from project import git
 
@@ -105,6 +105,13 @@ def test_seeds_that_both_sides_have_are_paired_and_the_others_named():
     assert judged.n == 2
     assert judged.difference == pytest.approx(0.0125)
     assert "without seed 2, which one side lacks" in judged.how
+
+
+@pytest.mark.parametrize("n", [(100, 1000), (1000, 100)])
+def test_moved_images_count_as_few_as_either_side_has(n):
+    names = {"test_accuracy": 0.5, "test_accuracy_shift_3px": 0.7}
+    a, b = (Result("x", "train_cnn@original", "", 0, names, ["Bag"] * 9, ["Coat"] * 9, count) for count in n)
+    assert [judged.n for judged in compare.judgements([a], [b])] == [9, 100]
 
 
 @pytest.mark.parametrize("more", [0, 0.001])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from browser import needs_browser, open_page
 from fashion_cnn.data.fashion_mnist import CLASSES
+from fashion_cnn.data.split import split_indices
 from fashion_cnn.lesson import evaluation, figures, toy
 from fashion_cnn.models.cnns import (
     MODELS,
@@ -33,6 +34,7 @@ from fashion_cnn.page.contents import POINTS
 from fashion_cnn.project import catalog
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_csv, write_json, write_tensors
+from fashion_cnn.project.params import load_params
 from project import PACKAGE, ROOT
 from stages import build_page
 
@@ -349,6 +351,9 @@ def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
     images, labels = garments(2000, 1)
     shown = page.evaluate("contents.images")
     assert len(shown) == 30
+    split = load_params(ROOT / "tests/helpers/params.yaml").split
+    _, val = split_indices(2000, split.val_size, split.train_size, split.seed)
+    assert {one["index"] for one in shown} <= set(val.tolist())
     for one in shown:
         assert one["label"] == CLASSES[labels[one["index"]]]
     page.locator("#picker button").nth(17).press("Enter")
@@ -372,6 +377,15 @@ def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
         assert [float(text.split()[0]) for text in found] == pytest.approx(
             (100 * probabilities).tolist(), abs=0.25
         )
+
+
+@needs_browser
+def test_the_line_is_val_accuracy_and_the_dots_are_train_accuracy(page, built):
+    last = json.loads(page.locator("#contents").text_content())["cnns"]["original"]["curve"]
+    height = "(kind) => document.querySelector(`#cnn-curves path.curve.original${kind}`).getBBox().y"
+    line, dots = (page.evaluate(height, kind) for kind in (":not(.train)", ".train"))
+    assert last["val_accuracy"][-1] > last["train_accuracy"][-1]
+    assert line < dots  # y grows downwards
 
 
 @needs_browser
