@@ -1,13 +1,12 @@
-"""Starting DVC in a copy of the project, and killing it or its stage at a moment of choice."""
+"""Starting a command in a copy of the project, and killing it or its stage at a moment of choice."""
 
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,9 @@ import psutil
 from pipeline import environment
 
 VICTIMS = ("stage", "dvc", "both")
+STAGE_END, LOCK_WRITE = "the stage's end", "the opening of dvc.lock to write it"
+STAGE_START = "Running stage"  # as DVC prints it
+START = ""  # nothing has to be printed
 
 
 class Started:
@@ -36,10 +38,6 @@ class Started:
 
     def printed(self) -> str:
         return self.log.read_text()
-
-
-# Kills something of what was started when its moment has come; False if that had ended before.
-Strike = Callable[[Started], bool]
 
 
 def stage_processes(project: Path) -> list[psutil.Process]:
@@ -67,19 +65,25 @@ def wait_until_gone(processes: list[psutil.Process], timeout: float) -> bool:
 
 
 def kill(started: Started, victim: str) -> bool:
-    """Kill "stage", "dvc" or "both" with SIGKILL; False if the victim has ended."""
+    """Kill "stage" (DVC where none is running), "dvc" or "both" with SIGKILL; False if all had ended."""
     running = stage_processes(started.project)
-    if started.ended() or (victim == "stage" and not running):
+    if started.ended():
         return False
     started.killed_at_work = bool(running)
-    if victim in ("dvc", "both"):
+    if victim != "stage" or not running:
         started.process.kill()
-    if victim in ("stage", "both"):
+    if victim != "dvc":
         for process in running:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+                process.kill()
     started.process.wait()
     return True
+
+
+def wait_for_text(started: Started, text: str) -> None:
+    """Wait until `text` is printed, or the command has ended."""
+    while text not in started.printed() and not started.ended():
+        time.sleep(0.01)
 
 
 def wait_for_stage(started: Started) -> list[psutil.Process]:
@@ -89,75 +93,48 @@ def wait_for_stage(started: Started) -> list[psutil.Process]:
     return running
 
 
-def after_start(victim: str, delay: float) -> Strike:
-    """Kill `delay` seconds after the command's own start; DVC if no stage is running then."""
+def wait_for_stage_end(started: Started) -> None:
+    """Wait until DVC hashes and caches what the stage wrote."""
+    wait_until_gone(wait_for_stage(started), timeout=600)
 
-    def strike(started: Started) -> bool:
+
+def wait_for_lock_write(started: Started) -> None:
+    """Wait until DVC has opened dvc.lock to write it, which empties the file."""
+    lock = started.project / "dvc.lock"
+    before = lock.stat().st_size
+    wait_for_stage_end(started)
+    while lock.stat().st_size == before and not started.ended():
+        pass  # the write takes a hundredth of a second: sleep would miss it
+
+
+@dataclass(frozen=True)
+class Strike:
+    """A kill, `delay` seconds after a moment: STAGE_END, LOCK_WRITE, or when the command prints a text."""
+
+    victim: str
+    moment: str
+    delay: float = 0
+
+    def __str__(self) -> str:
+        return f"{self.victim} killed {self.delay:.3f} s after {self.moment or 'the start'}"
+
+    def hits(self, started: Started) -> bool:
+        """Wait and kill; False if the command had ended before."""
+        if self.moment == STAGE_END:
+            wait_for_stage_end(started)
+        elif self.moment == LOCK_WRITE:
+            wait_for_lock_write(started)
+        else:
+            wait_for_text(started, self.moment)
         with suppress(subprocess.TimeoutExpired):
-            started.process.wait(timeout=delay)
-        return kill(started, victim if stage_processes(started.project) else "dvc")
-
-    return strike
+            started.process.wait(timeout=self.delay)
+        return kill(started, self.victim)
 
 
-def after_seconds(victim: str, delay: float) -> Strike:
-    """Kill `delay` seconds after the stage's start."""
-
-    def strike(started: Started) -> bool:
-        wait_for_stage(started)
-        time.sleep(delay)
-        return kill(started, victim)
-
-    return strike
-
-
-def wait_for_text(started: Started, text: str) -> None:
-    """Wait until `text` is printed, or the command has ended."""
-    while text not in started.printed() and not started.ended():
-        time.sleep(0.01)
-
-
-def after_text(victim: str, text: str) -> Strike:
-    """Kill as soon as `text` is printed."""
-
-    def strike(started: Started) -> bool:
-        wait_for_text(started, text)
-        return kill(started, victim)
-
-    return strike
-
-
-def after_stage(delay: float) -> Strike:
-    """Kill DVC `delay` seconds after the stage's end, while it hashes and caches what the stage wrote."""
-
-    def strike(started: Started) -> bool:
-        wait_until_gone(wait_for_stage(started), timeout=600)
-        time.sleep(delay)
-        return kill(started, "dvc")
-
-    return strike
-
-
-def in_lock_write(delay: float) -> Strike:
-    """Kill DVC `delay` seconds after it has opened dvc.lock to write it, which empties the file."""
-
-    def strike(started: Started) -> bool:
-        lock = started.project / "dvc.lock"
-        before = lock.stat().st_size
-        wait_until_gone(wait_for_stage(started), timeout=600)
-        while lock.stat().st_size == before and not started.ended():
-            pass  # the write takes a hundredth of a second: sleep would miss it
-        time.sleep(delay)
-        return kill(started, "dvc")
-
-    return strike
-
-
-def seconds_of(project: Path, stage: str) -> float:
-    """How long a forced stage and DVC's part in it take, from the stage's start."""
-    log = project.parent / "logs" / "seconds.log"
-    started = Started(project, log, "-m", "dvc", "repro", "--force", "--single-item", stage)
-    wait_for_stage(started)
+def seconds_of(project: Path, since: str, *command: str) -> float:
+    """How long DVC takes for a command that nothing kills, from when it prints `since`."""
+    started = Started(project, project.parent / "logs/undisturbed.log", "-m", "dvc", *command)
+    wait_for_text(started, since)
     began = time.monotonic()
     assert started.process.wait() == 0, started.printed()
     return time.monotonic() - began

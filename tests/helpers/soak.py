@@ -10,85 +10,95 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import crash
-import experiments
 import mutations
-from first_run import FirstRun
+import recovery
+from crash import LOCK_WRITE, STAGE_END, STAGE_START, START, VICTIMS, Strike, seconds_of
+from fashion_cnn.project.catalog import TRAININGS
 from pipeline import SMALL, dvc, outputs, run_queued, set_params, tracked_runs
 from project import copy_of_project, git
-from recovery import Trial, contents, kill_stage, lock_entries
+from recovery import Trial
 from servers import lose_server
 
 # More epochs than the tests take, so that kills find some that are done.
 PARAMS = SMALL | {"train_cnn": SMALL["train_cnn"] | {"epochs": 6}}
-TRAININGS = ("train_toy_cnn", "train_cnn@original", "train_cnn@augmented")
 
 
 def main() -> None:
     """Try everything; exit with code 1 if anything is lost."""
-    arguments = parse_arguments()
+    counts = parse_arguments()
+    random.seed(counts.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = table(Path(arguments.folder or scratch).resolve(), arguments)
+        rows = table(Path(counts.folder or scratch).resolve(), counts)
     print("\n| what | tried | recovered | lost |\n|---|---|---|---|")
     for what, trials in rows.items():
-        lost = sum(bool(trial.fault) for trial in trials)
-        print(f"| {what} | {len(trials)} | {len(trials) - lost} | {lost} |")
+        recovered = sum(not trial.fault for trial in trials)
+        print(f"| {what} | {len(trials)} | {recovered} | {len(trials) - recovered} |")
     trials = [trial for trials in rows.values() for trial in trials]
-    print_notes(trials)
-    sys.exit(any(trial.fault for trial in trials))
+    saved = [trial.saved for trial in trials if trial.saved and not trial.fault]
+    print(f"\n{len(saved)} killed trainings resumed, and saved {sum(saved)} epochs.")
+    lost = [trial for trial in trials if trial.fault]
+    print(*lost, sep="\n")
+    sys.exit(bool(lost))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage-kills", type=int, default=24, help="of a stage, of DVC or of both")
-    parser.add_argument(
-        "--window-kills", type=int, default=8, help="of DVC, between a stage's end and dvc.lock"
-    )
-    parser.add_argument("--lock-kills", type=int, default=6, help="of DVC, while it writes dvc.lock")
-    parser.add_argument("--pipeline-kills", type=int, default=10, help="of the whole first run")
-    parser.add_argument(
-        "--experiment-kills", type=int, default=6, help="in the workspace, and as many with --temp"
-    )
-    parser.add_argument("--servers", type=int, default=3, help="MLflow servers to kill")
-    parser.add_argument("--mutations", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, the stages and the victims")
+    add = partial(parser.add_argument, type=int)
+    add("--stage-kills", default=24, help="of a stage, of DVC or of both")
+    add("--window-kills", default=8, help="of DVC, between a stage's end and dvc.lock")
+    add("--lock-kills", default=6, help="of DVC, while it writes dvc.lock")
+    add("--pipeline-kills", default=10, help="of the whole first run")
+    add("--experiment-kills", default=6, help="in the workspace, and as many with --temp")
+    add("--servers", default=3, help="MLflow servers to kill")
+    add("--mutations", default=500)
+    add("--seed", default=0, help="of the moments, the stages and the victims")
     parser.add_argument("--folder", help="an empty folder to work in, which is kept with all logs")
     return parser.parse_args()
 
 
-def table(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Trial]]:
+def table(folder: Path, counts: argparse.Namespace) -> dict[str, list[Trial]]:
     """Every row's trials, by its text; the order leaves each clone as the next row needs it."""
-    rng = random.Random(arguments.seed)
     first, second = prepared(folder / "one" / "clone"), prepared(folder / "two" / "clone")
-    expected = contents(first)
-    seconds = {stage: crash.seconds_of(first, stage) for stage in lock_entries(first)}
-    return {
+    expected, trainings = recovery.contents(first), list(TRAININGS)
+    force = ("repro", "--force", "--single-item")
+    seconds = {stage: seconds_of(first, STAGE_START, *force, stage) for stage in recovery.lock_entries(first)}
+    experiment_seconds = seconds_of(second, START, *recovery.IN_COPY)
+    [entry] = recovery.experiments(second)
+    dvc(second, "exp", "remove", "--all-commits")
+    rows = {
         "outputs of two clones, the same bytes": two_clones(first, second),
-        "`dvc exp run` killed, then the way back": experiment_kills(
-            second, experiments.IN_WORKSPACE, rng, arguments.experiment_kills
+        "`dvc exp run` killed, then the way back": repeat(
+            counts.experiment_kills, experiment_kill, second, recovery.IN_WORKSPACE, experiment_seconds, entry
         ),
-        "`dvc exp run --temp` killed": experiment_kills(
-            second, experiments.IN_COPY, rng, arguments.experiment_kills
+        "`dvc exp run --temp` killed": repeat(
+            counts.experiment_kills, experiment_kill, second, recovery.IN_COPY, experiment_seconds, entry
         ),
-        "stage, DVC or both killed at a random moment of a stage": stage_kills(
-            first, seconds, rng, arguments.stage_kills
+        "stage, DVC or both killed at a random moment of a stage": repeat(
+            counts.stage_kills, stage_kill, first, seconds
         ),
-        "DVC killed between a training's end and dvc.lock": window_kills(first, rng, arguments.window_kills),
-        "the same, with results that are not the committed ones": window_kills(
-            other_results(first), rng, arguments.window_kills
+        "DVC killed between a training's end and dvc.lock": repeat(
+            counts.window_kills, dvc_kill, first, trainings, STAGE_END, 0.2
         ),
-        "DVC killed while it writes dvc.lock, which is not the committed one": lock_kills(
-            first, rng, arguments.lock_kills
+    }
+    set_params(first, {"train_toy_cnn": {"seed": 1}, "train_cnn": {"seed": 1}})
+    dvc(first, "repro")
+    return rows | {
+        "the same, with results that are not the committed ones": repeat(
+            counts.window_kills, dvc_kill, first, trainings, STAGE_END, 0.2
+        ),
+        "DVC killed while it writes dvc.lock, which is not the committed one": repeat(
+            counts.lock_kills, dvc_kill, first, ["build_toy_tensors", *trainings], LOCK_WRITE, 0.03
         ),
         "`make repro` of everything killed at random moments": pipeline_kills(
-            folder, expected, sum(seconds.values()), rng, arguments.pipeline_kills
+            counts.pipeline_kills, folder, sum(seconds.values()), expected
         ),
-        "MLflow servers killed during a training": lost_servers(first, arguments.servers),
+        "MLflow servers killed during a training": lost_servers(counts.servers, first),
         "experiments of 4 queue workers at once, each a finished run": queue_workers(second),
         "mutated params.yaml, IDX and safetensors: read, or refused in one line": mutated_inputs(
-            folder / "inputs", arguments.mutations
+            counts.mutations, folder / "inputs"
         ),
     }
 
@@ -101,13 +111,6 @@ def prepared(folder: Path) -> Path:
     return folder
 
 
-def other_results(project: Path) -> Path:
-    """The same project after an edit of params and `dvc repro`, so that its dvc.lock is not committed."""
-    set_params(project, {"train_toy_cnn": {"seed": 1}, "train_cnn": {"seed": 1}})
-    dvc(project, "repro")
-    return project
-
-
 def unrun(folder: Path) -> Path:
     """A copy of the project with small params, committed."""
     folder.mkdir(parents=True)
@@ -117,106 +120,62 @@ def unrun(folder: Path) -> Path:
     return folder
 
 
-def repeat(count: int, attempt: Callable[[], Trial | None]) -> list[Trial]:
+def two_clones(first: Path, second: Path) -> list[Trial]:
+    mine, other = outputs(first), outputs(second)
+    return [Trial(path, "" if mine[path] == digest else "other bytes") for path, digest in other.items()]
+
+
+def repeat(count: int, attempt: Callable[..., Trial | None], *arguments: object) -> list[Trial]:
     """`count` kills, without those that came too early or too late to cost anything; prints each."""
     trials, attempts = [], 0
     while len(trials) < count:
         attempts += 1
         if attempts > 5 * count + 5:
             raise SystemExit(f"error: {len(trials)} of {attempts} kills hit, expected {count}")
-        if trial := attempt():
+        if trial := attempt(*arguments):
             trials.append(trial)
-            print_trial(trial)
+            print(trial, flush=True)
     print(f"{count} of {attempts} kills hit", flush=True)
     return trials
 
 
-def print_trial(trial: Trial) -> None:
-    epochs = f", {trial.saved} epochs saved" if trial.saved else ""
-    print(f"{trial.what}: {f'LOST: {trial.fault}' if trial.fault else 'recovered'}{epochs}", flush=True)
+def experiment_kill(project: Path, command: tuple, seconds: float, entry: dict) -> Trial | None:
+    return recovery.kill_experiment(project, command, random_strike(START, seconds, has_epochs=True), entry)
 
 
-def print_notes(trials: list[Trial]) -> None:
-    stopped = [trial for trial in trials if trial.epochs and not trial.fault]
-    resumed = [trial for trial in stopped if trial.saved]
-    print(f"\n{len(resumed)} killed trainings resumed, and saved {sum(t.saved for t in resumed)} epochs.")
+def stage_kill(project: Path, seconds: dict[str, float]) -> Trial | None:
+    stage = random.choice(list(seconds))
+    strike = random_strike(STAGE_START, seconds[stage], has_epochs=stage.startswith("train_cnn"))
+    return recovery.kill_stage(project, stage, strike)
 
 
-def two_clones(first: Path, second: Path) -> list[Trial]:
-    mine, other = outputs(first), outputs(second)
-    return [Trial(path, "" if mine[path] == digest else "other bytes") for path, digest in other.items()]
+def dvc_kill(project: Path, stages: list[str], moment: str, seconds: float) -> Trial | None:
+    strike = Strike("dvc", moment, random.uniform(0, seconds))
+    return recovery.kill_stage(project, random.choice(stages), strike)
 
 
-def moment(
-    rng: random.Random, after: Callable, victim: str, seconds: float, has_epochs: bool
-) -> tuple[crash.Strike, str]:
-    """A random moment, in half of the trainings the end of an epoch: most of their time is their start."""
-    if has_epochs and rng.random() < 0.5:
-        epoch = rng.randint(1, PARAMS["train_cnn"]["epochs"])
-        return crash.after_text(victim, f"epoch {epoch}/"), f"after epoch {epoch}"
-    delay = rng.uniform(0, seconds)
-    return after(victim, delay), f"after {delay:.1f} s"
+def random_strike(moment: str, seconds: float, has_epochs: bool = False) -> Strike:
+    """Up to `seconds` after a moment, or, of half the trainings, at an epoch's end: most is their start."""
+    victim = random.choice(VICTIMS)
+    if has_epochs and random.random() < 0.5:
+        return Strike(victim, f"epoch {random.randint(1, PARAMS['train_cnn']['epochs'])}/")
+    return Strike(victim, moment, random.uniform(0, seconds))
 
 
-def stage_kills(project: Path, seconds: dict[str, float], rng: random.Random, count: int) -> list[Trial]:
-    def attempt() -> Trial | None:
-        stage, victim = rng.choice(list(seconds)), rng.choice(crash.VICTIMS)
-        strike, when = moment(rng, crash.after_seconds, victim, seconds[stage], stage.startswith("train_cnn"))
-        return kill_stage(project, stage, strike, f"{victim} of {stage} {when}")
-
-    return repeat(count, attempt)
-
-
-def window_kills(project: Path, rng: random.Random, count: int) -> list[Trial]:
-    def attempt() -> Trial | None:
-        stage, delay = rng.choice(TRAININGS), rng.uniform(0, 0.2)
-        what = f"dvc {delay:.3f} s after the end of {stage}"
-        return kill_stage(project, stage, crash.after_stage(delay), what)
-
-    return repeat(count, attempt)
-
-
-def lock_kills(project: Path, rng: random.Random, count: int) -> list[Trial]:
-    def attempt() -> Trial | None:
-        stage, delay = rng.choice(["build_toy_tensors", *TRAININGS]), rng.uniform(0, 0.03)
-        what = f"dvc {delay:.3f} s into its write of dvc.lock after {stage}"
-        return kill_stage(project, stage, crash.in_lock_write(delay), what)
-
-    return repeat(count, attempt)
-
-
-def pipeline_kills(
-    folder: Path, expected: dict[str, str], seconds: float, rng: random.Random, count: int
-) -> list[Trial]:
-    trials = []
-    while len(trials) < count:
+def pipeline_kills(count: int, folder: Path, seconds: float, expected: dict[str, str]) -> list[Trial]:
+    trials: list[Trial] = []
+    while more := count - len(trials):
         project = unrun(folder / f"first-run-{len(trials)}" / "clone")
-        killed = FirstRun(project, seconds, rng).kill_until_complete(expected, count - len(trials))
-        for trial in killed:
-            print_trial(trial)
+        strikes = [random_strike(START, seconds / 2) for _ in range(more)]
+        killed = recovery.kill_first_run(project, strikes, expected)
+        print(*killed, sep="\n", flush=True)
         trials += killed
     return trials
 
 
-def experiment_kills(project: Path, command: tuple, rng: random.Random, count: int) -> list[Trial]:
-    if not count:
-        return []
-    entry, seconds = experiments.undisturbed(project)
-
-    def attempt() -> Trial | None:
-        victim = rng.choice(crash.VICTIMS)
-        strike, when = moment(rng, crash.after_start, victim, seconds, has_epochs=True)
-        what = f"{victim} of `dvc {' '.join(command)}` {when}"
-        return experiments.kill_experiment(project, command, strike, what, entry)
-
-    return repeat(count, attempt)
-
-
-def lost_servers(project: Path, count: int) -> list[Trial]:
-    trials = [Trial("MLflow server", lose_server(project, epoch)) for epoch in (1, 2, 5)[:count]]
-    for trial in trials:
-        print_trial(trial)
-    return trials
+def lost_servers(count: int, project: Path) -> list[Trial]:
+    epochs = (1, 2, 5)[:count]
+    return [Trial(f"MLflow server, after epoch {epoch}", lose_server(project, epoch)) for epoch in epochs]
 
 
 def queue_workers(project: Path) -> list[Trial]:
@@ -228,15 +187,11 @@ def queue_workers(project: Path) -> list[Trial]:
     return [Trial(name, "" if finished[name] == 1 else f"{finished[name]} finished runs") for name in names]
 
 
-def mutated_inputs(folder: Path, count: int) -> list[Trial]:
+def mutated_inputs(count: int, folder: Path) -> list[Trial]:
     folder.mkdir()
     kinds = (mutations.params, mutations.idx, mutations.weights)
-    return [
-        Trial(
-            f"mutation {number}", "" if mutations.survives(kinds[number % 3], number, folder) else "not told"
-        )
-        for number in range(count)
-    ]
+    told = [mutations.survives(kinds[number % 3], number, folder) for number in range(count)]
+    return [Trial(f"mutation {number}", "" if one else "not told") for number, one in enumerate(told)]
 
 
 if __name__ == "__main__":
