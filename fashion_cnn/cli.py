@@ -1,6 +1,5 @@
 """The command fashion-cnn. A command imports what it needs when it runs, so help and refusals are quick."""
 
-import os
 import re
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import click
 
 from fashion_cnn.project.catalog import DEFAULT_CNN, RUN_ID
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import own_path, run_stage, start
+from fashion_cnn.project.process import run_stage, start, use_own_code
 
-# With these of the user's, the stages that a command starts would run other code than the project's.
-OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
 
 
@@ -212,10 +209,7 @@ def trace(what: str, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command that the command line names, and end the process."""
-    for name in OTHER_CODE:
-        os.environ.pop(name, None)
-    os.environ["SHELL"] = "/bin/sh"  # in which DVC runs a stage's command
-    os.environ["PATH"] = own_path()
+    use_own_code()
     run_stage(_run)
 
 

@@ -19,6 +19,7 @@ ELSEWHERE = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY",
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
 )  # fmt: skip
+OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")  # with which other code runs
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 # What these libraries read from the environment changes the last bits of results, or the speed, or, as
@@ -40,6 +41,13 @@ def start() -> None:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     # Imports make some 300,000 objects that stay, and Python's collector would search them again and again.
     gc.set_threshold(50_000)
+
+
+def use_own_code() -> None:
+    """Let the stages that this process starts run the project's code with this Python, and no other."""
+    for name in OTHER_CODE:
+        os.environ.pop(name, None)
+    os.environ |= {"SHELL": "/bin/sh", "PATH": own_path()}  # DVC runs a stage's command in the first
 
 
 def own_path() -> str:
