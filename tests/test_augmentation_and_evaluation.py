@@ -17,6 +17,7 @@ import small_stages
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.lesson import augmentation, evaluation
 from fashion_cnn.lesson.augmentation import imgaug_augmenters
+from fashion_cnn.project.errors import StageError
 
 SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
 
@@ -111,6 +112,15 @@ def test_the_bar_counts_the_images_of_all_copies(images, monkeypatch):
     list(augmentation.augment(images, **SETTINGS))
     [bar] = Bar.made
     assert (bar.n, bar.total, bar.unit, bar.desc) == (32, 32, " images", "augment")
+
+
+def test_a_dev_shm_that_is_not_writable_is_named(images, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(augmentation, "ProcessPoolExecutor", refuse)
+    with pytest.raises(StageError, match="shared memory: Read-only file system, expected /dev/shm "):
+        next(augmentation.augment(images, copies=1, max_shift=1, max_rotation=1, seed=0))
 
 
 def test_workers_start_beside_threads_of_opencv():

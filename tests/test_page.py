@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from browser import needs_browser, open_page
+from fashion_cnn.commands import page as command
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.data.split import split_indices
 from fashion_cnn.lesson import evaluation, figures, toy
@@ -542,6 +543,17 @@ def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
     missing = make_page(workspace)
     fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes\n"
     assert (missing.returncode, missing.stderr) == (1, fault)
+
+
+def test_the_page_is_opened_by_its_own_name_where_it_is_a_link(workspace, monkeypatch):
+    opened = []
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    monkeypatch.setattr(command, "can_show", lambda: True)
+    (workspace / "cached").touch()
+    (workspace / "page").mkdir()
+    (workspace / build_page.PAGE).symlink_to(workspace / "cached")
+    command.main()
+    assert opened == [(workspace / build_page.PAGE).as_uri()]
 
 
 def test_the_colours_are_those_of_the_figures():

@@ -13,4 +13,4 @@ def main() -> None:
         raise StageError(f"{PAGE}: not found, expected the page that `make repro` writes")
     print(f"{PAGE}: open it in a browser")
     if can_show():
-        webbrowser.open(PAGE.resolve().as_uri())
+        webbrowser.open(PAGE.absolute().as_uri())  # DVC may have made it a link to a file without .html

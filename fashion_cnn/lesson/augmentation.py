@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import die_with_parent, usable_threads
 
 BLOCK = 1000  # images a task; each block has its own seed, so that the number of workers changes no byte
@@ -35,9 +36,8 @@ def augment(
     task = partial(_augment_block, max_shift=max_shift, max_rotation=max_rotation)
     starts = range(0, len(images), BLOCK)
     blocks = [images[start : start + BLOCK] for start in starts]
-    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     with (
-        ProcessPoolExecutor(workers or usable_threads(), context, initializer=_start_worker) as pool,
+        _start_pool(workers or usable_threads()) as pool,
         tqdm(total=copies * len(images), unit=" images", desc="augment", disable=None) as bar,
     ):
         for copy in range(copies):
@@ -46,6 +46,16 @@ def augment(
                 rows.append(augmented)
                 bar.update(len(augmented))
             yield np.concatenate(rows)
+
+
+def _start_pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    try:
+        return ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    except OSError as error:  # of the semaphores that it makes
+        raise StageError(
+            f"shared memory: {error.strerror}, expected /dev/shm to be writable, as several processes use it"
+        ) from None
 
 
 def _start_worker() -> None:
