@@ -68,6 +68,22 @@ def test_a_grey_background_becomes_black_and_the_garment_white(tmp_path):
     assert (seen.image == BLOCK).all()
 
 
+@pytest.mark.parametrize(("back", "garment", "inverted"), [(200, 255, False), (100, 20, True)])
+def test_a_white_garment_before_light_grey_and_a_dark_one_before_dark(tmp_path, back, garment, inverted):
+    seen = read_picture(save(tmp_path, drawn((300, 200), (30, 20, 80, 120), back=back, garment=garment)))
+    assert seen.inverted == inverted
+    assert (seen.image == BLOCK).all()
+
+
+def test_a_picture_that_memory_does_not_hold_is_named(tmp_path, monkeypatch):
+    def refuse(picture, factor):
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "reduced", refuse)
+    with pytest.raises(StageError, match=r"picture\.png: too large for the memory here"):
+        read_picture(save(tmp_path, drawn((9, 9), (2, 2, 5, 5))))
+
+
 def test_a_pale_garment_gets_all_contrast_and_a_doubt(tmp_path):
     seen = read_picture(save(tmp_path, drawn((300, 200), (30, 20, 80, 120), garment=225)))
     assert (seen.image == BLOCK).all()
@@ -216,7 +232,7 @@ def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp
     assert faults.startswith(f"error: {bad}: no picture that Pillow reads")
     assert told.startswith(f"{good}: ")
     answer, doubt = told.splitlines()
-    assert answer.endswith(" % (inverted, as its border is light)")
+    assert answer.endswith(" % (inverted: darker than its background)")
     assert doubt == "  doubtful: no class is above one half"  # these weights are not trained
     assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 

@@ -13,8 +13,8 @@ from fashion_cnn.project.errors import StageError
 
 SIZE = 28
 MOST, ENOUGH = 100_000_000, 4_000_000  # pixels that are opened; to which a larger picture is reduced
-NOISE, FLAT = 13, 3  # of 255: a picture that differs less from its background is blank; of a pale one, noise
-NEAR = 0.05  # pixels this near the background are background, as in the recipe
+NOISE = 13  # of 255: a picture that differs less from its background is blank
+NEAR, LEAST = 0.05, 3  # what is this near the background is background, 5 % as in the recipe; or 3 of 255
 # Beyond these, a picture gets a line: it is hardly one of those that the network knows.
 FAINT, BUSY = 40, 0.25  # of 255, how much the garment differs; the share of the border that is no background
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound speaks of attacks
@@ -25,7 +25,7 @@ class Prepared:
     """What the network sees of a picture, and what is doubtful about it."""
 
     image: np.ndarray  # (28, 28) uint8, light on black
-    inverted: bool  # whether the picture was dark on light
+    inverted: bool  # whether the garment was darker than its background, or a 28×28 background light
     doubts: list[str]
 
 
@@ -35,6 +35,8 @@ def read_picture(path: Path) -> Prepared:
         return prepare(to_grey(path))
     except ValueError as error:
         raise StageError(f"{path}: {error}") from None
+    except MemoryError:
+        raise StageError(f"{path}: too large for the memory here, expected a smaller picture") from None
 
 
 def prepare(grey: np.ndarray) -> Prepared:
@@ -44,19 +46,20 @@ def prepare(grey: np.ndarray) -> Prepared:
     its longer side, in the middle. Raises ValueError if it is blank.
     """
     background, noise, busy = background_of(grey)
-    inverted = float(np.median(background)) > 127
-    garment = (background - grey) if inverted else (grey - background)
-    doubts = []
-    if busy > BUSY:
-        doubts.append(f"its border is busy: {100 * busy:.0f} % of it is far from a plain background")
+    garment = grey - background
     mask = garment_in(garment, noise)
     if not mask.any():
         raise ValueError("blank, expected a garment that differs from its background")
     if grey.shape == (SIZE, SIZE):
-        return Prepared(np.rint(255 - grey if inverted else grey).astype(np.uint8), inverted, doubts)
+        is_light = float(np.median(background)) > 127
+        return Prepared(np.rint(255 - grey if is_light else grey).astype(np.uint8), is_light, [])
+    inverted = bool(garment[mask].sum() < 0)
     rows, columns = ndimage.find_objects(mask.astype(int))[0]
-    garment = np.where(mask, garment, 0).clip(0)[rows, columns]
-    strongest = float(np.percentile(garment[mask[rows, columns]], 99))
+    garment = (np.where(mask, garment, 0)[rows, columns] * (-1 if inverted else 1)).clip(0)
+    strongest = max(1.0, float(np.percentile(garment[mask[rows, columns]], 99)))
+    doubts = []
+    if busy > BUSY:
+        doubts.append(f"its border is busy: {100 * busy:.0f} % of it is far from a plain background")
     if strongest < FAINT:
         doubts.append(f"little contrast: the garment differs by {strongest:.0f} of 255")
     if max(garment.shape) < SIZE:
@@ -72,8 +75,9 @@ def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
     """
     edge = np.ones(grey.shape, bool)
     edge[1:-1, 1:-1] = False
-    places = [np.ones(grey.shape), *np.meshgrid(*(np.linspace(-1, 1, n) for n in grey.shape), indexing="ij")]
-    terms, values = np.stack([place[edge] for place in places], 1), grey[edge]
+    row, column = np.nonzero(edge)
+    down, across = (np.linspace(-1, 1, length) for length in grey.shape)
+    terms, values = np.stack([np.ones(len(row)), down[row], across[column]], 1), grey[edge]
     plane = np.array([np.median(values), 0, 0])
     for _ in range(10):
         deviation = np.abs(values - terms @ plane)
@@ -81,7 +85,7 @@ def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
         is_background = deviation <= max(3 * noise, NOISE)
         plane = np.linalg.lstsq(terms[is_background], values[is_background], rcond=None)[0]
     busy = float((np.abs(values - terms @ plane) > 2 * NOISE).mean())
-    return np.tensordot(plane, places, 1), noise, busy
+    return plane[0] + plane[1] * down[:, None] + plane[2] * across, noise, busy
 
 
 def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
@@ -91,7 +95,7 @@ def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
     differs = np.abs(ndimage.uniform_filter(garment, window))
     if (strongest := differs.max()) <= NOISE:
         return np.zeros(garment.shape, bool)
-    least = max(NEAR * strongest, 4 * noise / window, FLAT)
+    least = max(NEAR * strongest, 4 * noise / window, LEAST)
     parts, _ = ndimage.label(differs > least, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
@@ -119,8 +123,6 @@ def to_grey(path: Path) -> np.ndarray:
             return grey * opacity + (255 if is_dark else 0) * (1 - opacity)
     except UnidentifiedImageError:
         raise StageError(f"{path}: no picture that Pillow reads, expected PNG, JPEG or the like") from None
-    except MemoryError:
-        raise StageError(f"{path}: too large for the memory here, expected a smaller picture") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise StageError(f"{path}: {reason}; expected a picture such as PNG or JPEG") from None
@@ -130,8 +132,8 @@ def reduced(picture: Image.Image, factor: int) -> Image.Image:
     """The picture, or a smaller one: of factor × factor pixels, the mean."""
     if factor == 1:
         return picture
-    has_means = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16B": "I"}
-    return picture.convert(has_means.get(picture.mode, picture.mode)).reduce(factor)
+    has_means = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;": "I"}  # a mode to compute in, for those without
+    return picture.convert(has_means.get(picture.mode[:2], picture.mode)).reduce(factor)
 
 
 def over_its_range(values: np.ndarray) -> np.ndarray:

@@ -66,5 +66,6 @@ def in_words(one: dict) -> str:
     if "error" in one:
         return f"error: {one['error']}"
     top = ", ".join(f"{guess['class']} {100 * guess['probability']:.1f} %" for guess in one["top"])
-    answer = f"{one['file']}: {top}{' (inverted, as its border is light)' if one['inverted'] else ''}"
-    return "\n".join([answer, *(f"  doubtful: {doubt}" for doubt in one["doubts"])])
+    inverted = " (inverted: darker than its background)" if one["inverted"] else ""
+    doubts = [f"  doubtful: {doubt}" for doubt in one["doubts"]]
+    return "\n".join([f"{one['file']}: {top}{inverted}", *doubts])
