@@ -1,6 +1,7 @@
 """Register a trained CNN, and make it the champion if it is better beyond noise."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main(model: str, level: float, dry_run: bool) -> None:
         if before and before.run_id == run.info.run_id:
             print(f"{NAME} version {before.version}, of this run, is the champion already")
             return
+        print("reading the val images …", file=sys.stderr)
         decision = decide(client, run, before, level)
         print(decision.words)
         if dry_run:
