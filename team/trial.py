@@ -51,11 +51,11 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
     Raises TrialError if anything fails.
     """
     if not re.fullmatch("[0-9a-f]{40}", commit):
-        raise TrialError(f"COMMIT: {commit}, expected its 40 digits, as `git rev-parse HEAD` prints them")
+        raise TrialError(f"COMMIT: {commit!r}, expected its 40 digits, as `git rev-parse HEAD` prints them")
     if not re.fullmatch(r"\w[\w-]*", name):
         raise TrialError(f"NAME: {name!r}, expected letters, digits, _ and -")
     if repository.startswith("-"):  # git would take it for an option, some of which run programs
-        raise TrialError(f"REPOSITORY: {repository}, expected a folder or an address")
+        raise TrialError(f"REPOSITORY: {repository!r}, expected a folder or an address")
     if not re.fullmatch(r"\w+(@\w+)?", stage):
         raise TrialError(f"STAGE: {stage!r}, expected a stage of dvc.yaml, such as train_cnn@original")
     if wrong := [path for path in settings if not re.fullmatch(r"\w+(\.\w+)+", path)]:

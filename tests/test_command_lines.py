@@ -114,10 +114,16 @@ def test_the_commands_that_trace_prints_are_quoted():
     ]
 
 
+def test_a_param_of_another_file_is_left_out():
+    assert restored({"dvc.yaml:stages.x.cmd": "rm -rf ~"})[1:] == ["dvc exp run train_toy_cnn"]
+
+
 @pytest.mark.parametrize("value", ["1\n    rm -rf ~", "\x1b[2K1", "\u202e1"])
 def test_a_value_from_the_store_can_forge_no_line(value):
-    assert restored({"split.seed": value}) == ["dvc exp run train_toy_cnn"]
-    assert restored({}, git_commit=value) == ["dvc exp run train_toy_cnn"]
+    for lines in (restored({"split.seed": value}), restored({value: "1"}), restored({}, git_commit=value)):
+        assert lines[0].startswith("# left out: ")
+        assert lines[1:] == ["dvc exp run train_toy_cnn"]
+        assert lines[0].isprintable()
     [line] = restored({}, dvc_stage=value)
     assert line.startswith("# no command: dvc_stage is ")
     assert line.isprintable()

@@ -137,7 +137,7 @@ def test_experiments_that_are_damaged_are_named_and_the_others_are_made(project)
     assert len(told) == len(runs_by_name(project)) == 3
     for name, (_, what) in DAMAGED.items():
         [line] = [line for line in told if line.startswith(f"left out experiment {name}: {what}")]
-        assert line.endswith(f"; `dvc exp remove {name}` drops it")
+        assert line.endswith(f"; `dvc exp remove -- {name}` drops it")
 
 
 def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
@@ -194,4 +194,4 @@ def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
 
 def test_params_of_an_old_dvc_lock_are_paths():
     stages = {TOY.stage: {"deps": [], "params": {"params.yaml": {"toy.seed": 3, "new": {"rate": 0.5}}}}}
-    assert _params(TOY, stages) == {"toy.seed": 3, "new.rate": 0.5}
+    assert _params(TOY, stages, Path()) == {"toy.seed": 3, "new.rate": 0.5}

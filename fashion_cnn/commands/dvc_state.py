@@ -45,7 +45,7 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
         raise
     except StageError as error:
         what = f"{experiment.name}: {str(error).partition('; ')[0]}"
-        drop = shlex.join(["dvc", "exp", "remove", experiment.name])
+        drop = shlex.join(["dvc", "exp", "remove", "--", experiment.name])
         print(f"left out experiment {what}; `{drop}` drops it", file=sys.stderr)
 
 

@@ -12,11 +12,16 @@ from scipy import ndimage
 from fashion_cnn.project.errors import StageError
 
 SIZE = 28
-MOST, ENOUGH = 100_000_000, 4_000_000  # pixels that are opened; to which a larger picture is reduced
+MOST = 100_000_000  # pixels; a larger picture is refused
+ENOUGH = 4_000_000  # pixels; a larger picture is reduced to these
 NOISE = 13  # of 255: a picture that differs less from its background is blank
-NEAR, LEAST = 0.05, 3  # what is this near the background is background, 5 % as in the recipe; or 3 of 255
+NEAR = 0.05  # of the strongest difference: pixels this near the background are background, as in the recipe
+LEAST = 3  # of 255: the same for a pale garment
+SURE = 5  # standard deviations of noise, beyond which a pixel is garment
 # Beyond these, a picture gets a line: it is hardly one of those that the network knows.
-FAINT, BUSY = 40, 0.25  # of 255, how much the garment differs; the share of the border that is no background
+FAINT = 40  # of 255: the garment differs by less from its background
+BUSY = 0.25  # of the border is far from a plain background
+MIXED = 0.2  # of the garment is lighter where the rest is darker, or the other way round
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound speaks of attacks
 
 
@@ -47,19 +52,23 @@ def prepare(grey: np.ndarray) -> Prepared:
     """
     background, noise, busy = background_of(grey)
     garment = grey - background
-    mask = garment_in(garment, noise)
+    is_known = grey.shape == (SIZE, SIZE)
+    mask = (np.abs(garment) > NOISE) if is_known else garment_in(garment, noise)
     if not mask.any():
         raise ValueError("blank, expected a garment that differs from its background")
-    if grey.shape == (SIZE, SIZE):
+    if is_known:
         is_light = float(np.median(background)) > 127
         return Prepared(np.rint(255 - grey if is_light else grey).astype(np.uint8), is_light, [])
-    inverted = bool(garment[mask].sum() < 0)
+    lighter, darker = garment[mask].clip(0).sum(), -garment[mask].clip(None, 0).sum()
+    inverted = bool(darker > lighter)
     rows, columns = ndimage.find_objects(mask.astype(int))[0]
     garment = (np.where(mask, garment, 0)[rows, columns] * (-1 if inverted else 1)).clip(0)
     strongest = max(1.0, float(np.percentile(garment[mask[rows, columns]], 99)))
     doubts = []
     if busy > BUSY:
         doubts.append(f"its border is busy: {100 * busy:.0f} % of it is far from a plain background")
+    if min(lighter, darker) > MIXED * max(lighter, darker):
+        doubts.append("parts are lighter than the background, others darker; the lesser was left out")
     if strongest < FAINT:
         doubts.append(f"little contrast: the garment differs by {strongest:.0f} of 255")
     if max(garment.shape) < SIZE:
@@ -90,31 +99,35 @@ def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
     """Which pixels of the difference from the background are the garment (H, W): its large parts."""
-    # A mean over so many pixels leaves little enough of noise.
-    window = min(max(1, math.ceil(4 * noise / NOISE)), max(1, min(garment.shape) // 10))
+    # The window grows with the noise, so that its mean differs by less than NOISE from the background.
+    window = min(max(1, math.ceil(SURE * noise / NOISE)), max(1, min(garment.shape) // 10))
     differs = np.abs(ndimage.uniform_filter(garment, window))
     if (strongest := differs.max()) <= NOISE:
         return np.zeros(garment.shape, bool)
-    least = max(NEAR * strongest, 4 * noise / window, LEAST)
+    least = max(NEAR * strongest, SURE * noise / window, LEAST)
     parts, _ = ndimage.label(differs > least, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return (sizes >= sizes.max() / 20)[parts]
+    return ((sizes > 0) & (sizes >= sizes.max() / 20))[parts]
 
 
 def to_grey(path: Path) -> np.ndarray:
     """The picture's brightness (H, W), float from 0 to 255, upright; a large picture is reduced first.
 
-    What is transparent becomes black behind a light garment, and white behind a dark one. Of 16 or 32 bits
-    a pixel, the least becomes 0, the greatest 255.
+    What is transparent becomes black behind a light garment, and white behind a dark one. Numbers of 32
+    bits have no scale of their own: the least becomes 0, the greatest 255.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             if (pixels := picture.width * picture.height) > MOST:
-                raise ValueError(f"{pixels / 1e6:.0f} megapixels, expected at most {MOST / 1e6:.0f}")
+                most = f"{MOST / 1e6:.0f}"
+                raise StageError(f"{path}: {pixels / 1e6:.0f} megapixels, expected at most {most}")
             ImageOps.exif_transpose(picture, in_place=True)
+            has_16_bits = picture.mode.startswith("I;16")
             upright = reduced(picture, math.ceil(math.sqrt(pixels / ENOUGH)))
-            if upright.mode.startswith(("I", "F")):
+            if has_16_bits:
+                return np.asarray(upright, np.float64) / 257
+            if upright.mode in ("I", "F"):
                 return over_its_range(np.asarray(upright, np.float64))
             coloured = upright.convert("RGBA")
             grey = np.asarray(coloured.convert("L"), np.float64)

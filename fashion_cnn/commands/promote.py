@@ -16,6 +16,7 @@ from fashion_cnn.commands.registry import (
     exported,
     find_cnn_run,
     of_network,
+    of_version,
     register,
 )
 from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
@@ -66,8 +67,8 @@ def decide(client, run, before, level: float) -> Decision:
         accuracy = float(np.mean(reads(of_network(exported(client, run)), images) == labels))
         words = f"there is no champion yet; val accuracy {100 * accuracy:.2f} % of {len(labels):,} images"
         return Decision(True, words, {"val_accuracy": accuracy, "images": len(labels)})
-    images, labels = val_images(run, run_before := client.get_run(before.run_id))
-    a = reads(of_network(exported(client, run_before)), images) == labels
+    images, labels = val_images(run, client.get_run(before.run_id))
+    a = reads(of_version(client, before), images) == labels
     b = reads(of_network(exported(client, run)), images) == labels
     judged = same_images("val", a, b, names=("the champion", "this model"))
     promote = judged.p is not None and judged.p < level and judged.difference > 0

@@ -64,7 +64,10 @@ def of_version(client, version) -> Classify:
         folder = Path(download_artifacts(f"models:/{NAME}/{version.version}/artifacts", dst_path=scratch))
         [*found] = folder.glob("*.safetensors")
         if len(found) != 1 or sha256_of(found[0]) != expected.get("weights_sha256"):
-            raise StageError(f"{name}: not the weights of its run, {version.run_id}; register it again")
+            raise StageError(
+                f"{name}: not the weights of its run, {version.run_id}; delete the version in "
+                "`fashion-cnn ui`, then promote the run again"
+            )
         return of_network(load_cnn(found[0]))
 
 
@@ -170,7 +173,8 @@ def log_served_model(client, run):
             artifacts={"weights": str(weights)},
             code_paths=[str(here.parent)],
             signature=ModelSignature(
-                # Any: of another type, MLflow would convert what serving.py is to refuse.
+                # An object may be anything: of uint8, MLflow would convert 0.5 and "7" before serving.py
+                # could refuse them.
                 Schema([TensorSpec(np.dtype("O"), (-1,), "images")]),
                 Schema([ColSpec("double", name) for name in CLASSES]),
             ),

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -60,10 +61,18 @@ def mend_rwlock() -> bool:
     return False
 
 
-def rwlock_users() -> list[dict]:
-    """The `pid` and `cmd` of each process that DVC's list names. Raises ValueError if it is cut short."""
+def rwlock() -> dict[str, dict]:
+    """DVC's list: by path, the `pid` and `cmd` of who writes it, and of all who read it.
+
+    Raises ValueError if it is cut short.
+    """
     held = json.loads(RWLOCK.read_text(encoding="utf-8")) if RWLOCK.exists() else {}
-    return [*held.get("write", {}).values(), *chain(*held.get("read", {}).values())]
+    return {"write": {}, "read": {}} | held
+
+
+def rwlock_users() -> list[dict]:
+    """Each process that DVC's list names. Raises ValueError if it is cut short."""
+    return [*rwlock()["write"].values(), *chain(*rwlock()["read"].values())]
 
 
 def is_at_work(user: dict) -> bool:
@@ -85,9 +94,13 @@ def refuse_while_dvc_works() -> None:
 
 def check_weights(path: Path) -> None:
     """Raise StageError if there is no such file of weights, and say so if DVC is making it."""
-    if not path.is_file():
-        refuse_while_dvc_works()  # DVC removes a model before it trains it anew
-        raise StageError(f"{path}: not found; expected weights, as `make repro` makes them")
+    if path.is_file():
+        return
+    with suppress(ValueError):  # DVC is writing its list
+        for written, user in rwlock()["write"].items():  # it removes a model before it trains it anew
+            if Path(written).resolve() == path.resolve() and is_at_work(user):
+                raise StageError(f"{path}: `{user['cmd']}` makes it anew; wait until that ends")
+    raise StageError(f"{path}: not found; expected weights, as `make repro` makes them, or a model's name")
 
 
 def return_to_branch() -> None:

@@ -60,9 +60,9 @@ def trace(client, run) -> dict:
         path = Path(client.download_artifacts(run.info.run_id, "dvc.lock.json"))
         lock = json.loads(path.read_text(encoding="utf-8"))
     return {
+        **tags,
         "run_id": run.info.run_id,
         "status": run.info.status,
-        **tags,
         "params": run.data.params,
         "dvc_lock": lock,
         "restore": restore(run, tags, "uncommitted.diff" in artifacts),
@@ -73,12 +73,15 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
     """The commands that make the run's results again, from the DVC cache where it has them.
 
     Params and tags come from a store that others may write to: hence values are quoted, and what no stage
-    writes is no command.
+    writes is left out, with a line.
     """
     if tags.get("dvc_stage") not in TRAININGS:
         return [f"# no command: dvc_stage is {shown(tags.get('dvc_stage'))}, expected a training"]
-    commit = tags.get("git_commit", "")
-    commands = [f"git checkout {commit}"] if re.fullmatch("[0-9a-f]{40}", commit) else []
+    commands, commit = list[str](), tags.get("git_commit", "")
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        commands.append(f"git checkout {commit}")
+    elif commit:
+        commands.append(f"# left out: the commit {shown(commit)}, expected 40 hexadecimal digits")
     # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
     if tags.get("git_dirty") == "true" and has_diff:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
@@ -87,7 +90,9 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append("# the run had uncommitted changes, which it does not record")
     changes = []
     for name, value in sorted(run.data.params.items()):
-        if name != IMAGES and shown(name + value) == name + value:
+        if not re.fullmatch(r"\w+(\.\w+)+|\w+", name) or shown(value) != value:
+            commands.append(f"# left out: the param {shown(name)}, which no stage writes like this")
+        elif name != IMAGES:
             changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
     return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
 
@@ -103,7 +108,7 @@ def words(trace: dict) -> str:
     dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty", ""), "")
     machine = ", ".join(trace[name] for name in ("torch", "cpu_capability", "gpu") if name in trace)
     lines = [
-        f"run {trace['run_id']} of {trace['dvc_stage']}, {trace['status']}",
+        f"run {trace['run_id']} of {trace.get('dvc_stage', 'no stage')}, {trace['status']}",
         f"  weights     {trace.get('weights_sha256', 'none')}",
         f"  commit      {trace.get('git_commit', 'none')}{dirty}",
         f"  experiment  {trace.get('dvc_exp_name', 'none: `dvc repro` or the script alone')}",
@@ -116,7 +121,7 @@ def words(trace: dict) -> str:
     for stage, entry in (trace["dvc_lock"] or {}).items():
         for kind in ("deps", "outs"):
             for item in entry.get(kind, []):
-                lines.append(f"  {kind:<11} {stage}: {item['path']} {item['md5']}")
+                lines.append(f"  {kind:<11} {stage}: {item.get('path')} {item.get('md5')}")
     if not trace["dvc_lock"]:
         lines.append("  dvc.lock    not recorded yet; `fashion-cnn sync` records it")
     lines += ["  to restore it:", *(f"    {command}" for command in trace["restore"])]

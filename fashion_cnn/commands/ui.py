@@ -85,6 +85,7 @@ def main(port: int) -> None:
         if can_show():
             webbrowser.open(address)
         server.wait()
+        raise StageError("MLflow's UI has ended; its messages are above")
 
 
 def can_show() -> bool:

@@ -76,8 +76,8 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
 @pytest.mark.parametrize(
     ("words", "change"),
     [
-        ("REPOSITORY: --upload-pack=x", {"repository": "--upload-pack=x"}),
-        ("COMMIT: HEAD", {"commit": "HEAD"}),
+        ("REPOSITORY: '--upload-pack=x'", {"repository": "--upload-pack=x"}),
+        ("COMMIT: 'HEAD'", {"commit": "HEAD"}),
         ("NAME: '--x'", {"name": "--x"}),
         ("STAGE: '--force'", {"stage": "--force"}),
         ("PATH: '--x'", {"settings": {"--x": "1"}}),
