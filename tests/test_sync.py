@@ -194,4 +194,4 @@ def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
 
 def test_params_of_an_old_dvc_lock_are_paths():
     stages = {TOY.stage: {"deps": [], "params": {"params.yaml": {"toy.seed": 3, "new": {"rate": 0.5}}}}}
-    assert _params(TOY, stages, Path()) == {"toy.seed": 3, "new.rate": 0.5}
+    assert _params(TOY, stages) == {"toy.seed": 3, "new.rate": 0.5}

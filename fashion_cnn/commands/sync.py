@@ -119,7 +119,7 @@ def records_of(
         _check(root, out)
     curve = read_table(root / training.curve, TOY_CURVE, others=NUMBER)
     metrics = numbers(read_json(root / training.metrics))
-    later = _reports(training, entries, root)
+    later = _reports(training, entries)
     (folder := scratch / training.stage).mkdir()
     lock, diff = folder / runs.LOCK_FILE, folder / DIFF
     lock.write_text(json.dumps({name: entries[name] for name in (training.stage, *later)}, indent=2))
@@ -129,7 +129,7 @@ def records_of(
         weights_sha256=read_weights_sha256(root / training.metrics),
         dvc_lock=hashlib.sha256(json.dumps(entries[training.stage]).encode()).hexdigest()[:32],
         tags=origin[0],
-        params=_params(training, entries, root),
+        params=_params(training, entries),
         rows=curve,
         metrics={name: value for name, value in metrics.items() if name not in curve[0]},
         begun=when,
@@ -233,26 +233,24 @@ def _is_code_of(entry: dict) -> bool:
     return all(Path(path).exists() and _md5(Path(path), CODE_ENDS) == digest for path, digest in code.items())
 
 
-def _reports(training: Training, entries: dict, root: Path) -> list[str]:
+def _reports(training: Training, entries: dict) -> list[str]:
     """The stages of dvc.lock that say something about a training, and not about an earlier one."""
     about_it = [training.evaluation, PLOT_STAGE, *([] if training is TOY else [PAGE_STAGE])]
     makers = [entries[name] for name in (training.stage, training.evaluation) if name in entries]
-    return [name for name in about_it if name in entries and _has_read(entries[name], makers, root)]
+    return [name for name in about_it if name in entries and _has_read(entries[name], makers)]
 
 
-def _has_read(entry: dict, makers: list[dict], root: Path) -> bool:
+def _has_read(entry: dict, makers: list[dict]) -> bool:
     """Whether a stage ran with what others have made by now: dvc.lock keeps it until it runs again."""
     made = {out["path"]: out.get("md5") for maker in makers for out in maker.get("outs", [])}
-    read = {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
-    folders = {path: _md5(root / path) for path in read if any(out.startswith(f"{path}/") for out in made)}
-    return all((made | folders).get(path, digest) == digest for path, digest in read.items())
+    return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in entry.get("deps", []))
 
 
-def _params(training: Training, entries: dict, root: Path) -> dict:
+def _params(training: Training, entries: dict) -> dict:
     """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
     entry, copies = entries[training.stage], entries.get("augment_images")
     readers = [entry]
-    if training.images == "augmented" and copies and _has_read(entry, [copies], root):
+    if training.images == "augmented" and copies and _has_read(entry, [copies]):
         readers.append(copies)
     params: dict[str, object] = {}
     for reader in readers:
