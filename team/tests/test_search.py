@@ -288,7 +288,7 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
 @pytest.mark.parametrize(
     ("commit", "name", "words"),
     [
-        ("HEAD", "by-hand", "COMMIT: HEAD, expected its 40 digits"),
+        ("HEAD", "by-hand", "COMMIT: 'HEAD', expected its 40 digits"),
         ("ab" * 20, "", "NAME: '', expected letters"),
         ("ab" * 20, "../..", "NAME: '../..', expected letters"),
     ],
