@@ -12,11 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fashion_cnn.commands.pictures import prepare
-from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
-from fashion_cnn.data.split import split_indices
-from fashion_cnn.models.cnns import load_cnn, to_input
+from fashion_cnn.models.cnns import load_cnn
+from fashion_cnn.models.inference import loss_and_accuracy, predict
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.params import load_params
+from fashion_cnn.training.train_data import load_train_data
 
 SHEET = 400  # pixels, square; the garment's square is 280
 
@@ -58,10 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000)
     count = parser.parse_args().images
-    images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
-    split = load_params().split
-    _, val = split_indices(len(labels), split.val_size, split.train_size, split.seed)
-    images, labels = images[val[:count]], labels[val[:count]]
+    split, cpu = load_params().split, torch.device("cpu")
+    data = load_train_data("original", split.val_size, split.train_size, split.seed)
+    images, labels = data.pool[0, data.val[:count]], data.labels[data.val[:count]]
     networks = [load_cnn(training.weights) for training in CNNS.values()]
     print(f"| pictures | {' | '.join(f'trained on {name}' for name in CNNS)} |\n|---|---|---|")
     for words, draw in KINDS.items():
@@ -70,10 +69,8 @@ def main() -> None:
         if draw:
             bar = tqdm(images, words, leave=False, disable=None)
             seen = np.stack([prepare(np.rint(draw(image, rng).clip(0, 255))).image for image in bar])
-        with torch.inference_mode():
-            parts = torch.from_numpy(seen).split(500)
-            found = [torch.cat([network(to_input(part)) for part in parts]).argmax(1) for network in networks]
-        cells = [f"{100 * (answer.numpy() == labels).mean():.1f} %" for answer in found]
+        shares = [loss_and_accuracy(predict(network, seen, cpu), labels)[1] for network in networks]
+        cells = [f"{100 * share:.1f} %" for share in shares]
         print(f"| {words} | {' | '.join(cells)} |", flush=True)
 
 

@@ -156,7 +156,8 @@ def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_js
     it starts; one that is not a picture gets a line, and the others go on. Without a champion,
     models/cnn_augmented.safetensors answers.
     """
-    check_model(model or "champion", rf"champion|\d+|{RUN_ID}")
+    if model:
+        check_model(model, rf"champion|\d+|{RUN_ID}")
     start()
     from fashion_cnn.commands import predict
 

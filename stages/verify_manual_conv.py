@@ -33,23 +33,24 @@ WALKTHROUGH = TOY.evaluation_results.with_suffix(".md")
 
 
 def main() -> None:
-    params, name = load_params().verify_manual_conv, load_params().train_cnn.model
+    params = load_params()
+    how, name = params.verify_manual_conv, params.train_cnn.model
     records = StageRecords()
     prepare_torch("cpu", threads=1)  # its float64 sums have no fixed order on more
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), TOY.weights)
-    cnn = fresh(lambda: build_cnn(name), params.seed).eval()
-    fill_batch_norms(cnn, np.random.default_rng(params.seed))
-    images = input_array(read_idx(TRAIN_IMAGES)[: params.images])  # (n, 1, 28, 28)
+    cnn = fresh(lambda: build_cnn(name), how.seed).eval()
+    fill_batch_norms(cnn, np.random.default_rng(how.seed))
+    images = input_array(read_idx(TRAIN_IMAGES)[: how.images])  # (n, 1, 28, 28)
 
     toy_rows = [compare_layers(toy_model, image[None]) for image in toy["images"]]
     cnn_rows = compare_layers(cnn, images)
     errors = {
         "max_abs_error_toy_forward": largest("toy, both images", toy_rows[0] + toy_rows[1]),
-        **cnn_errors(cnn, images, cnn_rows, params.seed),
+        **cnn_errors(cnn, images, cnn_rows, how.seed),
     }
     counts = {"toy_cnn": compare_counts(toy_model, TOY_SHAPE), "cnn": compare_counts(cnn, CNN_SHAPE)}
-    _check(errors, counts, params.tolerance)
+    _check(errors, counts, how.tolerance)
 
     totals = {f"parameters_{name}": sum(row["by_formula"] for row in rows) for name, rows in counts.items()}
     metrics = {name: error for name, (error, _) in errors.items()} | totals

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fashion_cnn.commands.dvc_state import experiments
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, load_params, read_yaml
+from fashion_cnn.project.params import Params, as_yaml, explain, load_params, read_yaml
 from fashion_cnn.project.process import DVC
 
 RECIPES = Path("recipes")
@@ -52,7 +52,7 @@ def read_recipe(name: str) -> dict[str, object]:
     if not (path := recipes().get(name)):
         names = ", ".join(recipes()) or "it is empty"
         raise StageError(f"{name}: no recipe of this name, expected one of {RECIPES}/: {names}")
-    recipe, params = read_yaml(path), load_params(PARAMS_PATH).model_dump()
+    recipe, params = read_yaml(path), load_params().model_dump()
     if not isinstance(recipe, dict) or not all(isinstance(section, dict) for section in recipe.values()):
         raise StageError(f"{path}: expected sections of params.yaml, each with some of its keys")
     for section, changes in recipe.items():

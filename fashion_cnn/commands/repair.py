@@ -72,7 +72,8 @@ def rwlock() -> dict[str, dict]:
 
 def rwlock_users() -> list[dict]:
     """Each process that DVC's list names. Raises ValueError if it is cut short."""
-    return [*rwlock()["write"].values(), *chain(*rwlock()["read"].values())]
+    held = rwlock()
+    return [*held["write"].values(), *chain(*held["read"].values())]
 
 
 def is_at_work(user: dict) -> bool:

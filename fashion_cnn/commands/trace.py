@@ -76,12 +76,12 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
     writes is left out, with a line.
     """
     if tags.get("dvc_stage") not in TRAININGS:
-        return [f"# no command: dvc_stage is {shown(tags.get('dvc_stage'))}, expected a training"]
+        return [f"# no command: dvc_stage is {one_line(tags.get('dvc_stage'))}, expected a training"]
     commands, commit = list[str](), tags.get("git_commit", "")
     if re.fullmatch("[0-9a-f]{40}", commit):
         commands.append(f"git checkout {commit}")
     elif commit:
-        commands.append(f"# left out: the commit {shown(commit)}, expected 40 hexadecimal digits")
+        commands.append(f"# left out: the commit {one_line(commit)}, expected 40 hexadecimal digits")
     # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
     if tags.get("git_dirty") == "true" and has_diff:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
@@ -90,14 +90,14 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append("# the run had uncommitted changes, which it does not record")
     changes = []
     for name, value in sorted(run.data.params.items()):
-        if not re.fullmatch(r"\w+(\.\w+)+|\w+", name) or shown(value) != value:
-            commands.append(f"# left out: the param {shown(name)}, which no stage writes like this")
+        if not re.fullmatch(r"\w+(\.\w+)*", name) or one_line(value) != value:
+            commands.append(f"# left out: the param {one_line(name)}, which no stage writes like this")
         elif name != IMAGES:
             changes += ["-S", f"{name}={'null' if value == 'None' else value}"]  # earlier versions: None
     return [*commands, shlex.join(["dvc", "exp", "run", *changes, tags["dvc_stage"]])]
 
 
-def shown(value: object) -> str:
+def one_line(value: object) -> str:
     """A value in one line, without escape sequences, which could make a terminal show other words."""
     text = str(value)
     return text if text.isprintable() else json.dumps(text)
@@ -125,4 +125,4 @@ def words(trace: dict) -> str:
     if not trace["dvc_lock"]:
         lines.append("  dvc.lock    not recorded yet; `fashion-cnn sync` records it")
     lines += ["  to restore it:", *(f"    {command}" for command in trace["restore"])]
-    return "\n".join(map(shown, lines))
+    return "\n".join(map(one_line, lines))

@@ -16,6 +16,7 @@ import requests
 
 from fashion_cnn.commands import sync
 from fashion_cnn.project.errors import StageError
+from fashion_cnn.tracking.runs import NOTE_TAG
 from fashion_cnn.tracking.store import CNN_RUNS, TOY_RUNS, as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 180  # seconds in which the UI must answer
@@ -59,7 +60,7 @@ def main(port: int) -> None:
         store = connect()
         for name, what in ABOUT.items():
             note = DESCRIPTION.format(what)
-            store.client.set_experiment_tag(store.experiment(name), "mlflow.note.content", note)
+            store.client.set_experiment_tag(store.experiment(name), NOTE_TAG, note)
         cnns, view = store.experiment(CNN_RUNS), json.dumps(SAVED_VIEW)
         store.client.set_experiment_tag(cnns, f"mlflow.sharedViewState.{VIEW}", view)
     path = f"/#/experiments/{cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"

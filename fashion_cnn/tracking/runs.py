@@ -30,7 +30,7 @@ LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that re
 # from those of the figures on.
 COLOR = "mlflow.runColor"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
-ABOUT = "mlflow.note.content"  # what MLflow shows as a run's description
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 NOTE = (
     "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
     "commands that restore it. Figures and tables are artifacts, under the stage that made them."
@@ -113,7 +113,7 @@ def create_run(store: Store, record: Record):
     if record.key:
         tags["training"] = record.key
     else:
-        tags |= {"stand_in": "true", "weights_sha256": record.weights_sha256, ABOUT: STAND_IN}
+        tags |= {"stand_in": "true", "weights_sha256": record.weights_sha256, NOTE_TAG: STAND_IN}
     return store.client.create_run(experiment_id, record.begun, tags, run_name=run_name(record))
 
 
@@ -149,8 +149,8 @@ def _complete(store: Store, run, record: Record, only_missing: bool) -> list[str
     is_own = bool(record.key) and not is_finished
     if is_own and run.info.status != record.status == "RUNNING":
         client.update_run(run_id, status="RUNNING")
-    if ABOUT not in tags:  # of a stand-in, it is there
-        client.set_tag(run_id, ABOUT, NOTE.format(run_id))
+    if NOTE_TAG not in tags:  # of a stand-in, it is there
+        client.set_tag(run_id, NOTE_TAG, NOTE.format(run_id))
     if record.key and record.weights_sha256 and tags.get("weights_sha256") != record.weights_sha256:
         client.set_tag(run_id, "weights_sha256", record.weights_sha256)  # early: later stages look for it
     is_other = DVC_LOCK in tags and tags[DVC_LOCK] != record.dvc_lock  # by other code, to the same weights

@@ -11,7 +11,6 @@ from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from filelock import FileLock, Timeout
 from sqlalchemy.engine import URL, make_url
@@ -118,9 +117,10 @@ def read_team() -> dict[str, str | None]:
         return {}
     except UnicodeDecodeError as error:
         raise StoreError(f"{TEAM}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    if wrong := next((line for line in parse_stream(StringIO(text)) if line.error), None):
+    lines = list(parse_stream(StringIO(text)))
+    if wrong := next((line for line in lines if line.error), None):
         raise StoreError(f"{TEAM}: line {wrong.original.line}: expected NAME=value")
-    return dotenv_values(stream=StringIO(text), interpolate=False)
+    return {line.key: line.value for line in lines if line.key}
 
 
 def store_url() -> str:

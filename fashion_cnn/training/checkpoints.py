@@ -1,12 +1,12 @@
 """The state of a training after its last finished epoch, so that a killed one resumes from there."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fashion_cnn.project.files import md5_of, replace_atomically, write_text
+from fashion_cnn.project.provenance import digest
 from fashion_cnn.project.repository import LOCK, repository_root
 
 
@@ -32,7 +33,7 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about.get("sha256") != self._digest(tensors, about.get("rows", "")):
+            if about.get("digest") != self._digest(tensors, about.get("rows", "")):
                 raise ValueError("its content has another digest than it names")
             self.rows, self.tensors = json.loads(about["rows"]), tensors
         except FileNotFoundError:
@@ -68,16 +69,15 @@ class Checkpoint:
             tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {"rows": json.dumps(rows)}
-        about["sha256"] = self._digest(tensors, about["rows"])
+        about["digest"] = self._digest(tensors, about["rows"])
         with replace_atomically(self.path) as partial:
             partial.write_bytes(save(tensors, about))
 
     def _digest(self, tensors: dict[str, torch.Tensor], rows: str) -> str:
-        hasher = hashlib.sha256(f"{self.path.stem} {rows}".encode())
-        for name, tensor in sorted(tensors.items()):
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hasher.update(tensor.numpy().tobytes())
-        return hasher.hexdigest()
+        arrays = {name: tensor.numpy() for name, tensor in sorted(tensors.items())}
+        kinds = [(name, str(array.dtype), array.shape) for name, array in arrays.items()]
+        about = json.dumps([self.path.stem, rows, kinds]).encode()
+        return digest(np.frombuffer(about, np.uint8), *arrays.values())
 
     def delete(self) -> None:
         """Remove the file: the stage has written its outputs."""

@@ -62,10 +62,16 @@ def _local_imports(path: Path) -> list[Path]:
 
 
 def sections_read(stage: str) -> set[str]:
-    """The sections of params.yaml that the script reads; `load_params().SECTION.key` reads that key alone."""
+    """The sections of params.yaml that the script reads, or of one of which it reads a single key, that."""
     text = (STAGES / f"{stage}.py").read_text()
-    names = re.findall(r"load_params\(\)\.([\w.]+)", text) + re.findall(r"\bparams\.(\w+)", text)
-    return {name for name in names if name.partition(".")[0] in Params.model_fields}
+    keys: dict[str, set[str]] = {}  # of each section; "" for all
+    for section, key in re.findall(r"(?:load_params\(\)|\bparams)\.(\w+)(?:\.(\w+))?", text):
+        if section in Params.model_fields:
+            keys.setdefault(section, set()).add(key)
+    return {
+        section if len(own) > 1 or "" in own else f"{section}.{next(iter(own))}"
+        for section, own in keys.items()
+    }
 
 
 def copy_of_project(folder: Path) -> Path:
