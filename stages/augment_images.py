@@ -1,13 +1,14 @@
 """Make shifted and rotated copies of every train image: data/augmented/."""
 
+from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from fashion_cnn.data.copies import save_copies
 from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from fashion_cnn.lesson.augmentation import augment
-from fashion_cnn.project.params import leaves, load_params
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Write the page on which the trained CNNs can be looked into: page/fashion-cnn.html."""
 
+from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from fashion_cnn.page import contents
 from fashion_cnn.page.html import PAGE, html
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.files import read_tensors, write_text
-from fashion_cnn.project.params import load_params
 from fashion_cnn.project.stage_records import StageRecords
 
 TENSORS = Path("data/toy.safetensors")

@@ -2,7 +2,8 @@
 
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start()  # before the imports that take seconds, and read the environment
 
 from pathlib import Path
 

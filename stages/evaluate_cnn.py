@@ -3,18 +3,19 @@
 The only stage that reads the test split. Usage: python -m stages.evaluate_cnn original|augmented
 """
 
+from fashion_cnn.project.catalog import named_cnn
+from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(named_cnn, load_params)  # before the imports that take seconds, and read the environment
 
 from fashion_cnn.data.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
 from fashion_cnn.lesson import evaluation
 from fashion_cnn.models.cnns import load_cnn
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.models.inference import loss_and_accuracy, predict, to_device
-from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import sha256_of, write_csv, write_json
-from fashion_cnn.project.params import load_params
 from fashion_cnn.project.stage_records import StageRecords
 
 

@@ -1,11 +1,12 @@
 """Fetch Fashion-MNIST: four verified IDX files in data/FashionMNIST/raw/."""
 
+from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from fashion_cnn.data.fashion_mnist import RAW_DIR
-from fashion_cnn.project.params import load_params
 from fashion_cnn.sources.fetch import fetch
 
 

@@ -1,15 +1,16 @@
 """Draw the figures from metrics, curves and train images: metrics/figures/*.png."""
 
+from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from fashion_cnn.data.copies import load_copies
 from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, read_idx
 from fashion_cnn.lesson import figures, results
 from fashion_cnn.lesson.results import read_rows, read_table, read_weights_sha256
 from fashion_cnn.project.catalog import CNNS, METRICS, TOY, TRAININGS
-from fashion_cnn.project.params import load_params
 from fashion_cnn.project.stage_records import StageRecords
 
 FIGURES = METRICS / "figures"

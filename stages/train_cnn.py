@@ -3,15 +3,16 @@
 Usage: python -m stages.train_cnn original|augmented
 """
 
+from fashion_cnn.project.catalog import named_cnn
+from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(named_cnn, load_params)  # before the imports that take seconds, and read the environment
 
 from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
 from fashion_cnn.models.device import prepare_torch
-from fashion_cnn.project.catalog import named_cnn
 from fashion_cnn.project.files import write_csv, write_json
-from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.provenance import digest, result_key
 from fashion_cnn.project.stage_records import open_run
 from fashion_cnn.training.checkpoints import exclusive_checkpoint

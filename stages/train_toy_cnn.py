@@ -1,8 +1,10 @@
 """Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors, and how it came about."""
 
+from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from pathlib import Path
 
@@ -11,7 +13,6 @@ from fashion_cnn.models.cnns import TOY_SHAPE, save_weights, summarize
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import TOY, TOY_HISTORY
 from fashion_cnn.project.files import read_tensors, write_csv, write_json
-from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.provenance import digest, result_key
 from fashion_cnn.project.stage_records import open_run
 

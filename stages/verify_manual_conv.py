@@ -1,8 +1,10 @@
 """Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
 
+from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
-start()  # first, because libraries read their environment when they are imported
+if __name__ == "__main__":
+    start(load_params)  # before the imports that take seconds, and read the environment
 
 from pathlib import Path
 
@@ -25,7 +27,6 @@ from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import read_tensors, sha256_of, write_json, write_text
-from fashion_cnn.project.params import load_params
 from fashion_cnn.project.stage_records import StageRecords
 
 METRICS = TOY.evaluated

@@ -132,6 +132,15 @@ def test_another_argument_is_named(monkeypatch, given, shown):
     assert str(raised.value) == f"argument is {shown}, expected one of original, augmented"
 
 
+def test_a_check_that_fails_ends_the_start_in_one_line():
+    def check():
+        raise StageError("argument is x")
+
+    with pytest.raises(SystemExit) as ended:
+        process.start(lambda: None, check)
+    assert ended.value.code == "error: argument is x"
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What is asked of the C library and of os.kill."""

@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,10 @@ def test_the_trainings_are_those_of_the_map_with_their_files():
     assert drawn == {name for training in TRAININGS.values() for name in training.figures}
 
 
+# What scripts import first, since it takes no second.
+QUICK = {f"fashion_cnn.project.{name}" for name in ("catalog", "params", "process")}
+
+
 def test_only_evaluate_cnn_reads_the_test_split():
     readers = {name for name, stage in stage_definitions().items() if "t10k" in str(stage)}
     assert readers == {"evaluate_cnn"}
@@ -115,13 +120,17 @@ def test_only_evaluate_cnn_reads_the_test_split():
         assert ("TEST_IMAGES" in path.read_text()) == (path.stem == "evaluate_cnn"), path
 
 
-def test_no_script_loads_torch_before_the_project_has_set_its_environment():
+def test_no_script_loads_torch_before_its_arguments_and_the_environment_are_in_order():
     for path in STAGES.glob("[!_]*.py"):
-        first, second = [node for node in parsed(path).body if not is_docstring(node)][:2]
-        assert ast.unparse(first) == "from fashion_cnn.project.process import run_stage, start", path
-        assert ast.unparse(second) == "start()", path
-    loaded = imported_files(PACKAGE / "project/process.py")
-    assert {path.name for path in loaded} == {"__init__.py", "errors.py", "process.py"}
+        code = [node for node in parsed(path).body if not is_docstring(node)]
+        [at] = [number for number, node in enumerate(code[:-1]) if isinstance(node, ast.If)]
+        [call] = code[at].body
+        reads = [name for name in ("named_cnn", "load_params") if f"{name}()" in path.read_text()]
+        assert ast.unparse(call) == f"start({', '.join(reads)})", path
+        assert {node.module for node in code[:at]} <= QUICK, path
+    heavy = "{'torch', 'numpy', 'matplotlib', 'cv2'}"
+    code = f"import sys, {', '.join(sorted(QUICK))}; assert not {heavy} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_what_no_stage_declares_holds_no_code():

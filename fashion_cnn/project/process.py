@@ -28,8 +28,11 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OPENCV_", "NPY_", "MPLBACKEND")
 
 
-def start() -> None:
-    """Set what must be set before torch is imported, which reads its environment then."""
+def start(*checks: Callable[[], object]) -> None:
+    """Set what must be set before torch is imported, which reads its environment then.
+
+    Ends the process with one line if one of `checks` raises StageError.
+    """
     # Before the imports that take seconds, in which DVC can be killed.
     if "DVC_STAGE" in os.environ:
         die_with_parent()
@@ -41,6 +44,11 @@ def start() -> None:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     # Imports make some 300,000 objects that stay, and Python's collector would search them again and again.
     gc.set_threshold(50_000)
+    for check in checks:
+        try:
+            check()
+        except StageError as error:
+            sys.exit(f"error: {error}")
 
 
 def use_own_code() -> None:
