@@ -13,9 +13,8 @@ from fashion_cnn.commands.registry import (
     CHAMPION,
     NAME,
     champion,
-    exported,
     find_cnn_run,
-    of_network,
+    of_run,
     of_version,
     register,
 )
@@ -64,12 +63,12 @@ def decide(client, run, before, level: float) -> Decision:
     """Compare a run's model with that of the version `before`, if there is one."""
     if before is None:
         images, labels = val_images(run)
-        accuracy = float(np.mean(reads(of_network(exported(client, run)), images) == labels))
+        accuracy = float(np.mean(reads(of_run(client, run), images) == labels))
         words = f"there is no champion yet; val accuracy {100 * accuracy:.2f} % of {len(labels):,} images"
         return Decision(True, words, {"val_accuracy": accuracy, "images": len(labels)})
     images, labels = val_images(run, client.get_run(before.run_id))
     a = reads(of_version(client, before), images) == labels
-    b = reads(of_network(exported(client, run)), images) == labels
+    b = reads(of_run(client, run), images) == labels
     judged = same_images("val", a, b, names=("the champion", "this model"))
     promote = judged.p is not None and judged.p < level and judged.difference > 0
     words = (

@@ -10,11 +10,19 @@ import numpy as np
 import torch
 
 from fashion_cnn.data.fashion_mnist import CLASSES
-from fashion_cnn.models.cnns import LESSON, build_cnn, load_cnn, save_weights, to_input
+from fashion_cnn.models.cnns import load_cnn, to_input
 from fashion_cnn.project.catalog import CNNS, RUN_ID, TRAININGS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.tracking.runs import find_run, find_runs, log_model_metrics, log_to_run, pinned, ready_models
+from fashion_cnn.tracking.runs import (
+    WEIGHTS_FOLDER,
+    find_run,
+    find_runs,
+    log_model_metrics,
+    log_to_run,
+    pinned,
+    ready_models,
+)
 from fashion_cnn.tracking.store import Store, as_store_error, connect
 
 SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
@@ -33,7 +41,7 @@ def load_classifier(model: str) -> Classify:
     with as_store_error():
         store = connect()
         if re.fullmatch(RUN_ID, model):
-            return of_network(exported(store.client, find_cnn_run(store, model)))
+            return of_run(store.client, find_cnn_run(store, model))
         return of_version(store.client, find_version(store.client, model))
 
 
@@ -51,24 +59,51 @@ def of_network(network: Callable) -> Classify:
     return classify
 
 
-def of_version(client, version) -> Classify:
-    """The classifier of a version: its weights, in the code of this project.
-
-    The version's own code is left alone, since whoever may register a version could run any code here.
-    Raises StageError if its weights are not those of its run.
-    """
-    from mlflow.artifacts import download_artifacts
-
-    name, expected = f"{NAME} version {version.version}", client.get_run(version.run_id).data.tags
+def of_run(client, run) -> Classify:
+    """The classifier of a run: its weights, in the code of this project. Raises StageError if it has none."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(download_artifacts(f"models:/{NAME}/{version.version}/artifacts", dst_path=scratch))
-        [*found] = folder.glob("*.safetensors")
-        if len(found) != 1 or sha256_of(found[0]) != expected.get("weights_sha256"):
+        return of_network(load_cnn(weights_of(client, run, scratch)))
+
+
+def of_version(client, version) -> Classify:
+    """The same of a version, of which no code runs here: whoever may register one could run any code."""
+    run = client.get_run(version.run_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = _download(f"models:/{NAME}/{version.version}/artifacts", run, scratch)
+        if weights is None:
             raise StageError(
-                f"{name}: not the weights of its run, {version.run_id}; delete the version in "
-                "`fashion-cnn ui`, then promote the run again"
+                f"{NAME} version {version.version}: not the weights of its run, {version.run_id}; delete the "
+                "version in `fashion-cnn ui`, then promote the run again"
             )
-        return of_network(load_cnn(found[0]))
+        return of_network(load_cnn(weights))
+
+
+def weights_of(client, run, scratch: str) -> Path:
+    """The weights of the model that a run has in MLflow, in a folder. Raises StageError if it has none."""
+    run_id, served = run.info.run_id, (SERVED, "classifier")  # the second: as earlier versions named it
+    ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
+    if not ready:
+        raise StageError(
+            f"{run_id}: the run has no model; `fashion-cnn sync` adds it if its weights are here"
+        )
+    weights = _download(f"{ready[-1].artifact_location}/{WEIGHTS_FOLDER}", run, scratch)
+    if weights is None:
+        raise StageError(
+            f"{run_id}: its model in MLflow lacks the weights of the run; delete the model in "
+            "`fashion-cnn ui`, then `fashion-cnn sync` adds it if the weights are here"
+        )
+    return weights
+
+
+def _download(uri: str, run, scratch: str) -> Path | None:
+    """The file of weights in a folder of artifacts; None if there is none, or not that of the run."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    if not list_artifacts(uri):
+        return None
+    [*found] = Path(download_artifacts(uri, dst_path=scratch)).glob("*.safetensors")
+    expected = run.data.tags.get("weights_sha256")
+    return found[0] if len(found) == 1 and sha256_of(found[0]) == expected else None
 
 
 def find_version(client, name: str):
@@ -110,19 +145,6 @@ def find_cnn_run(store: Store, model: str):
     return run
 
 
-def exported(client, run) -> torch.nn.Module:
-    """The model that the run has in MLflow. Raises StageError if it has none."""
-    import mlflow
-
-    served = (SERVED, "classifier")  # the second: as earlier versions named it
-    ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
-    if not ready:
-        raise StageError(
-            f"{run.info.run_id}: the run has no model; `fashion-cnn sync` adds it if its weights are here"
-        )
-    return mlflow.pytorch.load_model(ready[-1].model_uri)
-
-
 def register(client, run):
     """The version of a run's model, which is registered if it has none."""
     for version in client.search_model_versions(f"name = '{NAME}'"):
@@ -149,28 +171,14 @@ def log_served_model(client, run):
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     here = Path(__file__).resolve().parent
-    params = run.data.params
-    # Runs of earlier versions name no model: it was the lesson's. The views had another name.
-    views = params.get("train_cnn.tta_views", params.get("train_cnn.views", 1))
-    name, views = params.get("train_cnn.model", LESSON), int(views)
-    network = build_cnn(name, views)
-    try:
-        network.load_state_dict(exported(client, run).state_dict())
-    except RuntimeError:
-        raise StageError(
-            f"{run.info.run_id}: the run's model in MLflow is another than that of its params, {name}"
-        ) from None
     with tempfile.TemporaryDirectory() as scratch:
-        weights = Path(scratch) / "cnn.safetensors"
-        if save_weights(network, weights) != run.data.tags["weights_sha256"]:
-            raise StageError(f"{run.info.run_id}: the model in MLflow has other weights than the run says")
         return log_to_run(
             client,
             run.info.run_id,
             flavor=mlflow.pyfunc,
             name=f"{TRAININGS[run.data.tags['dvc_stage']].weights.stem}{SERVED}",
             python_model=str(here / "serving.py"),
-            artifacts={"weights": str(weights)},
+            artifacts={"weights": str(weights_of(client, run, scratch))},
             code_paths=[str(here.parent)],
             signature=ModelSignature(
                 # An object may be anything: of uint8, MLflow would convert 0.5 and "7" before serving.py

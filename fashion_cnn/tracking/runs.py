@@ -30,6 +30,7 @@ LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that re
 # from those of the figures on.
 COLOR = "mlflow.runColor"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
+WEIGHTS_FOLDER = "extra_files"  # of a model: MLflow's name for what lies beside torch's program
 NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 NOTE = (
     "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
@@ -306,7 +307,7 @@ def ready_models(client, run) -> list:
 
 
 def _log_model(client, run, record: Record) -> bool:
-    """Log the model with the record's weights as torch's exported program, unless the run has one.
+    """Log the model with the record's weights, also as torch's exported program, unless the run has one.
 
     The record's example becomes the input example; a batch of one would be exported as a fixed batch size.
     """
@@ -333,8 +334,9 @@ def _log_model(client, run, record: Record) -> bool:
             client.delete_logged_model(one.model_id)
         log_to_run(
             client, run_id, flavor=mlflow.pytorch, name=TRAININGS[record.training].weights.stem,
-            pytorch_model=model, serialization_format="pt2", input_example=example,
-            signature=infer_signature(example, outputs), pip_requirements=pinned("torch", "numpy"),
+            pytorch_model=model, serialization_format="pt2", extra_files=[str(weights)],
+            input_example=example, signature=infer_signature(example, outputs),
+            pip_requirements=pinned("torch", "numpy"),
         )  # fmt: skip
     return True
 
