@@ -22,7 +22,8 @@ TENSORS = Path("data/toy.safetensors")
 
 
 def main() -> None:
-    split = load_params().split
+    params = load_params()
+    split = params.split
     records = StageRecords()
     prepare_torch("cpu")
     toy = read_tensors(TENSORS, "images", "labels")  # images (2, 1, 4, 4), labels (2,)
@@ -30,7 +31,7 @@ def main() -> None:
     _, val = split_indices(len(labels), split.val_size, split.train_size, split.seed)
     shown = {
         "classes": CLASSES,
-        "toy": contents.toy(toy["images"], toy["labels"]),
+        "toy": contents.toy(toy["images"], toy["labels"], params.train_toy_cnn.learning_rate),
         "cnns": {name: contents.cnn(training) for name, training in CNNS.items()},
         "images": contents.examples(images, labels, val),
     }

@@ -42,10 +42,8 @@ def main() -> None:
             moved["rotations"], "degrees", 15, "rotation"
         ),
     }
-    mistakes = {
-        "test_mistakes": int((predictions != labels).sum()),
-        "surest": evaluation.mistakes(images, labels, logits, params.mistakes),
-    }
+    found = evaluation.mistakes(images, labels, logits, params.mistakes)
+    mistakes = {"test_mistakes": int((predictions != labels).sum()), **found}
 
     per_class = training.evaluation_results.with_name(f"{training.images}_per_class.csv")
     paths = [training.evaluated, training.mistakes, per_class, training.confusion]

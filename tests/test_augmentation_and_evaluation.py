@@ -233,7 +233,7 @@ def test_confusion_has_a_row_an_image():
 def test_mistakes_are_the_surest_first_and_only_mistakes(images):
     logits = torch.zeros(4, 10)
     logits[torch.arange(4), torch.tensor([1, 1, 2, 3])] = torch.tensor([1.0, 5.0, 9.0, 3.0])
-    rows = evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=12)
+    rows = evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=12)["surest"]
     assert [(row["image"], row["label"], row["prediction"]) for row in rows] == [
         (1, "T-shirt/top", "Trouser"),
         (3, "T-shirt/top", "Dress"),
@@ -241,13 +241,15 @@ def test_mistakes_are_the_surest_first_and_only_mistakes(images):
     for row in rows:
         assert row["pixels"] == images[row["image"]].tobytes().hex()
         assert row["confidence"] == logits.softmax(1)[row["image"]].max().item()
-    assert evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=1) == rows[:1]
+    fewer = evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=1)
+    assert fewer == {"surest": rows[:1], "of_each_kind": rows}
 
 
 def test_mistakes_of_one_confidence_come_in_order(images):
     many = np.repeat(images, 30, axis=0)
     rows = evaluation.mistakes(many, np.ones(480, np.uint8), torch.zeros(480, 10), count=480)
-    assert [row["image"] for row in rows] == list(range(480))
+    assert [row["image"] for row in rows["surest"]] == list(range(480))
+    assert [row["image"] for row in rows["of_each_kind"]] == [0]
 
 
 class LeftOrRight(nn.Module):

@@ -4,6 +4,7 @@ Needs neither data nor cache: DVC compares what is there with dvc.lock.
 """
 
 import csv
+import hashlib
 import json
 import re
 
@@ -68,6 +69,38 @@ def test_committed_results_are_current(project):
     for stage in lock.values():
         for dep in stage["deps"]:
             assert made.get(dep["path"], dep["md5"]) == dep["md5"], dep["path"]
+
+
+@pytest.mark.committed
+def test_the_page_in_docs_is_that_of_the_committed_results():
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    [made] = lock["build_page"]["outs"]
+    found = hashlib.md5((ROOT / "docs/page.html").read_bytes(), usedforsecurity=False).hexdigest()
+    assert found == made["md5"], "run `make repro`, then `python tests/helpers/screenshots.py`"
+
+
+@pytest.mark.committed
+def test_the_answers_of_the_lesson_are_the_committed_results():
+    answers = " ".join((ROOT / "docs/lesson.md").read_text().split())
+
+    def read(path: str) -> list[dict[str, str]]:
+        with (ROOT / "metrics" / path).open() as file:
+            return list(csv.DictReader(file))
+
+    pairs = [(row["actual"], row["predicted"]) for row in read("evaluate_cnn/original_confusion.csv")]
+    of_shirts = pairs.count(("Shirt", "T-shirt/top")), pairs.count(("T-shirt/top", "Shirt"))
+    moved = json.loads((ROOT / "metrics/evaluate_cnn/original.json").read_text())
+    [left] = [row["shift_x"] for row in moved["shifts"] if row["pixels"] == -4]
+    last = read("train_cnn/augmented.csv")[-1]
+    for words in (
+        f"The first epoch has {float(read('train_toy_cnn.csv')[0]['train_loss']):.3f}",
+        "Shirts are read as T-shirts ({} of 1,000) and T-shirts as shirts ({} of 1,000)".format(*of_shirts),
+        f"The CNN reads {100 * moved['test_accuracy']:.0f} % of the test images",
+        f"{100 * left:.0f} % (n = 5,000)",
+        f"val images ({100 * float(last['val_accuracy']):.1f} %) than on its own train images "
+        f"({100 * float(last['train_accuracy']):.1f} %)",
+    ):
+        assert words in answers, words
 
 
 def seed_runs() -> list[dict[str, str]]:

@@ -113,7 +113,7 @@ def write_results(
             }
             for image, label in zip(images, labels, strict=True)
         ]  # fmt: skip
-        write_json(results.with_name(f"{name}_mistakes.json"), {"surest": surest})
+        write_json(results.with_name(f"{name}_mistakes.json"), {"surest": surest[:2], "of_each_kind": surest})
         rows = [{"actual": CLASSES[n % 10], "predicted": CLASSES[n * 7 % 10]} for n in range(50)]
         rows += [{"actual": row["label"], "predicted": row["prediction"]} for row in surest]
         write_csv(results.with_name(f"{name}_confusion.csv"), rows)
@@ -177,6 +177,10 @@ def watched(built):
         assert faults == []
 
 
+def to_number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
 def models(folder) -> dict[str, torch.nn.Sequential]:
     return {name: load_cnn(folder / training.weights) for name, training in catalog.CNNS.items()}
 
@@ -218,11 +222,7 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
         )
         with torch.inference_mode():
             expected = model(to_input(torch.from_numpy(images))).softmax(1).numpy()
-            for layer in model.modules():
-                if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-                    for parameter in layer.parameters():
-                        parameter.data = torch.from_numpy(unpacked(parameter.numpy()))
-            stored = model(to_input(torch.from_numpy(images))).numpy()
+            stored = with_stored_weights(model)(to_input(torch.from_numpy(images))).numpy()
             model.views = 2  # a number that neither page has
             stored_2 = model(to_input(torch.from_numpy(images[:20]))).numpy()
         logits_2 = page.evaluate(
@@ -286,18 +286,18 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
 
     def cells() -> list[float]:
         names = ["Convolution, row 1, column 2", "After the linear layer", "Probability of label 1"]
-        texts = [page.get_by_role("button", name=name, exact=True).inner_text() for name in names]
-        return [float(text.replace("−", "-")) for text in texts]
+        return [to_number(page.get_by_role("button", name=name, exact=True).inner_text()) for name in names]
 
     def expected(image: np.ndarray) -> list[float]:
         found = steps(image)
         return [found[0][1], found[4][0], found[5][0]]
 
+    page.get_by_role("button", name="Restore the trained values").click()
     page.get_by_role("radio", name="label 1").check()
     assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
     image = TOY_IMAGES[1].copy()
     image[0, 1, 3] = -1.5
-    page.get_by_label("Pixel, row 2, column 4").fill("-1.5")
+    page.get_by_label("Pixel, row 2, column 4").fill("−1.5")  # as the page writes it
     assert cells() == pytest.approx(expected(image), abs=6e-4)
     with torch.no_grad():
         model[0].weight[0, 0, 2, 1] = 2.25
@@ -317,8 +317,8 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
 def test_the_products_that_are_written_out_sum_to_the_cell(page):
     page.get_by_role("button", name="Convolution, row 2, column 1").hover()
     for place in ("#toy-working", "#conv-1-working", "#conv-2-working"):
-        rows = page.locator(f"{place} tr").all_inner_texts()[1:]
-        *parts, total = [float(row.split("\t")[-1].replace("−", "-")) for row in rows]
+        rows = page.locator(f"{place} table").first.locator("tr").all_inner_texts()[1:]
+        *parts, total = [to_number(row.split("\t")[-1]) for row in rows]
         assert len(parts) >= 10
         assert sum(parts) == pytest.approx(total, abs=1e-3)
 
@@ -329,13 +329,13 @@ def test_the_slider_goes_through_the_training(page, built):
     slider.press("Home")
     assert page.locator("#toy-epoch").inner_text() == "after epoch 0 of 40"
     first = fresh(build_toy_cnn, 0)
-    shown = float(page.get_by_label("Kernel, row 1, column 3").input_value())
+    shown = to_number(page.get_by_label("Kernel, row 1, column 3").input_value())
     assert shown == pytest.approx(first[0].weight[0, 0, 0, 2].item(), abs=6e-4)
     slider.press("ArrowRight")
     assert page.locator("#toy-epoch").inner_text() == "after epoch 1 of 40"
     slider.press("End")
     last = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
-    shown = float(page.get_by_label("Bias of the kernel").input_value())
+    shown = to_number(page.get_by_label("Bias of the kernel").input_value())
     assert shown == pytest.approx(last[0].bias.item(), abs=6e-4)
 
 
@@ -345,6 +345,218 @@ def test_a_dead_relu_is_called_one(page):
     assert "a dead ReLU" in page.locator("#toy-note").inner_text()
     page.get_by_label("Bias of the kernel").fill("100")
     assert "a dead ReLU" not in page.locator("#toy-note").inner_text()
+
+
+def with_stored_weights(model: torch.nn.Sequential) -> torch.nn.Sequential:
+    """The CNN that the page has: of its weights, 16 bits each."""
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            for parameter in layer.parameters():
+                parameter.data = torch.from_numpy(unpacked(parameter.detach().numpy()))
+    return model
+
+
+@needs_browser
+@pytest.mark.parametrize("which", ["", "_residual"])
+@pytest.mark.parametrize(("one", "other"), [(3, 7), (0, -1)])
+def test_what_places_and_maps_add_is_gradient_times_input(request, which, one, other):
+    page = request.getfixturevalue(f"{which}_page".lstrip("_"))
+    image = garments(1, 2)[0]
+    for name, model in models(request.getfixturevalue(f"built{which}")).items():
+        layers = list(with_stored_weights(model))
+        [flat] = [at for at, layer in enumerate(layers) if isinstance(layer, torch.nn.Flatten)]
+        with torch.inference_mode():
+            last = torch.nn.Sequential(*layers[:flat])(to_input(torch.from_numpy(image)))
+        last = last.clone().requires_grad_()
+        logits = torch.nn.Sequential(*layers[flat:])(last)[0]
+        total = logits[one] - (0 if other < 0 else logits[other])
+        total.backward()
+        parts = (last.grad * last)[0].detach().numpy()
+        found = page.evaluate(
+            """([name, pixels, one, other]) => {
+                const parts = attribute(networks[name], look_at(networks[name], to_input(pixels), 1).steps,
+                                        signs_of(one, other));
+                return [by_place(parts), by_map(parts), parts.bias];
+            }""",
+            [name, image.ravel().tolist(), one, other],
+        )
+        assert found[0] == pytest.approx(parts.sum(0).ravel().tolist(), abs=1e-4)
+        assert found[1] == pytest.approx(parts.sum((1, 2)).tolist(), abs=1e-4)
+        assert sum(found[0]) + found[2] == pytest.approx(total.item(), abs=1e-4)
+
+
+@needs_browser
+def test_the_classes_that_are_compared_can_be_chosen(page, built):
+    page.locator("#end-class").select_option(label="Dress")
+    page.locator("#end-rival").select_option(label="Bag")
+    assert page.locator("#end-working-title").inner_text() == "Dress − Bag"
+    image = np.frombuffer(base64.b64decode(page.evaluate("contents.images[0].pixels")), np.uint8)
+    model = with_stored_weights(models(built)["original"])
+    with torch.inference_mode():
+        logits = model(to_input(torch.from_numpy(image.reshape(1, 28, 28).copy())))[0]
+    total = page.locator("#end-working tr.total").inner_text().split("\t")[-1]
+    assert to_number(total) == pytest.approx((logits[3] - logits[8]).item(), abs=2e-4)
+    page.locator("#end-rival").select_option(label="nothing")
+    assert page.locator("#end-working-title").inner_text() == "The logit of Dress"
+
+
+@needs_browser
+def test_a_receptive_field_is_all_that_a_cell_is_made_of(page):
+    """Sizes and corners by hand: a convolution adds 2 to the size, a pooling doubles all."""
+    fields = page.evaluate(
+        "[0, 1, 3, 4].map((place) => receptive_field(networks.original, place, [2, 1]))"
+        ".map(({top, left, size}) => [top, left, size])"
+    )
+    assert fields == [[2, 1, 3], [4, 2, 4], [4, 2, 8], [8, 4, 10]]
+
+
+@needs_browser
+def test_the_sentence_about_a_move_has_torchs_numbers(page, built):
+    shown = page.evaluate("contents.images[9]")
+    image = np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8).reshape(1, 28, 28).copy()
+    page.locator("#picker button").nth(9).click()
+    for _ in range(3):
+        page.locator("#moved-x").press("ArrowLeft")
+    images = np.concatenate([image, evaluation.move(image, "shift_x", -3)])
+    own = CLASSES.index(shown["label"])
+    for name, model in models(built).items():
+        with torch.inference_mode():
+            logits = with_stored_weights(model)(to_input(torch.from_numpy(images)))
+        rivals = logits[1].clone()
+        rivals[own] = -torch.inf
+        rival = int(rivals.argmax())
+        before, after = (logits[:, own] - logits[:, rival]).tolist()
+        said = page.locator(f"#moved-{name}-places .note").last.inner_text()
+        numbers = re.match(rf"{CLASSES[own]} − {CLASSES[rival]}: (\S+) as it is, (\S+) moved", said).groups()
+        assert [to_number(text) for text in numbers] == pytest.approx([before, after], abs=0.06)
+        assert "the same weights now meet another part of the image" in said
+
+
+@needs_browser
+def test_the_gradients_of_the_toy_are_torchs(page, built):
+    of_kernel = []
+    for at, (image, label) in enumerate(zip(TOY_IMAGES, TOY_LABELS, strict=True)):
+        model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
+        loss = F.binary_cross_entropy(model(torch.from_numpy(image)[None])[0], torch.tensor([label]))
+        loss.backward()
+        expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).tolist()
+        found = page.evaluate(
+            "(at) => toy_gradients(unpack_layers(contents.toy.layers), unpack(contents.toy.images[at]),"
+            " contents.toy.labels[at])",
+            at,
+        )
+        assert found["gradients"] == pytest.approx(expected, abs=1e-5)
+        assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        of_kernel += expected[:9]
+    assert any(of_kernel)
+
+
+@needs_browser
+def test_steps_from_an_epoch_and_after_an_edit_are_those_of_torchs_adam(page):
+    def parameters() -> list[float]:
+        rows = page.locator("#step-table tr:has(td)").all_inner_texts()
+        return [to_number(row.split("\t")[1]) for row in rows]
+
+    model = fresh(build_toy_cnn, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=contents_rate(page))
+    images = TOY_IMAGES.copy()
+    page.locator("#toy-moment").press("Home")
+    page.get_by_role("radio", name="label 1").check()
+    for steps, button in ((1, "One step"), (10, "Ten steps")):
+        for turn in range(steps):
+            at = (turn + (steps == 10)) % 2
+            optimizer.zero_grad()
+            output = model(torch.from_numpy(images[at])[None])[0]
+            F.binary_cross_entropy(output, torch.from_numpy(TOY_LABELS[at : at + 1])).backward()
+            optimizer.step()
+        page.get_by_role("button", name=button).click()
+        expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
+        assert parameters() == pytest.approx(expected, abs=6e-5)
+        images[1, 0, 0, 0] = 2
+        page.get_by_label("Pixel, row 1, column 1").fill("2")
+    assert page.locator("#toy-epoch").inner_text() == "after epoch 0 of 40 and 11 steps"
+    page.locator("#toy-moment").press("ArrowRight")
+    assert page.locator("#toy-epoch").inner_text() == "after epoch 1 of 40, edited"
+
+
+def contents_rate(page) -> float:
+    rate = load_params(ROOT / "tests/helpers/params.yaml").train_toy_cnn.learning_rate
+    assert page.evaluate("contents.toy.learning_rate") == rate
+    return rate
+
+
+@needs_browser
+def test_with_a_dead_relu_the_kernel_does_not_move(page):
+    page.get_by_label("Bias of the kernel").fill("-100")
+    rows = [row.split("\t") for row in page.locator("#step-table tr:has(td)").all_inner_texts()]
+    assert [to_number(row[2]) for row in rows[:11]] == [0] * 11
+    assert to_number(rows[11][2]) != 0
+    assert "the kernel learns nothing from this image" in page.locator("#step-working").inner_text()
+    before = [row[1] for row in rows]
+    page.get_by_role("button", name="One step").click()
+    after = [row.split("\t")[1] for row in page.locator("#step-table tr:has(td)").all_inner_texts()]
+    assert after[:11] == before[:11]
+    assert after[11] != before[11]
+
+
+@needs_browser
+def test_the_winner_of_a_pooling_is_marked(page, built):
+    winner = page.locator("#toy-flow .winner")
+    values = [
+        to_number(text) for text in page.locator("#toy-flow figure").nth(2).locator(".cell").all_inner_texts()
+    ]
+    assert to_number(winner.inner_text()) == max(values)
+    chosen = page.locator(".conv .chosen").first
+    told = int(chosen.locator(".slider .value").inner_text().split()[0]) - 1
+    image = np.frombuffer(base64.b64decode(page.evaluate("contents.images[0].pixels")), np.uint8)
+    with torch.inference_mode():
+        maps = with_stored_weights(models(built)["original"])[0](
+            to_input(torch.from_numpy(image.reshape(1, 28, 28).copy()))
+        )
+    window = maps[0, told, 12:14, 12:14]  # the page begins in row and column 14, counted from 1
+    said = chosen.locator(".note").nth(1).inner_text()
+    largest, row, column = re.search(r"largest is (\S+), in row (\d+), column (\d+)", said).groups()
+    assert to_number(largest) == pytest.approx(window.max().item(), abs=1e-4)
+    assert [int(row) - 13, int(column) - 13] == list(divmod(window.argmax().item(), 2))
+
+
+@needs_browser
+def test_the_products_of_any_map_before_are_written_out(page):
+    working = page.locator("#conv-2-working")
+    source = working.locator("button.name").nth(3)
+    name, share = (
+        source.inner_text(),
+        working.locator("tr:has(button.name)").nth(3).inner_text().split("\t")[1],
+    )
+    source.click()
+    assert working.locator("button[aria-pressed=true]").inner_text() == name
+    rows = [row.split("\t") for row in working.locator("table").nth(1).locator("tr").all_inner_texts()]
+    assert rows[0][1] == name
+    *products, total = [to_number(row[-1]) for row in rows[1:]]
+    assert len(products) == 9
+    assert total == pytest.approx(to_number(share), abs=1e-4)
+    assert sum(products) == pytest.approx(total, abs=1e-3)
+
+
+@needs_browser
+def test_on_a_narrow_screen_the_parts_are_folded(built):
+    with open_page(390, 900) as page:
+        page.goto((built / build_page.PAGE).as_uri())
+        assert page.evaluate("document.documentElement.scrollHeight") < 4000
+        assert not page.locator("#moved-image").is_visible()
+        page.get_by_role("link", name="3 Shifted and rotated").click()
+        assert page.locator("#moved-image").is_visible()
+
+
+@needs_browser
+def test_each_confusion_has_an_image(page):
+    for name in ("original", "augmented"):
+        page.get_by_label(f"{name} images", exact=True).check()
+        kinds = page.evaluate(
+            "(name) => contents.cnns[name].mistakes.map((row) => [row.label, row.prediction])", name
+        )
+        framed = page.locator("#cnn-confusion button").count()
+        assert framed == len({tuple(kind) for kind in kinds})
 
 
 @needs_browser
@@ -381,12 +593,12 @@ def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
 
 
 @needs_browser
-def test_the_line_is_val_accuracy_and_the_dots_are_train_accuracy(page, built):
+def test_the_line_is_val_accuracy_and_the_dashes_are_train_accuracy(page, built):
     last = json.loads(page.locator("#contents").text_content())["cnns"]["original"]["curve"]
     height = "(kind) => document.querySelector(`#cnn-curves path.curve.original${kind}`).getBBox().y"
-    line, dots = (page.evaluate(height, kind) for kind in (":not(.train)", ".train"))
+    line, dashes = (page.evaluate(height, kind) for kind in (":not(.train)", ".train"))
     assert last["val_accuracy"][-1] > last["train_accuracy"][-1]
-    assert line < dots  # y grows downwards
+    assert line < dashes  # y grows downwards
 
 
 @needs_browser
@@ -401,8 +613,9 @@ def test_a_cell_of_the_confusion_matrix_shows_its_images(page, built):
 @needs_browser
 def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
     slider = page.get_by_role("slider", name="Map").first
+    slider.press("Home")
     slider.press("ArrowRight")
-    title = page.locator("#conv-1-working h3")
+    title = page.locator("#conv-1-working h4")
     assert title.inner_text() == "Map 2, row 14, column 14"
     cell = page.locator(".conv canvas[tabindex]").first
     cell.press("ArrowUp")
@@ -431,24 +644,26 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
             place += 4 if isinstance(layer, Residual) else 1  # convolution, batch norm, Add, ReLU
             assert np.abs(np.array(steps[place]) - values.flatten().numpy()).max() < 0.005, kinds[place]
     assert place == len(kinds) - 1
-    words = page.locator("#cnn-convs figcaption").all_inner_texts()
-    assert words[1] == "Largest of each 2×2, batch norm, then ReLU"
-    assert "Batch norm, plus the block's inputs, then ReLU" in words
+    words = page.locator("#cnn-convs .atlases").nth(0).locator("figcaption").all_inner_texts()
+    assert words[1:4] == ["Largest of each 2×2", "Batch norm", "ReLU"]
+    words = page.locator("#cnn-convs .atlases").nth(1).locator("figcaption").all_inner_texts()
+    assert words[1:4] == ["Batch norm", "Plus the block's inputs", "ReLU"]
     assert "the mean logits of six views" in page.locator("#cnn-bars-title").inner_text()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"
     # A cell in the corner of a padded convolution: of its patch's nine cells, five are outside, and zeros.
+    page.get_by_role("slider", name="Map").nth(1).press("Home")
     cell = page.locator(".conv canvas[tabindex]").nth(1)
     for key in ["ArrowUp", "ArrowLeft"] * 14:
         cell.press(key)
-    assert page.locator("#conv-2-working h3").inner_text() == "Map 1, row 1, column 1"
+    assert page.locator("#conv-2-working h4").inner_text() == "Map 1, row 1, column 1"
     inner = next(layer for layer in model if isinstance(layer, Residual))[0]
     before = np.array(steps[3]).reshape(32, 13, 13)[:, :2, :2]
     shares = (before * inner.weight[0, :, 1:, 1:].detach().numpy()).sum((1, 2))
     row = page.locator("#conv-2-working tr:has(td)").first.inner_text().split("\t")
     largest = np.abs(shares).argmax()
     assert row[0] == f"map {largest + 1}"
-    assert float(row[1].replace("−", "-")) == pytest.approx(shares[largest], abs=0.002)
+    assert to_number(row[1]) == pytest.approx(shares[largest], abs=0.002)
 
 
 @needs_browser
@@ -460,6 +675,7 @@ def test_it_fits_and_everyone_can_read_it(request, which, width, scheme):
 
     with open_page(width, 900, color_scheme=scheme) as page:
         page.goto((request.getfixturevalue(which) / build_page.PAGE).as_uri())
+        page.evaluate("folds.forEach((fold) => (fold.open = true))")
         assert page.evaluate("document.documentElement.scrollWidth") == width
         found = Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
@@ -541,7 +757,8 @@ def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
 
     assert make_page(built).stdout == "page/fashion-cnn.html: open it in a browser\n"
     missing = make_page(workspace)
-    fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes\n"
+    fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes; "
+    fault += "docs/page.html has the committed CNNs\n"
     assert (missing.returncode, missing.stderr) == (1, fault)
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 import small_stages as small
+from fashion_cnn.data import fashion_mnist
 from fashion_cnn.data.fashion_mnist import CLASSES
-from fashion_cnn.lesson import figures
+from fashion_cnn.lesson import figures, plain_loop
 from fashion_cnn.lesson.by_hand import layers
 from fashion_cnn.models.cnns import build_cnn, build_toy_cnn, fresh
 from fashion_cnn.project.errors import StageError
@@ -65,6 +68,45 @@ def test_a_plain_training_gives_the_written_weights_and_train_metrics(results, i
     for name, tensor in load_file(folder / f"models/cnn_{images}.safetensors").items():
         # Adam's steps are of one size, so a rounding error can turn a few that have no direction.
         assert (tensor - weights[name]).abs().mean() < 0.02 * PARAMS["train_cnn"]["learning_rate"], name
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_the_plain_loop_prints_the_numbers_of_the_training(results, images, capsys):
+    folder = results.rerun("train_cnn", images)
+    capsys.readouterr()
+    with small.small_data(folder) as patch:
+        patch.setattr("sys.argv", ["plain_loop", images])
+        plain_loop.main()
+    printed = [
+        {name: float(value) for name, value in (word.split(" ") for word in line.split(", "))}
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    for row, written in zip(printed, table(folder / f"metrics/train_cnn/{images}.csv"), strict=True):
+        assert row["train_loss"] == pytest.approx(float(written["train_loss"]), rel=1e-3)
+        for name in ("train_accuracy", "val_accuracy"):
+            assert row[name] == pytest.approx(float(written[name]), abs=0.02)
+
+
+def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
+    """Its cells in order, as Jupyter runs them; every figure that it shows has something drawn."""
+    notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    for stage in (("train_cnn", "original"), ("train_cnn", "augmented"), ("build_toy_tensors",)):
+        results.need(*stage)
+    folder, shown, names = results.folder, [], {}
+    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    matplotlib.use("Agg")
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: shown.append(len(plt.gcf().axes)))
+    with small.small_data(folder, fashion_mnist):
+        for cell in cells:
+            exec("".join(cell["source"]), names)
+            plt.close("all")
+    assert shown == [1, 10, 1]
+    assert names["outputs"].ravel() == pytest.approx(names["by_torch"].ravel(), abs=1e-6)
+    assert names["kernel_gradient"] == pytest.approx(names["model"][0].weight.grad.numpy(), abs=1e-6)
+    assert [row["epoch"] for row in names["rows"]] == [1]
+    assert len(names["accuracies"]) == 11
 
 
 def test_a_plain_training_gives_the_written_toy_and_its_curve(results):
@@ -153,7 +195,12 @@ def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(results, image
     written = mistakes["surest"]
     assert mistakes["test_mistakes"] == len(confidences)
     assert [row["image"] for row in written] == surest
-    for number, row in zip(surest, written, strict=True):
+    firsts: dict[tuple[int, int], int] = {}
+    for number in sorted(confidences, key=confidences.get, reverse=True):
+        firsts.setdefault((labels[number], probabilities[number].argmax()), number)
+    written_firsts = mistakes["of_each_kind"]
+    assert [row["image"] for row in written_firsts] == list(firsts.values())
+    for number, row in zip([*surest, *firsts.values()], [*written, *written_firsts], strict=True):
         assert row["pixels"] == pixels[number].tobytes().hex()
         assert row["label"] == CLASSES[labels[number]]
         assert row["prediction"] == CLASSES[probabilities[number].argmax()]

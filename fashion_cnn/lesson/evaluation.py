@@ -33,12 +33,15 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
     ]
 
 
-def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count: int) -> list[dict]:
-    """The `count` wrong predictions of which the model is surest, surest first."""
+def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count: int) -> dict[str, list]:
+    """The wrong predictions of which the model is surest, surest first.
+
+    `surest`: the first `count`. `of_each_kind`: the first of each pair of label and prediction.
+    """
     confidences, predictions = logits.softmax(1).max(1)
     wrong = np.flatnonzero(predictions.numpy() != labels)
-    order = wrong[np.argsort(-confidences.numpy()[wrong], kind="stable")][:count]
-    return [
+    order = wrong[np.argsort(-confidences.numpy()[wrong], kind="stable")]
+    rows = [
         {
             "image": int(index),
             "label": CLASSES[labels[index]],
@@ -48,6 +51,10 @@ def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count
         }
         for index in order
     ]
+    kinds: dict[tuple, dict] = {}
+    for row in rows:
+        kinds.setdefault((row["label"], row["prediction"]), row)
+    return {"surest": rows[:count], "of_each_kind": list(kinds.values())}
 
 
 def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict:

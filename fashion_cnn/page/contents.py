@@ -20,13 +20,14 @@ POINTS = 500  # of a curve; a longer one is thinned
 TOY_MOMENT = {"epoch": INTEGER} | dict.fromkeys(PARAMETERS, NUMBER)
 
 
-def toy(images: np.ndarray, labels: np.ndarray) -> dict:
+def toy(images: np.ndarray, labels: np.ndarray, learning_rate: float) -> dict:
     """Part 1: both images (2, 1, 4, 4), the trained model, and how its parameters and its loss went."""
     model = load_weights(build_toy_cnn(), TOY.weights)
     moments = read_table(TOY_HISTORY, TOY_MOMENT)
     return {
         "images": [plain(image) for image in images],
         "labels": labels.tolist(),
+        "learning_rate": learning_rate,
         "layers": layers(model, plain),
         "moments": [[row[name] for name in ("epoch", *PARAMETERS)] for row in moments],
         "curve": curve(read_table(TOY.curve, results.TOY_CURVE)),
@@ -46,11 +47,18 @@ def cnn(training: Training) -> dict:
         "shifts": columns(read_rows(training.evaluated, "shifts", results.SHIFT_COLUMNS)),
         "rotations": columns(read_rows(training.evaluated, "rotations", results.ROTATION_COLUMNS)),
         "confusion": [[counts[actual, predicted] for predicted in CLASSES] for actual in CLASSES],
-        "mistakes": [
-            row | {"pixels": pixels(row["pixels"]), "confidence": number(row["confidence"])}
-            for row in read_rows(training.mistakes, "surest", results.MISTAKES)
-        ],
+        "mistakes": mistakes(training),
     }  # fmt: skip
+
+
+def mistakes(training: Training) -> list[dict]:
+    """The surest mistakes of all, and the surest of each kind, each once."""
+    found = {}
+    for part in ("surest", "of_each_kind"):
+        for row in read_rows(training.mistakes, part, results.MISTAKES):
+            packed = pixels(row["pixels"])
+            found[packed] = row | {"pixels": packed, "confidence": number(row["confidence"])}
+    return list(found.values())
 
 
 def examples(images: np.ndarray, labels: np.ndarray, val: np.ndarray) -> list[dict]:

@@ -38,6 +38,13 @@ function tint(value, largest) {
   return `color-mix(in srgb, var(--${value < 0 ? "negative" : "positive"}) ${share.toFixed(1)}%, var(--card))`;
 }
 
+// What the colours of cells mean.
+function draw_legend(place, largest) {
+  const bar = element("i", {});
+  bar.style.background = `linear-gradient(to right, ${[-largest, 0, largest].map((value) => tint(value, largest)).join(", ")})`;
+  place.replaceChildren(shown(-largest, 2), bar, shown(largest, 2));
+}
+
 function largest_of(values) {
   return values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
 }
@@ -76,15 +83,48 @@ function draw_tiles(canvas, values, [count, height, width], columns, color, zoom
     const x = gap + (tile % columns) * (wide + gap),
       y = gap + Math.floor(tile / columns) * (high + gap);
     context.putImageData(picture, x, y);
-    if (tile === chosen) frame(canvas, x - gap, y - gap, wide + 2 * gap, high + 2 * gap, gap);
   }
+  if (chosen >= 0) frame_tile(canvas, [count, height, width], columns, zoom, chosen, "--lit");
 }
 
-function frame(canvas, x, y, width, height, line) {
+function frame(canvas, x, y, width, height, line, color = "--lit") {
   const context = canvas.getContext("2d");
-  context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--lit");
+  context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue(color);
   context.lineWidth = line;
   context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
+}
+
+// A frame about one of the tiles that draw_tiles has drawn.
+function frame_tile(canvas, [, height, width], columns, zoom, tile, color) {
+  const gap = 3,
+    [wide, high] = [width * zoom + gap, height * zoom + gap];
+  frame(
+    canvas,
+    (tile % columns) * wide,
+    Math.floor(tile / columns) * high,
+    wide + gap,
+    high + gap,
+    gap,
+    color,
+  );
+}
+
+function dot(canvas, x, y) {
+  const context = canvas.getContext("2d");
+  context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink");
+  context.beginPath();
+  context.arc(x, y, 3, 0, 2 * Math.PI);
+  context.fill();
+}
+
+// What the colours of these values mean; `color` is theirs, as red, green and blue.
+function draw_scale(place, values, color) {
+  const largest = largest_of(values),
+    lowest = values.some((value) => value < 0) ? -largest : 0;
+  const stops = Array.from({length: 21}, (_, at) => color(lowest + ((largest - lowest) * at) / 20));
+  const bar = element("i", {});
+  bar.style.background = `linear-gradient(to right, ${stops.map((stop) => `rgb(${stop.map(Math.round).join(" ")})`).join(", ")})`;
+  place.replaceChildren(shown(lowest, 2), bar, shown(largest, 2));
 }
 
 // By the root, so that small values can be seen beside large ones.
@@ -103,6 +143,19 @@ function grey(value) {
 
 function draw_image(canvas, pixels, zoom = 1) {
   draw_tiles(canvas, pixels, [1, SIDE, SIDE], 1, grey, zoom);
+}
+
+// An image with the square of it from which a cell is made.
+function draw_field(canvas, pixels, {top, left, size}) {
+  const zoom = 8;
+  draw_image(canvas, pixels, zoom);
+  frame(canvas, left * zoom, top * zoom, size * zoom, size * zoom, 2);
+  const rows = [top, top + size - 1].map((row) => Math.min(Math.max(row, 0), SIDE - 1) + 1);
+  const columns = [left, left + size - 1].map((column) => Math.min(Math.max(column, 0), SIDE - 1) + 1);
+  canvas.setAttribute(
+    "aria-label",
+    `Receptive field: rows ${rows.join(" to ")}, columns ${columns.join(" to ")}`,
+  );
 }
 
 // The ten probabilities as bars, the largest in bold. Gives its class; null if a training diverged.
@@ -182,7 +235,7 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
   }
   if (marker !== undefined) {
     const x = to_x(Math.min(Math.max(marker, first), last));
-    picture.append(svg("line", {class: "marker", x1: x, x2: x, y1: top, y2: height - bottom}));
+    picture.append(svg("line", {class: `marker ${x_label}`, x1: x, x2: x, y1: top, y2: height - bottom}));
   }
   place.replaceChildren(picture);
 }
@@ -206,7 +259,7 @@ function draw_choice(place, name, labels, choose) {
   });
 }
 
-// How a sum came about: rows of [name, input, weight], then the bias and the total.
+// How a sum came about: rows of [name, input, weight], then the bias, unless it is null, and the total.
 function draw_products(place, rows, bias, total, heads = ["", "input", "weight", "product"], left_out = "") {
   const cells = (texts, tag = "td") => texts.map((text) => element(tag, {}, text));
   const table = element("table", {}, element("tr", {}, ...cells(heads, "th")));
@@ -214,13 +267,12 @@ function draw_products(place, rows, bias, total, heads = ["", "input", "weight",
     table.append(element("tr", {}, ...cells([name, ...values.map((value) => shown(value))])));
   const ends = heads.map(() => "");
   if (left_out) table.append(element("tr", {}, ...cells(left_out)));
-  table.append(element("tr", {}, ...cells(["bias", ...ends.slice(2), shown(bias)])));
+  if (bias !== null) table.append(element("tr", {}, ...cells(["bias", ...ends.slice(2), shown(bias)])));
   table.append(element("tr", {class: "total"}, ...cells(["sum", ...ends.slice(2), shown(total)])));
-  place.replaceChildren(
-    element(
-      "div",
-      {class: "scroll", tabindex: 0, role: "region", "aria-label": "How the value is made"},
-      table,
-    ),
-  );
+  place.replaceChildren(scrolled(table, "How the value is made"));
+}
+
+// What is wider than a narrow screen scrolls by itself.
+function scrolled(wide, label) {
+  return element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": label}, wide);
 }

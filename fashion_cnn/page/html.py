@@ -6,7 +6,20 @@ from pathlib import Path
 PAGE = Path("page/fashion-cnn.html")
 HERE = Path(__file__).parent
 # Each uses those before it.
-SCRIPTS = ("network", "move", "draw", "toy", "cnn", "results", "moved", "start")
+SCRIPTS = (
+    "network",
+    "move",
+    "draw",
+    "attribution",
+    "step",
+    "toy",
+    "conv",
+    "end",
+    "cnn",
+    "results",
+    "moved",
+    "start",
+)
 
 
 def html(contents: dict) -> str:

@@ -32,7 +32,7 @@ function start_moved(contents, networks) {
       axis: "degrees counterclockwise",
     },
   };
-  let pixels, label; // of the chosen image
+  let pixels, label, before; // of the chosen image: the last are each CNN's outputs before it is moved
   const keep = {};
 
   for (const [key, {title, unit, amounts}] of Object.entries(sliders)) {
@@ -80,14 +80,11 @@ function start_moved(contents, networks) {
   function update() {
     const moved = shift(rotate(pixels, amount("angle")), amount("x"), amount("y"));
     draw_image(by_id("moved-image"), moved);
-    const read = names.map((name) =>
-      draw_bars(
-        by_id(`moved-${name}`),
-        contents.classes,
-        softmax(logits(networks[name], to_input(moved), contents.cnns[name].views)).values,
-        name,
-      ),
-    );
+    const read = names.map((name) => {
+      const {steps, logits} = look_at(networks[name], to_input(moved), contents.cnns[name].views);
+      explain(name, steps);
+      return draw_bars(by_id(`moved-${name}`), contents.classes, softmax(logits).values, name);
+    });
     by_id("moved-label").textContent =
       `${label}. ` +
       names
@@ -113,11 +110,62 @@ function start_moved(contents, networks) {
       `Curves: evaluate_cnn, n = ${shifts.n[0].toLocaleString("en")} test images at each point, one kind of movement at a time.`;
   }
 
+  // Which places speak for the label and which for its strongest rival, before the move and after it.
+  function explain(name, steps) {
+    const layers = networks[name],
+      own = contents.classes.indexOf(label),
+      rival = best(steps.at(-1).values, own),
+      signs = signs_of(own, rival);
+    if (rival < 0) return; // its training diverged
+    const parts = [before[name], steps].map((one) => attribute(layers, one, signs));
+    const [, , width] = parts[0].shape,
+      grids = parts.map(by_place),
+      largest = largest_of(grids.flat());
+    const what = `${label} − ${contents.classes[rival]}`,
+      legend = element("div", {class: "scale"});
+    draw_legend(legend, largest);
+    by_id(`moved-${name}-places`).replaceChildren(
+      element("p", {class: "note"}, `What each place of the last maps adds to ${what}:`),
+      element(
+        "div",
+        {class: "pair"},
+        ...["as it is", "moved"].map((caption, number) => {
+          const cells = element("div", {class: "cells small"});
+          draw_places(cells, grids[number], width, largest);
+          return element("figure", {}, element("figcaption", {}, caption), cells);
+        }),
+      ),
+      legend,
+      element("p", {class: "note"}, told(what, grids, parts, width)),
+    );
+  }
+
+  function told(what, grids, parts, width) {
+    const [first, second] = grids.map(
+      (grid, number) => grid.reduce((sum, value) => sum + value, 0) + parts[number].bias,
+    );
+    if (!Number.isFinite(first + second)) return "";
+    const total = `${what}: ${shown(first, 1)} as it is, ${shown(second, 1)} moved.`;
+    const changes = grids[0].map((value, place) => grids[1][place] - value);
+    if (first === second || changes.length === 1) return total;
+    const toward = Math.sign(second - first); // of the places that go the same way, the one that goes furthest
+    const most = changes.reduce(
+      (top, value, place) => (toward * value > toward * changes[top] ? place : top),
+      0,
+    );
+    const where = `row ${Math.floor(most / width) + 1}, column ${(most % width) + 1}`;
+    return (
+      `${total} Of the change of ${shown(second - first, 1)}, ${shown(changes[most], 1)} is at ${where}, where the ` +
+      "same weights now meet another part of the image."
+    );
+  }
+
   return {
     update,
     see(chosen, name) {
       pixels = chosen;
       label = name;
+      before = Object.fromEntries(names.map((one) => [one, forward(networks[one], to_input(pixels))]));
       update();
     },
   };

@@ -136,6 +136,12 @@ function logits(layers, image, views) {
   return mean(both(image), mean(both(shifted(image, 1)), both(shifted(image, -1))));
 }
 
+// One look at an image: the outputs of every layer for the image itself, and the logits from all views.
+function look_at(layers, image, views) {
+  const steps = forward(layers, image);
+  return {steps, logits: views === 1 ? steps.at(-1) : logits(layers, image, views)};
+}
+
 function mean(one, other) {
   const {shape, values} = add(one, other);
   return {shape, values: values.map((value) => value / 2)};

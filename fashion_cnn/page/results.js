@@ -27,13 +27,13 @@ function draw_results(contents, name) {
       element("i", {class: "key original"}),
       "original ",
       element("i", {class: "key augmented"}),
-      `augmented; lines: val, dots: train.${step > 1 ? ` One epoch in ${step} is drawn.` : ""}`,
+      `augmented; lines: val, dashes: train.${step > 1 ? ` One epoch in ${step} is drawn.` : ""}`,
     ),
   );
   draw_confusion(contents, name);
 }
 
-// Pressing a cell shows its images among the surest mistakes; a second press releases it.
+// Pressing a cell shows its surest mistakes; a second press releases it.
 function draw_confusion(contents, name) {
   const {confusion, mistakes} = contents.cnns[name],
     {classes} = contents;
@@ -48,7 +48,7 @@ function draw_confusion(contents, name) {
     );
     buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
     by_id("cnn-confusion-note").textContent =
-      `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, of which the surest mistakes are shown: ${found.length}.`;
+      `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, and the surest of them.`;
     by_id("cnn-mistakes").replaceChildren(
       ...found.map((row) => {
         const canvas = element("canvas", {
@@ -92,11 +92,7 @@ function draw_confusion(contents, name) {
     element("tr", {}, element("td", {}), ...classes.map((label) => element("th", {scope: "col"}, label))),
   );
   by_id("cnn-confusion").replaceChildren(
-    element(
-      "div",
-      {class: "scroll", tabindex: 0, role: "region", "aria-label": "Confusion matrix"},
-      element("table", {}, head, element("tbody", {}, ...body)),
-    ),
+    scrolled(element("table", {}, head, element("tbody", {}, ...body)), "Confusion matrix"),
   );
   by_id("cnn-mistakes").replaceChildren();
   by_id("cnn-confusion-note").textContent = "Framed cells have images: press one.";

@@ -13,3 +13,10 @@ const parts = [start_toy(contents.toy), start_cnn(contents, networks, moved.see)
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   parts.forEach((update) => update()),
 );
+
+// On a narrow screen the parts are folded, but the first; a link to one opens it.
+const folds = [...document.querySelectorAll("details")];
+if (matchMedia("(max-width: 44rem)").matches) folds.slice(1).forEach((fold) => (fold.open = false));
+for (const link of document.querySelectorAll("nav a"))
+  link.addEventListener("click", () => (document.querySelector(link.hash).open = true));
+addEventListener("beforeprint", () => folds.forEach((fold) => (fold.open = true)));

@@ -19,16 +19,24 @@ function start_toy(toy) {
   const edited = []; // every cell that can be edited, and where its number is kept
   const cells = new Map(); // those of results
 
-  function restore() {
+  function restore(moment) {
     images = toy.images.map(unpack);
-    by_id("toy-moment").value = moments;
-    go_to(moments);
+    by_id("toy-moment").value = moment;
+    go_to(moment);
   }
 
   function go_to(moment) {
     layers = layers_of(moment);
     moment_of = layers_of(moment);
+    learning.restart();
     update();
+  }
+
+  // An early moment, at which there is something left to learn: the loss has come down by half.
+  function half_way() {
+    const {epoch, train_loss} = toy.curve;
+    const half = epoch[train_loss.findIndex((loss) => loss <= train_loss[0] / 2)] ?? toy.curve.epochs;
+    return toy.moments.findIndex(([at]) => at >= half);
   }
 
   // The parameters after a moment of the training; after the last they are those of the weights themselves.
@@ -45,12 +53,13 @@ function start_toy(toy) {
   function editable(label, find, place) {
     const input = element("input", {
       class: "cell",
-      type: "number",
-      step: "any",
+      inputmode: "decimal",
       "aria-label": label,
       oninput: () => {
-        if (input.value === "" || !Number.isFinite(input.valueAsNumber)) return;
-        find().values[place] = input.valueAsNumber;
+        const value = input.value.trim() === "" ? NaN : Number(input.value.replace("−", "-"));
+        input.setAttribute("aria-invalid", !Number.isFinite(value));
+        if (!Number.isFinite(value)) return;
+        find().values[place] = value;
         update(input);
       },
       onblur: () => update(),
@@ -126,7 +135,7 @@ function start_toy(toy) {
     );
     by_id("toy-moment").max = moments;
     by_id("toy-moment").addEventListener("input", (event) => go_to(Number(event.target.value)));
-    by_id("toy-restore").addEventListener("click", restore);
+    by_id("toy-restore").addEventListener("click", () => restore(moments));
   }
 
   // `typing` is the cell in which somebody types: its text is left alone.
@@ -149,7 +158,10 @@ function start_toy(toy) {
     for (const {input, find, place} of edited) {
       const kept = find(),
         value = kept.values[place];
-      if (input !== typing) input.value = Number(value.toFixed(3));
+      if (input !== typing) {
+        input.value = String(Number(value.toFixed(3))).replace("-", "−");
+        input.removeAttribute("aria-invalid");
+      }
       input.style.background = tint(value, largest);
       const changed = untouched.get(kept)[place] !== value;
       input.classList.toggle("changed", changed);
@@ -163,9 +175,11 @@ function start_toy(toy) {
     }
     light(steps);
     const [layer, place] = looked_at;
+    draw_legend(by_id("toy-legend"), largest);
     by_id("toy-working-title").textContent = cells.get(`${layer},${place}`).getAttribute("aria-label");
     explain(layer, place, steps);
     tell(through, changes);
+    learning.update();
   }
 
   // The cells from which the one that is looked at is made.
@@ -181,6 +195,9 @@ function start_toy(toy) {
       }
     }
     if (layer === pool) for (let cell = 0; cell < 4; cell++) lit.add(cells.get(`${conv},${cell}`));
+    const winner = best(steps[conv].values);
+    for (let cell = 0; cell < 4; cell++)
+      cells.get(`${conv},${cell}`).classList.toggle("winner", cell === winner);
     if (layer === zero) lit.add(cells.get(`${pool},0`));
     if (layer === dense)
       lit
@@ -207,7 +224,8 @@ function start_toy(toy) {
       draw_products(target, rows, layers[conv].bias.values[0], out, ["cell", "pixel", "kernel", "product"]);
     } else if (layer === pool) {
       say(
-        `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}.`,
+        `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}, of ` +
+          `${two(best(steps[conv].values), 2)}.`,
       );
     } else if (layer === zero) {
       const value = steps[pool].values[0];
@@ -231,8 +249,10 @@ function start_toy(toy) {
   function tell(through, changes) {
     const moment = Number(by_id("toy-moment").value),
       epoch = toy.moments[moment][0],
-      total = toy.curve.epochs;
-    by_id("toy-epoch").textContent = `after epoch ${epoch} of ${total}${changes ? ", edited" : ""}`;
+      total = toy.curve.epochs,
+      made = learning.steps();
+    by_id("toy-epoch").textContent =
+      `after epoch ${epoch} of ${total}${made ? ` and ${made} step${made > 1 ? "s" : ""}` : changes ? ", edited" : ""}`;
     by_id("toy-moment").setAttribute("aria-valuetext", `after epoch ${epoch}`);
     const outputs = through.map((steps) => steps[end].values[0]);
     const losses = outputs.map((output, number) =>
@@ -258,6 +278,11 @@ function start_toy(toy) {
   }
 
   build();
-  restore();
+  const learning = start_step(
+    toy,
+    () => ({layers, images}),
+    () => update(),
+  );
+  restore(half_way());
   return update;
 }

@@ -1,4 +1,10 @@
-"""Part 2 of the lesson: training the CNN, one epoch after the other."""
+"""Part 2 of the lesson: training the CNN, one epoch after the other.
+
+fashion_cnn/lesson/plain_loop.py is the same without what this adds: images that stay on the device as uint8,
+so that a step fetches none (0.4 ms of the lesson's 35 ms); sums of loss and hits that are read once an epoch,
+since reading them makes a GPU wait; a checkpoint after each epoch; flips, shifts, pruning and a schedule for
+the recipes; a CUDA graph of the step.
+"""
 
 import math
 import time
@@ -40,8 +46,6 @@ def train_cnn(
     of `data.val`. `on_epoch` is called with each row and its images per second. Everything random comes from
     (params.seed, epoch), so a training that resumes from `checkpoint` ends in the same weights.
     """
-    # The whole set stays on the device as uint8, a quarter of its size as float32; a step cuts its
-    # batch from there, where the lesson's Dataset fetches image by image (0.4 ms of its 35 ms step).
     images = torch.from_numpy(data.pool).to(device)  # (V, N, 28, 28)
     targets = torch.from_numpy(data.labels).to(device, torch.int64)  # (N,)
     to_device(model, device)

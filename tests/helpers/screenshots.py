@@ -1,7 +1,11 @@
-"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/helpers/screenshots.py"""
+"""Make docs/page.html and docs/pictures/ anew from this project's page and runs.
+
+Usage: python tests/helpers/screenshots.py
+"""
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,28 +16,36 @@ from browser import open_page, see_table
 from servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "page/fashion-cnn.html"
 PICTURES = ROOT / "docs/pictures"
+DRESS = 9  # one of the page's images
 
 
 def main() -> None:
     """Look at the page and at MLflow's UI."""
+    shutil.copy(PAGE, ROOT / "docs/page.html")
     take_page()
     take_mlflow()
 
 
 def take_page() -> None:
-    """The toy at an early epoch, and an image that is shifted."""
+    """The toy at an early epoch, the last maps' places, and an image that moves, as an animation."""
     with open_page(1160, 1000) as page:
-        page.goto((ROOT / "page/fashion-cnn.html").as_uri())
-        page.locator("#toy-moment").evaluate("slider => slider.value = 4")
-        page.locator("#toy-moment").dispatch_event("input")
+        page.goto(PAGE.as_uri())
         page.get_by_role("button", name="Convolution, row 2, column 1").click()
         save("page-toy.png", page.locator("#toy").screenshot())
-        page.locator("#picker button").nth(21).click()
-        for _ in range(4):
-            page.locator("#moved-x").press("ArrowLeft")
-        page.locator("#moved-image").click()  # the slider loses its frame
-        save("page-moved.png", page.locator("#moved").screenshot())
+        page.locator("#picker button").nth(DRESS).click()
+        save("page-places.png", page.locator("#cnn-end").screenshot())
+        hidden = "header, main > :not(#moved), #moved > summary ~ p, #moved-curves, #moved-note, footer"
+        page.add_style_tag(content=f"{hidden} {{ display: none }}")
+        box = page.locator("#moved").bounding_box() | {"height": 800}
+        frames = []
+        for by in (0, 1, 2, 3, 4, 5, 3, 1, -1, -2, -3, -4, -5, -3, -1):
+            page.locator("#moved-x").evaluate("(slider, by) => (slider.value = by)", by)
+            page.locator("#moved-x").dispatch_event("input")
+            frames.append(picture(page.screenshot(clip=box)).resize((800, 571), Image.Resampling.LANCZOS))
+    moved = PICTURES / "page-moved.webp"
+    frames[0].save(moved, save_all=True, append_images=frames[1:], duration=700, loop=0, quality=80, method=6)
 
 
 def take_mlflow() -> None:
@@ -53,8 +65,12 @@ def take_mlflow() -> None:
 
 def save(name: str, png: bytes) -> None:
     """Write a picture with 128 colours, a third of the bytes."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    picture.save(PICTURES / name, optimize=True)
+    picture(png).quantize(128, dither=Image.Dither.NONE).save(PICTURES / name, optimize=True)
+
+
+def picture(png: bytes) -> Image.Image:
+    """A screenshot without its transparency."""
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 if __name__ == "__main__":

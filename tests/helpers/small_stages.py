@@ -7,7 +7,10 @@ import csv
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -127,19 +130,26 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     module, tracking = importlib.import_module(f"stages.{stage}"), MagicMock()
     tracking.open_run.return_value.__exit__.return_value = False
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("FASHION_CNN_ROOT", str(folder))
+    with small_data(folder, module) as patch:
         patch.setattr("sys.argv", [stage, *arguments])
-        for name, (file, shape) in FILES.items():
-            for reader in (module, train_data):
-                if hasattr(reader, name):
-                    patch.setattr(reader, name, IdxFile(file, shape, ""))
         for name in ("open_run", "StageRecords"):
             if hasattr(module, name):
                 patch.setattr(module, name, getattr(tracking, name))
         module.main()
     return tracking
+
+
+@contextmanager
+def small_data(folder: Path, *modules: ModuleType) -> Iterator[pytest.MonkeyPatch]:
+    """In `folder`, have `modules` and load_train_data read its files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("FASHION_CNN_ROOT", str(folder))
+        for name, (file, shape) in FILES.items():
+            for reader in (*modules, train_data):
+                if hasattr(reader, name):
+                    patch.setattr(reader, name, IdxFile(file, shape, ""))
+        yield patch
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,179 @@
+"use strict";
+
+// Part 1, a step of learning: the gradient of one image's loss, and what Adam makes of it.
+
+// The loss of one image, as torch's binary cross-entropy, and its gradients by the chain rule: those of the twelve
+// parameters in torch's order, and what reaches each layer on the way back.
+function toy_gradients(layers, image, label) {
+  const steps = forward(layers, image),
+    [conv, pool, zero, dense] = ["Conv2d", "MaxPool2d", "ReLU", "Linear"].map((kind) =>
+      layers.findIndex(({type}) => type === kind),
+    );
+  const output = steps.at(-1).values[0],
+    loss = Math.min(100, -Math.log(label ? output : 1 - output));
+  const slope = output * (1 - output), // of the sigmoid
+    to_linear = ((output - label) / Math.max(slope, 1e-12)) * slope, // torch's guard against division by zero
+    to_relu = to_linear * layers[dense].weight.values[0],
+    to_pool = steps[pool].values[0] > 0 ? to_relu : 0,
+    winner = best(steps[conv].values);
+  const top = Math.floor(winner / 2),
+    left = winner % 2,
+    patch = Array.from({length: 9}, (_, at) => (top + Math.floor(at / 3)) * 4 + left + (at % 3));
+  const gradients = [
+    ...patch.map((pixel) => to_pool * image.values[pixel]),
+    to_pool,
+    to_linear * steps[zero].values[0],
+    to_linear,
+  ];
+  return {loss, gradients, to_linear, to_pool, winner, patch, input: steps[zero].values[0]};
+}
+
+// Adam (Kingma and Ba, arXiv 1412.6980), with torch's defaults. Gives each parameter's step, and the state after it.
+function adam({count, means, squares}, gradients, rate) {
+  const next = {
+    count: count + 1,
+    means: means.map((mean, at) => 0.9 * mean + 0.1 * gradients[at]),
+    squares: squares.map((square, at) => 0.999 * square + 0.001 * gradients[at] ** 2),
+  };
+  const steps = next.means.map((mean, at) => {
+    const size = Math.sqrt(next.squares[at] / (1 - 0.999 ** next.count)) + 1e-8;
+    return (-rate * (mean / (1 - 0.9 ** next.count))) / size;
+  });
+  return {steps, next};
+}
+
+function no_steps() {
+  return {count: 0, means: Array(12).fill(0), squares: Array(12).fill(0)};
+}
+
+const PARAMETERS = [
+  ...Array.from({length: 9}, (_, at) => `kernel ${Math.floor(at / 3) + 1}, ${(at % 3) + 1}`),
+  "kernel's bias",
+  "weight",
+  "bias",
+];
+
+// `now` gives the layers and both images as they are; `stepped` is called after they have changed.
+function start_step(toy, now, stepped) {
+  let state,
+    looked_at = 0;
+
+  // Where each of the twelve parameters is kept.
+  function kept() {
+    const found = now()
+      .layers.filter(({weight}) => weight)
+      .flatMap(({weight, bias}) => [weight, bias]);
+    return found.flatMap(({values}) => [...values.keys()].map((at) => ({values, at})));
+  }
+
+  function next() {
+    const {layers, images} = now(),
+      turn = state.count % 2; // one image a step, in order, as the training does
+    const found = toy_gradients(layers, images[turn], toy.labels[turn]);
+    return {...found, turn, ...adam(state, found.gradients, toy.learning_rate)};
+  }
+
+  function step(count) {
+    const before = mean_loss();
+    for (let made = 0; made < count; made++) {
+      const found = next();
+      kept().forEach(({values, at}, number) => (values[at] += found.steps[number]));
+      state = found.next;
+    }
+    stepped();
+    by_id("step-note").textContent =
+      `After ${state.count} step${state.count > 1 ? "s" : ""} from here: the mean loss of both images was ` +
+      `${shown(before, 6)} before ${count > 1 ? `the last ${count}` : "the last one"}, and is ${shown(mean_loss(), 6)}.`;
+  }
+
+  function mean_loss() {
+    const {layers, images} = now();
+    return images.reduce((sum, image, at) => sum + toy_gradients(layers, image, toy.labels[at]).loss, 0) / 2;
+  }
+
+  function update() {
+    const found = next(),
+      largest = largest_of(found.gradients);
+    by_id("step-turn").textContent =
+      `The next step takes the image with label ${toy.labels[found.turn]}. Its loss is ${shown(found.loss, 6)}.`;
+    const rows = kept().map(({values, at}, number) => {
+      const look = () => {
+        looked_at = number;
+        update();
+      };
+      const name = element(
+        "button",
+        {type: "button", class: "name", onclick: look, onmouseenter: look},
+        PARAMETERS[number],
+      );
+      name.setAttribute("aria-pressed", number === looked_at);
+      const change = found.steps[number],
+        gradient = element("td", {}, shown(found.gradients[number]));
+      gradient.style.background = tint(found.gradients[number], largest);
+      return element(
+        "tr",
+        {},
+        element("td", {}, name),
+        element("td", {}, shown(values[at])),
+        gradient,
+        element("td", {}, `${change > 0 ? "↑" : change < 0 ? "↓" : ""} ${shown(Math.abs(change), 5)}`),
+        element("td", {}, shown(values[at] + change)),
+      );
+    });
+    const heads = ["", "value", "gradient", "step", "new value"].map((text) => element("th", {}, text));
+    const focus = document.activeElement?.classList.contains("name") ? looked_at : -1;
+    by_id("step-table").replaceChildren(
+      scrolled(element("table", {}, element("tr", {}, ...heads), ...rows), "The step"),
+    );
+    if (focus >= 0) by_id("step-table").querySelectorAll(".name")[focus].focus();
+    explain(found);
+  }
+
+  // How the gradient that is looked at is made.
+  function explain({to_linear, to_pool, winner, patch, input, gradients, turn}) {
+    const {images} = now(),
+      cell = `row ${Math.floor(winner / 2) + 1}, column ${(winner % 2) + 1}`;
+    by_id("step-title").textContent = `Gradient of ${PARAMETERS[looked_at]}`;
+    const lines = [`P(label 1) minus the label is ${shown(to_linear)}. This reaches the linear layer.`];
+    if (to_pool === 0) {
+      lines.push(
+        "The ReLU is off for this image, so it passes 0 back: the kernel learns nothing from this image.",
+      );
+    } else {
+      lines.push(
+        `Times the weight, it is ${shown(to_pool)}. The ReLU is on and passes it back to the largest cell of the ` +
+          `convolution, ${cell}. The other three cells get 0, because pooling passed on the largest alone.`,
+      );
+    }
+    const value = gradients[looked_at];
+    if (looked_at < 9) {
+      const pixel = patch[looked_at];
+      lines.push(
+        `When that cell was made, this weight met the pixel in row ${Math.floor(pixel / 4) + 1}, column ${(pixel % 4) + 1}: ` +
+          `${shown(to_pool)} × ${shown(images[turn].values[pixel])} = ${shown(value)}.`,
+      );
+    } else if (looked_at === 9) {
+      lines.push(`The bias was added to that cell: ${shown(value)}.`);
+    } else if (looked_at === 10) {
+      lines.push(
+        `This weight met the value after the ReLU: ${shown(to_linear)} × ${shown(input)} = ${shown(value)}.`,
+      );
+    } else {
+      lines.push(`This bias was added to the result: ${shown(value)}.`);
+    }
+    by_id("step-working").replaceChildren(...lines.map((line) => element("p", {}, line)));
+  }
+
+  by_id("step-one").addEventListener("click", () => step(1));
+  by_id("step-ten").addEventListener("click", () => step(10));
+
+  return {
+    update,
+    // Forget what Adam has kept, as at the begin of a training.
+    restart() {
+      state = no_steps();
+      by_id("step-note").textContent = "";
+    },
+    steps: () => state.count,
+  };
+}
