@@ -103,6 +103,28 @@ def test_the_answers_of_the_lesson_are_the_committed_results():
         assert words in answers, words
 
 
+@pytest.mark.committed
+def test_the_model_card_has_the_committed_results():
+    rows = {
+        "as they are": [],
+        "shifted by ±3 px": [],
+        "rotated by ±15°": [],
+        "recall of Shirt, the lowest": [],
+    }
+    for images in ("original", "augmented"):
+        path = ROOT / f"metrics/evaluate_cnn/{images}"
+        test = json.loads(path.with_suffix(".json").read_text())
+        with path.with_name(f"{images}_per_class.csv").open() as file:
+            recall, name = min((float(row["recall"]), row["class"]) for row in csv.DictReader(file))
+        assert name == "Shirt"
+        names = ("test_accuracy", "test_accuracy_shift_3px", "test_accuracy_rotation_15deg")
+        for cells, value in zip(rows.values(), [*(test[one] for one in names), recall], strict=True):
+            cells.append(f"{100 * value:.1f} %")
+    card = (ROOT / "docs/model_card.md").read_text()
+    for row, cells in rows.items():
+        assert f"| {row} | {' | '.join(cells)} |" in card
+
+
 def seed_runs() -> list[dict[str, str]]:
     with (ROOT / "benchmarks/seeds.csv").open() as file:
         return list(csv.DictReader(file))
