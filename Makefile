@@ -1,6 +1,6 @@
 # Everything to set up and run the project. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-team repro check test test-team committed seeds soak mutate bench ladder clean
+.PHONY: help setup setup-team repro check test test-team committed ci seeds soak mutate bench ladder clean
 
 # The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
@@ -27,8 +27,9 @@ repro: .venv/ready ## run the pipeline: only what changed reruns
 	@$(ACTIVATE) python -m fashion_cnn repro
 
 # Tests of a file stay in one process, in order: they share what takes a minute to make. Not loadgroup:
-# pytest-xdist 3.8 marks groups in a way that pytest 9.2 does not see.
-PARALLEL := --numprocesses auto --dist loadfile
+# pytest-xdist 3.8 marks groups in a way that pytest 9.2 does not see. In order of the files, since xdist's own
+# order would begin those of few tests last, and two of them take the longest.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) ruff check .
@@ -46,6 +47,10 @@ test-team: .venv/team .venv/servers ## the tests of team/, with servers on 127.0
 # For maintainers, and in CI: users' trees may hold any params and results.
 committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m committed
+
+# In one run, so that no core waits for the last test of each of three.
+ci: .venv/browser .venv/team .venv/servers check ## all of these, as CI runs them
+	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow or team or committed'
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
 	$(ACTIVATE) python -m fashion_cnn.commands.seeds
