@@ -93,11 +93,11 @@ def test_the_answers_of_the_lesson_are_the_committed_results():
     [left] = [row["shift_x"] for row in moved["shifts"] if row["pixels"] == -4]
     last = read("train_cnn/augmented.csv")[-1]
     for words in (
-        f"The first epoch has {float(read('train_toy_cnn.csv')[0]['train_loss']):.3f}",
+        f"The mean over the first epoch is {float(read('train_toy_cnn.csv')[0]['train_loss']):.3f}",
         "Shirts are read as T-shirts ({} of 1,000) and T-shirts as shirts ({} of 1,000)".format(*of_shirts),
-        f"The CNN reads {100 * moved['test_accuracy']:.0f} % of the test images",
+        f"The CNN classifies {100 * moved['test_accuracy']:.0f} % of the test images correctly",
         f"{100 * left:.0f} % (n = 5,000)",
-        f"val images ({100 * float(last['val_accuracy']):.1f} %) than on its own train images "
+        f"validation images ({100 * float(last['val_accuracy']):.1f} %) than on its own training images "
         f"({100 * float(last['train_accuracy']):.1f} %)",
     ):
         assert words in answers, words
@@ -106,7 +106,7 @@ def test_the_answers_of_the_lesson_are_the_committed_results():
 @pytest.mark.committed
 def test_the_model_card_has_the_committed_results():
     rows = {
-        "as they are": [],
+        "unmodified": [],
         "shifted by ±3 px": [],
         "rotated by ±15°": [],
         "recall of Shirt, the lowest": [],

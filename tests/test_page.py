@@ -292,7 +292,7 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
         found = steps(image)
         return [found[0][1], found[4][0], found[5][0]]
 
-    page.get_by_role("button", name="Restore the trained values").click()
+    page.locator("#toy-moment").press("End")
     page.get_by_role("radio", name="label 1").check()
     assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
     image = TOY_IMAGES[1].copy()
@@ -308,7 +308,7 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
     assert page.get_by_label("Kernel, row 3, column 2").input_value() == "2.25"
     page.get_by_label("Bias of the linear layer").fill("0.5")
     assert cells() == pytest.approx(expected(image), abs=6e-4)
-    page.get_by_role("button", name="Restore the trained values").click()
+    page.get_by_role("button", name="Undo edits and steps").click()
     model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
     assert cells() == pytest.approx(expected(TOY_IMAGES[1]), abs=6e-4)
 
@@ -389,7 +389,7 @@ def test_what_places_and_maps_add_is_gradient_times_input(request, which, one, o
 def test_the_classes_that_are_compared_can_be_chosen(page, built):
     page.locator("#end-class").select_option(label="Dress")
     page.locator("#end-rival").select_option(label="Bag")
-    assert page.locator("#end-working-title").inner_text() == "Dress − Bag"
+    assert page.locator("#end-working-title").inner_text() == "Dress − Bag, by map"
     image = np.frombuffer(base64.b64decode(page.evaluate("contents.images[0].pixels")), np.uint8)
     model = with_stored_weights(models(built)["original"])
     with torch.inference_mode():
@@ -397,7 +397,7 @@ def test_the_classes_that_are_compared_can_be_chosen(page, built):
     total = page.locator("#end-working tr.total").inner_text().split("\t")[-1]
     assert to_number(total) == pytest.approx((logits[3] - logits[8]).item(), abs=2e-4)
     page.locator("#end-rival").select_option(label="nothing")
-    assert page.locator("#end-working-title").inner_text() == "The logit of Dress"
+    assert page.locator("#end-working-title").inner_text() == "The logit of Dress, by map"
 
 
 @needs_browser
@@ -427,9 +427,9 @@ def test_the_sentence_about_a_move_has_torchs_numbers(page, built):
         rival = int(rivals.argmax())
         before, after = (logits[:, own] - logits[:, rival]).tolist()
         said = page.locator(f"#moved-{name}-places .note").last.inner_text()
-        numbers = re.match(rf"{CLASSES[own]} − {CLASSES[rival]}: (\S+) as it is, (\S+) moved", said).groups()
+        numbers = re.match(rf"{CLASSES[own]} − {CLASSES[rival]}: (\S+) unmoved, (\S+) moved", said).groups()
         assert [to_number(text) for text in numbers] == pytest.approx([before, after], abs=0.06)
-        assert "the same weights now meet another part of the image" in said
+        assert "the same weights now get another part of the image" in said
 
 
 @needs_browser
@@ -491,7 +491,7 @@ def test_with_a_dead_relu_the_kernel_does_not_move(page):
     rows = [row.split("\t") for row in page.locator("#step-table tr:has(td)").all_inner_texts()]
     assert [to_number(row[2]) for row in rows[:11]] == [0] * 11
     assert to_number(rows[11][2]) != 0
-    assert "the kernel learns nothing from this image" in page.locator("#step-working").inner_text()
+    assert "so the kernel's gradient is 0" in page.locator("#step-working").inner_text()
     before = [row[1] for row in rows]
     page.get_by_role("button", name="One step").click()
     after = [row.split("\t")[1] for row in page.locator("#step-table tr:has(td)").all_inner_texts()]
@@ -515,7 +515,7 @@ def test_the_winner_of_a_pooling_is_marked(page, built):
         )
     window = maps[0, told, 12:14, 12:14]  # the page begins in row and column 14, counted from 1
     said = chosen.locator(".note").nth(1).inner_text()
-    largest, row, column = re.search(r"largest is (\S+), in row (\d+), column (\d+)", said).groups()
+    largest, row, column = re.search(r"pooling window is (\S+), in row (\d+), column (\d+)", said).groups()
     assert to_number(largest) == pytest.approx(window.max().item(), abs=1e-4)
     assert [int(row) - 13, int(column) - 13] == list(divmod(window.argmax().item(), 2))
 
@@ -647,7 +647,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
     words = page.locator("#cnn-convs .atlases").nth(0).locator("figcaption").all_inner_texts()
     assert words[1:4] == ["Largest of each 2×2", "Batch norm", "ReLU"]
     words = page.locator("#cnn-convs .atlases").nth(1).locator("figcaption").all_inner_texts()
-    assert words[1:4] == ["Batch norm", "Plus the block's inputs", "ReLU"]
+    assert words[1:4] == ["Batch norm", "Sum with the block's input (skip connection)", "ReLU"]
     assert "the mean logits of six views" in page.locator("#cnn-bars-title").inner_text()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"

@@ -3,7 +3,8 @@
 Usage: python -m fashion_cnn.lesson.plain_loop original|augmented, after `make repro`. It trains with the
 split, seed, epochs, batch_size and learning_rate of params.yaml, prints each epoch, and writes nothing. With
 the committed params it prints the numbers of the stage train_cnn, up to rounding errors that grow with the
-steps. fashion_cnn/training/loop.py says what it adds.
+steps. The stage uses fashion_cnn/training/loop.py; its docstring
+lists what that adds.
 """
 
 from fashion_cnn.project.catalog import named_cnn

@@ -71,7 +71,7 @@ function start_cnn(contents, networks, see) {
     by_id("cnn-parameters").textContent = contents.cnns[name].parameters.toLocaleString("en");
     draw_image(by_id("cnn-image"), images[chosen], 8);
     by_id("cnn-label").textContent =
-      `${label}. The CNN ${said(read, label)}. Number ${index} of the train file.`;
+      `${label}. The CNN ${said(read, label)}. It is number ${index} of the 60,000 images and was held out for validation.`;
     convs.forEach((conv) => conv.update({layers, steps, input, pixels: images[chosen]}));
     end.update(layers, steps, views, images[chosen]);
   }

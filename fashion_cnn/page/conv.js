@@ -71,7 +71,11 @@ function start_conv(network, place, number, mark) {
           {},
           element("label", {class: "slider"}, element("span", {}, "Map ", told), slider),
           one,
-          element("p", {class: "note"}, "Point at a cell, or move with the arrow keys."),
+          element(
+            "p",
+            {class: "note"},
+            `Point at a cell, or move with the arrow keys.${channels > 1 ? " Press an input map in the table to open it; a dark frame marks it above." : ""}`,
+          ),
           pooled,
         ),
         element(
@@ -84,7 +88,7 @@ function start_conv(network, place, number, mark) {
           "div",
           {class: "fields"},
           channels > 1 ? element("figure", {}, of_read, read) : "",
-          figure("The pixels it is made of", field),
+          figure("Its receptive field in the image", field),
         ),
       ),
     ),
@@ -174,7 +178,7 @@ function start_conv(network, place, number, mark) {
   function draw_window(values, width, height, size, zoom) {
     const [top, left] = cell.map((at) => Math.floor(at / size) * size);
     if (top + size > height || left + size > width) {
-      pooled.textContent = "Pooling leaves this border out.";
+      pooled.textContent = "This cell is in no pooling window: pooling drops this border.";
       return;
     }
     const window = Array.from(
@@ -187,13 +191,13 @@ function start_conv(network, place, number, mark) {
     frame(one, left * zoom, top * zoom, size * zoom, size * zoom, 2, "--ink");
     dot(one, (x + 0.5) * zoom, (y + 0.5) * zoom);
     pooled.textContent =
-      `Of its ${size}×${size}, the largest is ${shown(values[winner])}, in row ${y + 1}, column ${x + 1} (dot). ` +
+      `The largest value of its ${size}×${size} pooling window is ${shown(values[winner])}, in row ${y + 1}, column ${x + 1} (dot). ` +
       `${said_next(values[winner])}`;
   }
 
   function said_next(value) {
     if (now.layers[place + 2].type !== "ReLU") return "";
-    return value > 0 ? "ReLU leaves it as it is." : "ReLU makes it 0.";
+    return value > 0 ? "ReLU passes it unchanged." : "ReLU makes it 0.";
   }
 
   // The cell's patch and kernel. With more than one channel: what each adds, the largest first, and one of them opened.
@@ -265,7 +269,7 @@ function start_conv(network, place, number, mark) {
       own = values.subarray(channel * size, (channel + 1) * size);
     draw_tiles(read, own, [1, height, width], 1, signed_colors(largest_of(values)), zoom);
     frame(read, (cell[1] - padding) * zoom, (cell[0] - padding) * zoom, 3 * zoom, 3 * zoom, 2);
-    of_read.textContent = `Map ${channel + 1} of those before`;
+    of_read.textContent = `Input map ${channel + 1}`;
     read.setAttribute("aria-label", `${of_read.textContent}, with the patch of 3×3`);
   }
 
@@ -286,7 +290,7 @@ function words_for({type, size}) {
   return {
     MaxPool2d: `Largest of each ${size}×${size}`,
     BatchNorm2d: "Batch norm",
-    Add: "Plus the block's inputs",
+    Add: "Sum with the block's input (skip connection)",
     ReLU: "ReLU",
   }[type];
 }

@@ -243,7 +243,7 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
 // What a CNN says about an image of a class, in words.
 function said(read, label) {
   if (read === null) return "gives no number: its training diverged";
-  return read === label ? "reads it right" : `takes it for ${read}`;
+  return read === label ? "classifies it correctly" : `mistakes it for ${read}`;
 }
 
 // Radio buttons; `choose` gets the place of the one that was chosen.

@@ -7,11 +7,11 @@ function start_end(contents) {
     [chosen, rival] = ["end-class", "end-rival"].map(by_id);
   let layers, steps, views, pixels;
   chosen.append(
-    option("the class it reads", "read"),
+    option("the predicted class", "read"),
     ...classes.map((label, number) => option(label, number)),
   );
   rival.append(
-    option("its runner-up", "runner-up"),
+    option("the runner-up", "runner-up"),
     option("nothing", -1),
     ...classes.map((label, number) => option(label, number)),
   );
@@ -37,12 +37,12 @@ function start_end(contents) {
       [, height, width] = parts.shape,
       places = by_place(parts);
     const what = other < 0 ? `the logit of ${classes[one]}` : `${classes[one]} − ${classes[other]}`;
-    by_id("end-places-title").textContent = `What each place of the ${height}×${width} adds to ${what}`;
+    by_id("end-places-title").textContent = `What each position of the ${height}×${width} adds to ${what}`;
     const look = (place) => {
       const flat = layers.findIndex(({type}) => type === "Flatten"),
         [row, column] = [Math.floor(place / width), place % width];
       draw_field(by_id("end-field"), pixels, receptive_field(layers, flat - 1, [row, column]));
-      by_id("end-field-title").textContent = `What row ${row + 1}, column ${column + 1} is made of`;
+      by_id("end-field-title").textContent = `Receptive field of row ${row + 1}, column ${column + 1}`;
     };
     draw_places(by_id("end-places"), places, width, largest_of(places), look);
     draw_legend(by_id("end-legend"), largest_of(places));
@@ -53,7 +53,7 @@ function start_end(contents) {
       .map((value, map) => [`map ${map + 1}`, value])
       .sort(([, a], [, b]) => Math.abs(b) - Math.abs(a));
     const rest = maps.slice(9).reduce((sum, [, value]) => sum + value, 0);
-    by_id("end-working-title").textContent = capital(what);
+    by_id("end-working-title").textContent = `${capital(what)}, by map`;
     draw_products(
       by_id("end-working"),
       maps.slice(0, 9),
@@ -67,14 +67,14 @@ function start_end(contents) {
   function told(what, places, {bias}, total, width) {
     if (!Number.isFinite(total)) return "This CNN gives no number: its training diverged.";
     const views_said =
-      views > 1 ? " These are the logits of the image as it is, without the other views." : "";
+      views > 1 ? " These logits are for the unmodified image alone, without the other views." : "";
     if (places.length === 1)
-      return `This CNN keeps no place: it takes the largest value of each map, wherever it is.${views_said}`;
+      return `This CNN discards positions: it takes the largest value of each map, wherever it is.${views_said}`;
     const first = strongest(places);
     const sum = places.reduce((all, value) => all + value, 0);
     return (
-      `${capital(what)} is ${shown(total, 2)}: the places add ${shown(sum, 2)}, the biases ${shown(bias, 2)}. ` +
-      `The most, ${shown(places[first], 2)}, comes from row ${Math.floor(first / width) + 1}, ` +
+      `${capital(what)} is ${shown(total, 2)}: the positions add ${shown(sum, 2)}, the biases ${shown(bias, 2)}. ` +
+      `The largest in size, ${shown(places[first], 2)}, comes from row ${Math.floor(first / width) + 1}, ` +
       `column ${(first % width) + 1}.${views_said}`
     );
   }

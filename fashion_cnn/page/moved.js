@@ -69,7 +69,7 @@ function start_moved(contents, networks) {
           update();
         },
       },
-      "Back to the middle",
+      "Reset",
     ),
   );
 
@@ -107,7 +107,7 @@ function start_moved(contents, networks) {
       );
     }
     by_id("moved-note").textContent =
-      `Curves: evaluate_cnn, n = ${shifts.n[0].toLocaleString("en")} test images at each point, one kind of movement at a time.`;
+      `The curves are from the stage evaluate_cnn: n = ${shifts.n[0].toLocaleString("en")} test images at each point, moved in one way at a time.`;
   }
 
   // Which places speak for the label and which for its strongest rival, before the move and after it.
@@ -125,11 +125,11 @@ function start_moved(contents, networks) {
       legend = element("div", {class: "scale"});
     draw_legend(legend, largest);
     by_id(`moved-${name}-places`).replaceChildren(
-      element("p", {class: "note"}, `What each place of the last maps adds to ${what}:`),
+      element("p", {class: "note"}, `What each position of the last maps adds to ${what}:`),
       element(
         "div",
         {class: "pair"},
-        ...["as it is", "moved"].map((caption, number) => {
+        ...["unmoved", "moved"].map((caption, number) => {
           const cells = element("div", {class: "cells small"});
           draw_places(cells, grids[number], width, largest);
           return element("figure", {}, element("figcaption", {}, caption), cells);
@@ -141,11 +141,12 @@ function start_moved(contents, networks) {
   }
 
   function told(what, grids, parts, width) {
-    const [first, second] = grids.map(
-      (grid, number) => grid.reduce((sum, value) => sum + value, 0) + parts[number].bias,
-    );
+    // Rounded first, so that the difference is that of the numbers which are shown.
+    const [first, second] = grids
+      .map((grid, number) => grid.reduce((sum, value) => sum + value, 0) + parts[number].bias)
+      .map((total) => Math.round(10 * total) / 10);
     if (!Number.isFinite(first + second)) return "";
-    const total = `${what}: ${shown(first, 1)} as it is, ${shown(second, 1)} moved.`;
+    const total = `${what}: ${tenths(first)} unmoved, ${tenths(second)} moved.`;
     const changes = grids[0].map((value, place) => grids[1][place] - value);
     if (first === second || changes.length === 1) return total;
     const toward = Math.sign(second - first); // of the places that go the same way, the one that goes furthest
@@ -155,8 +156,8 @@ function start_moved(contents, networks) {
     );
     const where = `row ${Math.floor(most / width) + 1}, column ${(most % width) + 1}`;
     return (
-      `${total} Of the change of ${shown(second - first, 1)}, ${shown(changes[most], 1)} is at ${where}, where the ` +
-      "same weights now meet another part of the image."
+      `${total} This is a change of ${tenths(second - first)}. The largest part, ${tenths(changes[most])}, is at ` +
+      `${where}, where the same weights now get another part of the image.`
     );
   }
 

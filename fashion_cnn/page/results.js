@@ -48,7 +48,8 @@ function draw_confusion(contents, name) {
     );
     buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
     by_id("cnn-confusion-note").textContent =
-      `${classes[actual]} read as ${classes[predicted]}: ${confusion[actual][predicted]}, and the surest of them.`;
+      `${classes[actual]} taken for ${classes[predicted]}: ${confusion[actual][predicted]} images, of which the surest ` +
+      `${found.length > 1 ? `${found.length} are` : "is"} shown.`;
     by_id("cnn-mistakes").replaceChildren(
       ...found.map((row) => {
         const canvas = element("canvas", {

@@ -82,8 +82,8 @@ function start_step(toy, now, stepped) {
     }
     stepped();
     by_id("step-note").textContent =
-      `After ${state.count} step${state.count > 1 ? "s" : ""} from here: the mean loss of both images was ` +
-      `${shown(before, 6)} before ${count > 1 ? `the last ${count}` : "the last one"}, and is ${shown(mean_loss(), 6)}.`;
+      `${count > 1 ? `The last ${count} steps` : "The last step"} changed the mean loss of both images from ` +
+      `${shown(before, 6)} to ${shown(mean_loss(), 6)}. Steps so far: ${state.count}.`;
   }
 
   function mean_loss() {
@@ -97,13 +97,10 @@ function start_step(toy, now, stepped) {
     by_id("step-turn").textContent =
       `The next step takes the image with label ${toy.labels[found.turn]}. Its loss is ${shown(found.loss, 6)}.`;
     const rows = kept().map(({values, at}, number) => {
-      const look = () => {
-        looked_at = number;
-        update();
-      };
+      const look = () => look_at_gradient(number);
       const name = element(
         "button",
-        {type: "button", class: "name", onclick: look, onmouseenter: look},
+        {type: "button", class: "name", onclick: look, onmouseenter: look, onfocus: look},
         PARAMETERS[number],
       );
       name.setAttribute("aria-pressed", number === looked_at);
@@ -121,45 +118,62 @@ function start_step(toy, now, stepped) {
       );
     });
     const heads = ["", "value", "gradient", "step", "new value"].map((text) => element("th", {}, text));
-    const focus = document.activeElement?.classList.contains("name") ? looked_at : -1;
     by_id("step-table").replaceChildren(
       scrolled(element("table", {}, element("tr", {}, ...heads), ...rows), "The step"),
     );
-    if (focus >= 0) by_id("step-table").querySelectorAll(".name")[focus].focus();
     explain(found);
+  }
+
+  // The table stays as it is: what is under the pointer or has the focus must not be replaced.
+  function look_at_gradient(number) {
+    if (number === looked_at) return;
+    looked_at = number;
+    by_id("step-table")
+      .querySelectorAll(".name")
+      .forEach((name, at) => name.setAttribute("aria-pressed", at === number));
+    explain(next());
   }
 
   // How the gradient that is looked at is made.
   function explain({to_linear, to_pool, winner, patch, input, gradients, turn}) {
-    const {images} = now(),
-      cell = `row ${Math.floor(winner / 2) + 1}, column ${(winner % 2) + 1}`;
-    by_id("step-title").textContent = `Gradient of ${PARAMETERS[looked_at]}`;
-    const lines = [`P(label 1) minus the label is ${shown(to_linear)}. This reaches the linear layer.`];
-    if (to_pool === 0) {
+    const {images, layers} = now(),
+      weight = layers.findLast(({type}) => type === "Linear").weight.values[0],
+      cell = `row ${Math.floor(winner / 2) + 1}, column ${(winner % 2) + 1}`,
+      value = gradients[looked_at];
+    by_id("step-title").textContent =
+      `Gradient of ${PARAMETERS[looked_at]}, image with label ${toy.labels[turn]}`;
+    const lines = [
+      to_linear === 0
+        ? "The sigmoid is saturated: its slope is 0, so no gradient passes it."
+        : `The gradient at the linear layer's output is P(label 1) minus the label: ${shown(to_linear)}.`,
+    ];
+    if (looked_at < 10 && input > 0) {
       lines.push(
-        "The ReLU is off for this image, so it passes 0 back: the kernel learns nothing from this image.",
+        `Multiplied by the weight, ${shown(weight)}, it is ${shown(to_pool)}. The ReLU is on and passes this back to ` +
+          `the largest cell of the convolution, ${cell}. The other three cells get 0, because pooling passed on only ` +
+          "the largest.",
       );
-    } else {
+    } else if (looked_at < 10) {
       lines.push(
-        `Times the weight, it is ${shown(to_pool)}. The ReLU is on and passes it back to the largest cell of the ` +
-          `convolution, ${cell}. The other three cells get 0, because pooling passed on the largest alone.`,
+        "The ReLU is off for this image, so the kernel's gradient is 0. The kernel can still move, because Adam " +
+          "remembers earlier gradients.",
       );
     }
-    const value = gradients[looked_at];
     if (looked_at < 9) {
       const pixel = patch[looked_at];
       lines.push(
-        `When that cell was made, this weight met the pixel in row ${Math.floor(pixel / 4) + 1}, column ${(pixel % 4) + 1}: ` +
+        "In the largest cell of the convolution, this weight is multiplied by the pixel in row " +
+          `${Math.floor(pixel / 4) + 1}, column ${(pixel % 4) + 1}: ` +
           `${shown(to_pool)} × ${shown(images[turn].values[pixel])} = ${shown(value)}.`,
       );
     } else if (looked_at === 9) {
-      lines.push(`The bias was added to that cell: ${shown(value)}.`);
+      lines.push(`The bias is added to the largest cell, so its gradient is that cell's: ${shown(value)}.`);
     } else if (looked_at === 10) {
       lines.push(
-        `This weight met the value after the ReLU: ${shown(to_linear)} × ${shown(input)} = ${shown(value)}.`,
+        `This weight is multiplied by the ReLU's output: ${shown(to_linear)} × ${shown(input)} = ${shown(value)}.`,
       );
     } else {
-      lines.push(`This bias was added to the result: ${shown(value)}.`);
+      lines.push(`This bias is added to the output, so its gradient is the output's: ${shown(value)}.`);
     }
     by_id("step-working").replaceChildren(...lines.map((line) => element("p", {}, line)));
   }
@@ -175,5 +189,9 @@ function start_step(toy, now, stepped) {
       by_id("step-note").textContent = "";
     },
     steps: () => state.count,
+    // What was said about the last step is not so after an edit.
+    edited() {
+      by_id("step-note").textContent = "";
+    },
   };
 }

@@ -60,6 +60,7 @@ function start_toy(toy) {
         input.setAttribute("aria-invalid", !Number.isFinite(value));
         if (!Number.isFinite(value)) return;
         find().values[place] = value;
+        learning.edited();
         update(input);
       },
       onblur: () => update(),
@@ -135,7 +136,7 @@ function start_toy(toy) {
     );
     by_id("toy-moment").max = moments;
     by_id("toy-moment").addEventListener("input", (event) => go_to(Number(event.target.value)));
-    by_id("toy-restore").addEventListener("click", () => restore(moments));
+    by_id("toy-restore").addEventListener("click", () => restore(Number(by_id("toy-moment").value)));
   }
 
   // `typing` is the cell in which somebody types: its text is left alone.
