@@ -479,6 +479,30 @@ def test_steps_from_an_epoch_and_after_an_edit_are_those_of_torchs_adam(page):
     assert page.locator("#toy-epoch").inner_text() == "after epoch 1 of 40, edited"
 
 
+@needs_browser
+def test_the_browsers_adam_is_torchs(page):
+    gradients = np.random.default_rng(0).normal(0, [1e-4, 1, 100, *[0.1] * 9], (20, 12)).astype(np.float32)
+    gradients[::3, 5] = 0
+    weights = torch.zeros(12, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.01)
+    for gradient in gradients:
+        weights.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    found = page.evaluate(
+        """(gradients) => {
+            let state = no_steps(), weights = Array(12).fill(0);
+            for (const one of gradients) {
+                const {steps, next} = adam(state, one, 0.01);
+                weights = weights.map((weight, at) => weight + steps[at]);
+                state = next;
+            }
+            return weights;
+        }""",
+        gradients.tolist(),
+    )
+    assert found == pytest.approx(weights.tolist(), abs=1e-6)
+
+
 def contents_rate(page) -> float:
     rate = load_params(ROOT / "tests/helpers/params.yaml").train_toy_cnn.learning_rate
     assert page.evaluate("contents.toy.learning_rate") == rate

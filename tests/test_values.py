@@ -1,6 +1,10 @@
 """Every number, picture and curve that the stages write, computed a second time in another way."""
 
+import itertools
 import json
+import os
+import subprocess
+import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -107,6 +111,18 @@ def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
     assert names["kernel_gradient"] == pytest.approx(names["model"][0].weight.grad.numpy(), abs=1e-6)
     assert [row["epoch"] for row in names["rows"]] == [1]
     assert len(names["accuracies"]) == 11
+
+
+def test_the_notebook_prepares_torch_before_it_computes(results):
+    """In a process of its own: its first part, and then what the training's own set-up would refuse."""
+    results.need("build_toy_tensors")
+    (results.folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    first = itertools.takewhile(lambda cell: "TRAIN_IMAGES" not in cell, cells)
+    code = "\n".join([*first, "assert by_torch.shape == (2, 1)", "prepare_torch('cpu')"])
+    settings = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=results.folder, env=settings, check=True)
 
 
 def test_a_plain_training_gives_the_written_toy_and_its_curve(results):
