@@ -154,12 +154,19 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
         "1",
     )
     assert f"this model on {only[0]}; McNemar's exact test" in version.description
+    assert "Trained on 59,900 original images of Fashion-MNIST." in version.description
 
     assert "is the champion already" in run(capsys, better)
     assert "not better" in run(capsys, untrained)
     assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # as it was then
     assert registry.champion(client).run_id == ids[2]
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
+
+
+def test_the_card_of_a_version_has_what_the_evaluation_measured(store, trained, capsys):
+    store.client.log_metric(add_run(store, trained[2]), "test_accuracy", 0.912345)
+    run(capsys, trained[2])
+    assert "Test accuracy: 91.2 % unmodified.\n\n" in registry.champion(store.client).description
 
 
 def test_in_a_copy_of_the_project_the_champion_is_the_copys(

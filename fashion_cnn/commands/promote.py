@@ -113,6 +113,26 @@ def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
     return images[keep], labels[keep]
 
 
+MEASURED = {  # by evaluate_cnn
+    "test_accuracy": "unmodified",
+    "test_accuracy_shift_3px": "shifted by 3 px",
+    "test_accuracy_rotation_15deg": "rotated by 15°",
+}
+
+
+def card(run, decision: Decision) -> str:
+    """The model card of a version, in Markdown: what it was made from, what it reached, and its limits."""
+    params, metrics = run.data.params, run.data.metrics
+    images = run.data.tags["dvc_stage"].partition("@")[2]
+    made = (
+        f"{int(params['train_images']):,} {images} images" if "train_images" in params else f"{images} images"
+    )
+    reached = [f"{100 * metrics[name]:.1f} % {how}" for name, how in MEASURED.items() if name in metrics]
+    lines = [f"When it was compared: {decision.words}.", f"Trained on {made} of Fashion-MNIST."]
+    lines += [f"Test accuracy: {', '.join(reached)}."] if reached else []
+    return "\n\n".join([*lines, "What these CNNs can and cannot do: docs/model_card.md."])
+
+
 def carry_out(client, run, decision: Decision) -> None:
     """Register the model, note the decision on its version, and move the alias if it is to be moved.
 
@@ -122,7 +142,7 @@ def carry_out(client, run, decision: Decision) -> None:
     if decision.promote or version.tags.get("promoted") != "true":
         for name, value in decision.numbers.items():
             client.set_model_version_tag(NAME, version.version, name, str(value))
-        client.update_model_version(NAME, version.version, f"When it was compared: {decision.words}.")
+        client.update_model_version(NAME, version.version, card(run, decision))
         client.set_model_version_tag(NAME, version.version, "promoted", str(decision.promote).lower())
     if decision.promote:
         client.set_registered_model_alias(NAME, CHAMPION, version.version)

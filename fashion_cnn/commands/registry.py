@@ -160,7 +160,7 @@ def register(client, run):
 DESCRIPTION = (
     "CNNs for Fashion-MNIST. Input `images`: (N, 28, 28) integers from 0 to 255, a light garment on black. "
     "Output: the probability of each class, by its name. The alias `champion` is the version to use; "
-    "`fashion-cnn promote` decides on it. docs/model_card.md says what these CNNs can and cannot do."
+    "`fashion-cnn promote` decides on it."
 )
 
 
