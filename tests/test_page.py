@@ -669,7 +669,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
             assert np.abs(np.array(steps[place]) - values.flatten().numpy()).max() < 0.005, kinds[place]
     assert place == len(kinds) - 1
     words = page.locator("#cnn-convs .atlases").nth(0).locator("figcaption").all_inner_texts()
-    assert words[1:4] == ["Largest of each 2×2", "Batch norm", "ReLU"]
+    assert words[1:4] == ["Max pooling, 2×2", "Batch norm", "ReLU"]
     words = page.locator("#cnn-convs .atlases").nth(1).locator("figcaption").all_inner_texts()
     assert words[1:4] == ["Batch norm", "Sum with the block's input (skip connection)", "ReLU"]
     assert "the mean logits of six views" in page.locator("#cnn-bars-title").inner_text()

@@ -288,7 +288,7 @@ function start_conv(network, place, number, mark) {
 
 function words_for({type, size}) {
   return {
-    MaxPool2d: `Largest of each ${size}×${size}`,
+    MaxPool2d: `Max pooling, ${size}×${size}`,
     BatchNorm2d: "Batch norm",
     Add: "Sum with the block's input (skip connection)",
     ReLU: "ReLU",

@@ -39,7 +39,7 @@ function draw_confusion(contents, name) {
     {classes} = contents;
   const images = confusion.flat().reduce((sum, count) => sum + count, 0);
   by_id("cnn-confusion-title").textContent =
-    `Test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
+    `CNN trained on ${name} images: test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
   const buttons = [];
   const show = (button, actual, predicted) => {
     if (button.getAttribute("aria-pressed") === "true") return draw_confusion(contents, name);

@@ -155,7 +155,7 @@ function start_step(toy, now, stepped) {
       );
     } else if (looked_at < 10) {
       lines.push(
-        "The ReLU is off for this image, so the kernel's gradient is 0. The kernel can still move, because Adam " +
+        "The ReLU is off for this image, so the kernel's gradient is 0. The kernel moves only as far as Adam " +
           "remembers earlier gradients.",
       );
     }
@@ -178,6 +178,7 @@ function start_step(toy, now, stepped) {
     by_id("step-working").replaceChildren(...lines.map((line) => element("p", {}, line)));
   }
 
+  by_id("step-rate").textContent = String(toy.learning_rate);
   by_id("step-one").addEventListener("click", () => step(1));
   by_id("step-ten").addEventListener("click", () => step(10));
 

@@ -115,7 +115,7 @@ function start_toy(toy) {
       figure("Image, 4×4", grid(4, pixels)),
       figure("Kernel, 3×3", grid(3, kernel), element("div", {class: "extra"}, "bias", bias)),
       figure("Convolution", grid(2, sums)),
-      figure("Largest", result("Largest of the four", pool, 0)),
+      figure("Max pooling", result("Largest of the four", pool, 0)),
       figure("ReLU", result("After ReLU", zero, 0)),
       figure(
         "Linear",
