@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,7 +208,9 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     ana, ben = as_member(server, "ana"), as_member(server, "ben")
     # Ana trains.
     printed = dvc(project, "repro", "--force", "--single-item", STAGE, **ana).stdout
-    assert f"MLflow: sent to {server.address}" in printed
+    assert f"MLflow: sent to {server.address}" in printed or "within 30 s; that goes on" in printed
+    while any((project / ".records").glob("[!.]*")):  # the follower's, which a busy machine makes wait
+        time.sleep(0.5)
     [run] = runs_of(server, "ben", monkeypatch)
     assert run.info.status == "FINISHED"
     assert run.data.metrics == own.data.metrics
