@@ -781,8 +781,7 @@ def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
 
     assert make_page(built).stdout == "page/fashion-cnn.html: open it in a browser\n"
     missing = make_page(workspace)
-    fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes; "
-    fault += "docs/page.html has the committed CNNs\n"
+    fault = "error: page/fashion-cnn.html: not found, expected the page that `make repro` writes\n"
     assert (missing.returncode, missing.stderr) == (1, fault)
 
 

@@ -10,10 +10,7 @@ from fashion_cnn.project.errors import StageError
 def main() -> None:
     """Print where the page is, and open it."""
     if not PAGE.is_file():
-        raise StageError(
-            f"{PAGE}: not found, expected the page that `make repro` writes; "
-            "docs/page.html has the committed CNNs"
-        )
+        raise StageError(f"{PAGE}: not found, expected the page that `make repro` writes")
     print(f"{PAGE}: open it in a browser")
     if can_show():
         webbrowser.open(PAGE.absolute().as_uri())  # DVC may have made it a link to a file without .html

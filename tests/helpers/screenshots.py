@@ -1,11 +1,7 @@
-"""Make docs/page.html and docs/pictures/ anew from this project's page and runs.
-
-Usage: python tests/helpers/screenshots.py
-"""
+"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/helpers/screenshots.py"""
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +19,6 @@ DRESS = 9  # one of the page's images
 
 def main() -> None:
     """Look at the page and at MLflow's UI."""
-    shutil.copy(PAGE, ROOT / "docs/page.html")
     take_page()
     take_mlflow()
 
