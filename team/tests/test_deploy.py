@@ -17,6 +17,7 @@ from deployment import CADDY, COMPOSE, Deployment, needs_proxy, needs_servers, r
 from fashion_cnn.tracking.runs import ready_models
 from pipeline import dvc, environment, set_params, tool, tracked_runs, try_tool, two_stages
 from project import ROOT, git
+from team_servers import SECONDS
 
 pytestmark = [
     pytest.mark.team,
@@ -209,7 +210,9 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     # Ana trains.
     printed = dvc(project, "repro", "--force", "--single-item", STAGE, **ana).stdout
     assert f"MLflow: sent to {server.address}" in printed or "within 30 s; that goes on" in printed
+    deadline = time.monotonic() + SECONDS
     while any((project / ".records").glob("[!.]*")):  # the follower's, which a busy machine makes wait
+        assert time.monotonic() < deadline
         time.sleep(0.5)
     [run] = runs_of(server, "ben", monkeypatch)
     assert run.info.status == "FINISHED"
