@@ -70,21 +70,22 @@ def test_committed_results_are_current(project):
             assert made.get(dep["path"], dep["md5"]) == dep["md5"], dep["path"]
 
 
+def read(path: str) -> list[dict[str, str]]:
+    with (ROOT / path).open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.committed
 def test_the_answers_of_the_lesson_are_the_committed_results():
     answers = " ".join((ROOT / "docs/lesson.md").read_text().split())
 
-    def read(path: str) -> list[dict[str, str]]:
-        with (ROOT / "metrics" / path).open() as file:
-            return list(csv.DictReader(file))
-
-    pairs = [(row["actual"], row["predicted"]) for row in read("evaluate_cnn/original_confusion.csv")]
+    pairs = [(row["actual"], row["predicted"]) for row in read("metrics/evaluate_cnn/original_confusion.csv")]
     of_shirts = pairs.count(("Shirt", "T-shirt/top")), pairs.count(("T-shirt/top", "Shirt"))
     moved = json.loads((ROOT / "metrics/evaluate_cnn/original.json").read_text())
     [left] = [row["shift_x"] for row in moved["shifts"] if row["pixels"] == -4]
-    last = read("train_cnn/augmented.csv")[-1]
+    last = read("metrics/train_cnn/augmented.csv")[-1]
     for words in (
-        f"The mean over the first epoch is {float(read('train_toy_cnn.csv')[0]['train_loss']):.3f}",
+        f"The mean over the first epoch is {float(read('metrics/train_toy_cnn.csv')[0]['train_loss']):.3f}",
         "Shirts are read as T-shirts ({} of 1,000) and T-shirts as shirts ({} of 1,000)".format(*of_shirts),
         f"The CNN classifies {100 * moved['test_accuracy']:.0f} % of the test images correctly",
         f"{100 * left:.0f} % (n = 5,000)",
@@ -103,10 +104,9 @@ def test_the_model_card_has_the_committed_results():
         "recall of Shirt, the lowest": [],
     }
     for images in ("original", "augmented"):
-        path = ROOT / f"metrics/evaluate_cnn/{images}"
-        test = json.loads(path.with_suffix(".json").read_text())
-        with path.with_name(f"{images}_per_class.csv").open() as file:
-            recall, name = min((float(row["recall"]), row["class"]) for row in csv.DictReader(file))
+        test = json.loads((ROOT / f"metrics/evaluate_cnn/{images}.json").read_text())
+        classes = read(f"metrics/evaluate_cnn/{images}_per_class.csv")
+        recall, name = min((float(row["recall"]), row["class"]) for row in classes)
         assert name == "Shirt"
         names = ("test_accuracy", "test_accuracy_shift_3px", "test_accuracy_rotation_15deg")
         for cells, value in zip(rows.values(), [*(test[one] for one in names), recall], strict=True):
@@ -117,8 +117,7 @@ def test_the_model_card_has_the_committed_results():
 
 
 def seed_runs() -> list[dict[str, str]]:
-    with (ROOT / "benchmarks/seeds.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read("benchmarks/seeds.csv")
 
 
 @pytest.mark.committed

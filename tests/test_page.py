@@ -177,6 +177,14 @@ def watched(built):
         assert faults == []
 
 
+def picture(page, number: int) -> tuple[str, np.ndarray]:
+    """The label and the pixels (1, 28, 28) of one of the page's images."""
+    shown = page.evaluate(f"contents.images[{number}]")
+    return shown["label"], np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8).reshape(
+        1, 28, 28
+    ).copy()
+
+
 def to_number(text: str) -> float:
     return float(text.replace("−", "-"))
 
@@ -390,10 +398,10 @@ def test_the_classes_that_are_compared_can_be_chosen(page, built):
     page.locator("#end-class").select_option(label="Dress")
     page.locator("#end-rival").select_option(label="Bag")
     assert page.locator("#end-working-title").inner_text() == "Dress − Bag, by map"
-    image = np.frombuffer(base64.b64decode(page.evaluate("contents.images[0].pixels")), np.uint8)
+    _, image = picture(page, 0)
     model = with_stored_weights(models(built)["original"])
     with torch.inference_mode():
-        logits = model(to_input(torch.from_numpy(image.reshape(1, 28, 28).copy())))[0]
+        logits = model(to_input(torch.from_numpy(image)))[0]
     total = page.locator("#end-working tr.total").inner_text().split("\t")[-1]
     assert to_number(total) == pytest.approx((logits[3] - logits[8]).item(), abs=2e-4)
     page.locator("#end-rival").select_option(label="nothing")
@@ -412,13 +420,12 @@ def test_a_receptive_field_is_all_that_a_cell_is_made_of(page):
 
 @needs_browser
 def test_the_sentence_about_a_move_has_torchs_numbers(page, built):
-    shown = page.evaluate("contents.images[9]")
-    image = np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8).reshape(1, 28, 28).copy()
+    label, image = picture(page, 9)
     page.locator("#picker button").nth(9).click()
     for _ in range(3):
         page.locator("#moved-x").press("ArrowLeft")
     images = np.concatenate([image, evaluation.move(image, "shift_x", -3)])
-    own = CLASSES.index(shown["label"])
+    own = CLASSES.index(label)
     for name, model in models(built).items():
         with torch.inference_mode():
             logits = with_stored_weights(model)(to_input(torch.from_numpy(images)))
@@ -532,11 +539,9 @@ def test_the_winner_of_a_pooling_is_marked(page, built):
     assert to_number(winner.inner_text()) == max(values)
     chosen = page.locator(".conv .chosen").first
     told = int(chosen.locator(".slider .value").inner_text().split()[0]) - 1
-    image = np.frombuffer(base64.b64decode(page.evaluate("contents.images[0].pixels")), np.uint8)
+    _, image = picture(page, 0)
     with torch.inference_mode():
-        maps = with_stored_weights(models(built)["original"])[0](
-            to_input(torch.from_numpy(image.reshape(1, 28, 28).copy()))
-        )
+        maps = with_stored_weights(models(built)["original"])[0](to_input(torch.from_numpy(image)))
     window = maps[0, told, 12:14, 12:14]  # the page begins in row and column 14, counted from 1
     said = chosen.locator(".note").nth(1).inner_text()
     largest, row, column = re.search(r"pooling window is (\S+), in row (\d+), column (\d+)", said).groups()
@@ -652,8 +657,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
     """The maps that part 2 shows of image 3, and the words above them."""
     page = residual_page
     page.locator("#picker button").nth(3).click()
-    shown = page.evaluate("contents.images[3]")
-    image = np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8).reshape(1, 28, 28).copy()
+    _, image = picture(page, 3)
     values = to_input(torch.from_numpy(image))
     model = models(built_residual)["original"]
     steps = page.evaluate(

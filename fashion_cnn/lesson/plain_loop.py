@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from fashion_cnn.models.cnns import build_cnn, fresh, to_input
 from fashion_cnn.models.device import prepare_torch
+from fashion_cnn.models.inference import loss_and_accuracy, predict
 from fashion_cnn.schema import Params
 from fashion_cnn.training.train_data import load_train_data
 
 
 def train(images: str, params: Params) -> list[dict]:
     """Train on "original" or "augmented" images; returns a row of metrics for each epoch."""
-    prepare_torch("cpu")
+    device = prepare_torch("cpu")
     split, how, rows = params.split, params.train_cnn, []
     data = load_train_data(images, split.val_size, split.train_size, split.seed)
     pool = torch.from_numpy(data.pool)  # (V, N, 28, 28) uint8: the images, and their copies if there are any
@@ -47,14 +48,12 @@ def train(images: str, params: Params) -> list[dict]:
             optimizer.step()
             loss_sum += loss.item() * len(index)
             correct += (logits.argmax(1) == labels[index]).sum().item()
-        model.eval()
-        with torch.inference_mode():
-            read = torch.cat([model(to_input(part)).argmax(1) for part in pool[0, data.val].split(500)])
+        logits = predict(model, data.pool[0, data.val], device)
         row = {
             "epoch": epoch,
             "train_loss": loss_sum / len(order),
             "train_accuracy": correct / len(order),
-            "val_accuracy": (read == labels[data.val]).float().mean().item(),
+            "val_accuracy": loss_and_accuracy(logits, data.labels[data.val])[1],
         }
         print(", ".join(f"{name} {value:.6g}" for name, value in row.items()))
         rows.append(row)

@@ -6,7 +6,7 @@
 // the ReLUs between them are on or off, so these layers are one matrix: its weights times the inputs sum to the
 // logits exactly. This is "gradient times input" (Shrikumar et al., arXiv 1605.01713).
 function attribute(layers, steps, signs) {
-  const flat = layers.findIndex(({type}) => type === "Flatten");
+  const flat = flatten_of(layers);
   let slopes = signs,
     bias = 0;
   for (let place = layers.length - 1; place > flat; place--) {
@@ -20,6 +20,11 @@ function attribute(layers, steps, signs) {
   }
   const values = steps[flat].values.map((value, at) => value * slopes[at]);
   return {shape: steps[flat - 1].shape, values, bias};
+}
+
+// The place of the layer after which a CNN has no maps any more.
+function flatten_of(layers) {
+  return layers.findIndex(({type}) => type === "Flatten");
 }
 
 // (out) times weights (out, in): (in).
@@ -83,15 +88,11 @@ function tenths(value) {
 // The places as a grid of numbers, tinted on a scale up to `largest`. `look` is told the place under the pointer.
 function draw_places(target, values, width, largest, look) {
   const cells = values.map((value, place) => {
-    const where = `row ${Math.floor(place / width) + 1}, column ${(place % width) + 1}`;
-    const cell = element(
-      look ? "button" : "span",
-      {class: "cell", title: `${where}: ${shown(value)}`},
-      tenths(value),
-    );
+    const title = `${where(place, width)}: ${shown(value)}`;
+    const cell = element(look ? "button" : "span", {class: "cell", title}, tenths(value));
     if (look) {
       cell.type = "button";
-      cell.setAttribute("aria-label", `${where}: ${shown(value)}`);
+      cell.setAttribute("aria-label", title);
       for (const event of ["mouseenter", "focus", "click"]) cell.addEventListener(event, () => look(place));
     }
     cell.style.background = tint(value, largest);

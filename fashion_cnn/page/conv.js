@@ -14,6 +14,7 @@ function start_conv(network, place, number, mark) {
   let map = 0,
     marked = -1, // one of the last maps, which the next convolution looks at
     source = -1, // one of the maps before; none: the one that adds most
+    drawn = -1, // the map before that is marked in the drawn atlases; none
     cell = null,
     now; // {layers, steps, input, pixels}
 
@@ -129,6 +130,8 @@ function start_conv(network, place, number, mark) {
     slider.value = map;
     told.textContent = `${map + 1} of ${maps}`;
     for (const atlas of atlases) draw_atlas(atlas);
+    if (channels === 1) draw_kernels(-1);
+    drawn = -1;
     draw_one();
   }
 
@@ -138,7 +141,7 @@ function start_conv(network, place, number, mark) {
       zoom = Math.max(2, Math.round((columns === 16 ? 24 : 52) / shape[2]));
     draw_tiles(canvas, values, shape, columns, color, zoom, map);
     if (at === last && marked >= 0) frame_tile(canvas, shape, columns, zoom, marked, "--ink");
-    draw_scale(scale, values, color);
+    draw_pixel_scale(scale, values, color);
   }
 
   // All kernels if there is one for each map, else those of the chosen map, one for each map before.
@@ -151,7 +154,7 @@ function start_conv(network, place, number, mark) {
       color = signed_colors(largest_of(drawn));
     draw_tiles(kernels, drawn, [count, 3, 3], wide, color, zoom, channels === 1 ? map : -1);
     if (channels > 1) frame_tile(kernels, [count, 3, 3], wide, zoom, chosen, "--ink");
-    draw_scale(kernel_scale, drawn, color);
+    draw_pixel_scale(kernel_scale, drawn, color);
     of_kernels.textContent =
       channels === 1 ? `The ${count} kernels, 3×3` : `The ${count} kernels of map ${map + 1}, 3×3`;
     kernels.setAttribute("aria-label", of_kernels.textContent);
@@ -169,8 +172,8 @@ function start_conv(network, place, number, mark) {
     const next = now.layers[place + 1];
     if (next.type === "MaxPool2d") draw_window(own, width, height, next.size, zoom);
     frame(one, cell[1] * zoom, cell[0] * zoom, zoom, zoom, 2);
-    one.setAttribute("aria-label", `Map ${map + 1}, cell in row ${cell[0] + 1}, column ${cell[1] + 1}`);
-    title.textContent = `Map ${map + 1}, row ${cell[0] + 1}, column ${cell[1] + 1}`;
+    one.setAttribute("aria-label", `Map ${map + 1}, cell in ${where(cell[0] * width + cell[1], width)}`);
+    title.textContent = `Map ${map + 1}, ${where(cell[0] * width + cell[1], width)}`;
     draw_field(field, now.pixels, receptive_field(now.layers, place, cell));
     explain();
   }
@@ -191,7 +194,7 @@ function start_conv(network, place, number, mark) {
     frame(one, left * zoom, top * zoom, size * zoom, size * zoom, 2, "--ink");
     dot(one, (x + 0.5) * zoom, (y + 0.5) * zoom);
     pooled.textContent =
-      `The largest value of its ${size}×${size} pooling window is ${shown(values[winner])}, in row ${y + 1}, column ${x + 1} (dot). ` +
+      `The largest value of its ${size}×${size} pooling window is ${shown(values[winner])}, in ${where(winner, width)} (dot). ` +
       `${said_next(values[winner])}`;
   }
 
@@ -220,7 +223,6 @@ function start_conv(network, place, number, mark) {
     const total = now.steps[place].values[(map * out_height + y) * out_width + x];
     if (channels === 1) {
       draw_products(working, products, bias_of, total, ["cell", "pixel", "kernel", "product"]);
-      draw_kernels(-1);
       return;
     }
     const shares = Array.from({length: channels}, (_, channel) => [
@@ -243,17 +245,18 @@ function start_conv(network, place, number, mark) {
       sum = own.reduce((all, [, , , product]) => all + product, 0);
     draw_products(opened, own, null, sum, ["cell", `map ${opened_one + 1}`, "kernel", "product"]);
     draw_read(before, opened_one);
-    draw_kernels(opened_one);
-    mark(opened_one);
+    if (opened_one === drawn) return; // so that pointing at cells draws no atlas again
+    drawn = opened_one;
+    draw_kernels(drawn);
+    mark(drawn);
   }
 
   function name_of(channel, chosen) {
     const button = element(
       "button",
-      {type: "button", class: "name", "aria-pressed": channel === chosen},
+      {type: "button", class: "name", "aria-pressed": String(channel === chosen)},
       `map ${channel + 1}`,
     );
-    button.setAttribute("aria-pressed", channel === chosen);
     button.addEventListener("click", () => {
       source = channel;
       draw_one();

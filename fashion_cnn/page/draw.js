@@ -28,6 +28,11 @@ function shown(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
+// Where a place is in a grid, in words.
+function where(place, width) {
+  return `row ${Math.floor(place / width) + 1}, column ${(place % width) + 1}`;
+}
+
 function percent(share) {
   return Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–";
 }
@@ -36,13 +41,6 @@ function percent(share) {
 function tint(value, largest) {
   const share = Math.min(Math.abs(value) / (largest || 1), 1) * 42;
   return `color-mix(in srgb, var(--${value < 0 ? "negative" : "positive"}) ${share.toFixed(1)}%, var(--card))`;
-}
-
-// What the colours of cells mean.
-function draw_legend(place, largest) {
-  const bar = element("i", {});
-  bar.style.background = `linear-gradient(to right, ${[-largest, 0, largest].map((value) => tint(value, largest)).join(", ")})`;
-  place.replaceChildren(shown(-largest, 2), bar, shown(largest, 2));
 }
 
 function largest_of(values) {
@@ -117,14 +115,24 @@ function dot(canvas, x, y) {
   context.fill();
 }
 
-// What the colours of these values mean; `color` is theirs, as red, green and blue.
-function draw_scale(place, values, color) {
-  const largest = largest_of(values),
-    lowest = values.some((value) => value < 0) ? -largest : 0;
+// What the colours between two values mean; `color` gives a value's, as CSS writes it.
+function draw_scale(place, lowest, largest, color) {
   const stops = Array.from({length: 21}, (_, at) => color(lowest + ((largest - lowest) * at) / 20));
   const bar = element("i", {});
-  bar.style.background = `linear-gradient(to right, ${stops.map((stop) => `rgb(${stop.map(Math.round).join(" ")})`).join(", ")})`;
+  bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
   place.replaceChildren(shown(lowest, 2), bar, shown(largest, 2));
+}
+
+// The same for cells, which have a tint.
+function draw_cell_scale(place, largest) {
+  draw_scale(place, -largest, largest, (value) => tint(value, largest));
+}
+
+// The same for values that are drawn as pixels by signed_colors; without negative ones, from 0.
+function draw_pixel_scale(place, values, color) {
+  const largest = largest_of(values),
+    lowest = values.some((value) => value < 0) ? -largest : 0;
+  draw_scale(place, lowest, largest, (value) => `rgb(${color(value).map(Math.round).join(" ")})`);
 }
 
 // By the root, so that small values can be seen beside large ones.
@@ -164,17 +172,24 @@ function draw_bars(place, classes, probabilities, name) {
   place.className = `bars ${name}`;
   place.replaceChildren(
     ...classes.flatMap((label, number) => {
-      const top = number === largest ? " top" : "";
-      const bar = element("i", {});
-      bar.style.width = `${100 * (probabilities[number] || 0)}%`;
-      return [
-        element("span", {class: top}, label),
-        element("span", {class: "bar"}, bar),
-        element("span", {class: `share${top}`}, percent(probabilities[number])),
-      ];
+      const share = probabilities[number];
+      return bar_row(label, share, percent(share), number === largest);
     }),
   );
   return classes[largest] ?? null;
+}
+
+// A label, a bar of a share from 0 to 1, and what is said beside it; in bold if it is one of the `top`.
+function bar_row(label, share, text, is_top, color) {
+  const top = is_top ? " top" : "",
+    bar = element("i", {});
+  bar.style.width = `${100 * (share || 0)}%`;
+  if (color) bar.style.background = color;
+  return [
+    element("span", {class: top}, label),
+    element("span", {class: "bar"}, bar),
+    element("span", {class: `share${top}`}, text),
+  ];
 }
 
 // Round steps that divide what lies between two values into at most five.

@@ -39,13 +39,12 @@ function start_end(contents) {
     const what = other < 0 ? `the logit of ${classes[one]}` : `${classes[one]} − ${classes[other]}`;
     by_id("end-places-title").textContent = `What each position of the ${height}×${width} adds to ${what}`;
     const look = (place) => {
-      const flat = layers.findIndex(({type}) => type === "Flatten"),
-        [row, column] = [Math.floor(place / width), place % width];
-      draw_field(by_id("end-field"), pixels, receptive_field(layers, flat - 1, [row, column]));
-      by_id("end-field-title").textContent = `Receptive field of row ${row + 1}, column ${column + 1}`;
+      const cell = [Math.floor(place / width), place % width];
+      draw_field(by_id("end-field"), pixels, receptive_field(layers, flatten_of(layers) - 1, cell));
+      by_id("end-field-title").textContent = `Receptive field of ${where(place, width)}`;
     };
     draw_places(by_id("end-places"), places, width, largest_of(places), look);
-    draw_legend(by_id("end-legend"), largest_of(places));
+    draw_cell_scale(by_id("end-legend"), largest_of(places));
     look(strongest(places));
     const total = values[one] - (other < 0 ? 0 : values[other]);
     by_id("end-note").textContent = told(what, places, parts, total, width);
@@ -74,8 +73,8 @@ function start_end(contents) {
     const sum = places.reduce((all, value) => all + value, 0);
     return (
       `${capital(what)} is ${shown(total, 2)}: the positions add ${shown(sum, 2)}, the biases ${shown(bias, 2)}. ` +
-      `The largest in size, ${shown(places[first], 2)}, comes from row ${Math.floor(first / width) + 1}, ` +
-      `column ${(first % width) + 1}.${views_said}`
+      `The largest in size, ${shown(places[first], 2)}, comes from ${where(first, width)}.` +
+      views_said
     );
   }
 
@@ -86,14 +85,14 @@ function start_end(contents) {
   // The values between the linear layers; a CNN with one linear layer has none.
   function draw_hidden() {
     const place = layers.findLastIndex(({type}) => type === "ReLU"),
-      flat = layers.findIndex(({type}) => type === "Flatten");
+      flat = flatten_of(layers);
     by_id("end-hidden").closest("figure").hidden = place < flat;
     if (place < flat) return;
     const {values} = steps[place],
       lit = values.filter((value) => value > 0).length;
     const color = signed_colors(largest_of(values));
     draw_tiles(by_id("end-hidden"), values, [1, values.length / 16, 16], 1, color, 17);
-    draw_scale(by_id("end-hidden-scale"), values, color);
+    draw_pixel_scale(by_id("end-hidden-scale"), values, color);
     by_id("end-hidden-title").textContent = `Linear, then ReLU: ${values.length} values`;
     by_id("end-hidden").setAttribute("aria-label", `${values.length} hidden values`);
     by_id("end-hidden-note").textContent = `${lit} of them are on; the others are 0.`;
@@ -103,19 +102,16 @@ function start_end(contents) {
     const largest = largest_of(values);
     by_id("end-logits").replaceChildren(
       ...classes.flatMap((label, number) => {
-        const top = number === one || number === other ? " top" : "";
-        const bar = element("i", {});
-        bar.style.background = `var(--${values[number] < 0 ? "negative" : "positive"})`;
-        bar.style.width = `${(100 * Math.abs(values[number])) / (largest || 1) || 0}%`;
-        return [
-          element("span", {class: top}, label),
-          element("span", {class: "bar"}, bar),
-          element(
-            "span",
-            {class: `share${top}`},
-            Number.isFinite(values[number]) ? shown(values[number], 2) : "–",
-          ),
-        ];
+        const value = values[number],
+          text = Number.isFinite(value) ? shown(value, 2) : "–",
+          color = `var(--${value < 0 ? "negative" : "positive"})`;
+        return bar_row(
+          label,
+          Math.abs(value) / (largest || 1),
+          text,
+          number === one || number === other,
+          color,
+        );
       }),
     );
   }

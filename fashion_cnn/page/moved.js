@@ -32,7 +32,9 @@ function start_moved(contents, networks) {
       axis: "degrees counterclockwise",
     },
   };
-  let pixels, label, before; // of the chosen image: the last are each CNN's outputs before it is moved
+  let pixels,
+    label,
+    before = {}; // of the chosen image: the last are each CNN's outputs before it is moved
   const keep = {};
 
   for (const [key, {title, unit, amounts}] of Object.entries(sliders)) {
@@ -82,6 +84,8 @@ function start_moved(contents, networks) {
     draw_image(by_id("moved-image"), moved);
     const read = names.map((name) => {
       const {steps, logits} = look_at(networks[name], to_input(moved), contents.cnns[name].views);
+      const is_moved = Object.keys(sliders).some(amount);
+      before[name] ??= is_moved ? forward(networks[name], to_input(pixels)) : steps;
       explain(name, steps);
       return draw_bars(by_id(`moved-${name}`), contents.classes, softmax(logits).values, name);
     });
@@ -123,7 +127,7 @@ function start_moved(contents, networks) {
       largest = largest_of(grids.flat());
     const what = `${label} − ${contents.classes[rival]}`,
       legend = element("div", {class: "scale"});
-    draw_legend(legend, largest);
+    draw_cell_scale(legend, largest);
     by_id(`moved-${name}-places`).replaceChildren(
       element("p", {class: "note"}, `What each position of the last maps adds to ${what}:`),
       element(
@@ -154,10 +158,9 @@ function start_moved(contents, networks) {
       (top, value, place) => (toward * value > toward * changes[top] ? place : top),
       0,
     );
-    const where = `row ${Math.floor(most / width) + 1}, column ${(most % width) + 1}`;
     return (
       `${total} This is a change of ${tenths(second - first)}. The largest part, ${tenths(changes[most])}, is at ` +
-      `${where}, where the same weights now get another part of the image.`
+      `${where(most, width)}, where the same weights now get another part of the image.`
     );
   }
 
@@ -166,7 +169,7 @@ function start_moved(contents, networks) {
     see(chosen, name) {
       pixels = chosen;
       label = name;
-      before = Object.fromEntries(names.map((one) => [one, forward(networks[one], to_input(pixels))]));
+      before = {};
       update();
     },
   };

@@ -2,7 +2,12 @@
 
 // Part 1, a step of learning: the gradient of one image's loss, and what Adam makes of it.
 
-// The loss of one image, as torch's binary cross-entropy, and its gradients by the chain rule: those of the twelve
+// Binary cross-entropy, as torch bounds it.
+function cross_entropy(output, label) {
+  return Math.min(100, -Math.log(label ? output : 1 - output));
+}
+
+// The loss of one image, and its gradients by the chain rule: those of the twelve
 // parameters in torch's order, and what reaches each layer on the way back.
 function toy_gradients(layers, image, label) {
   const steps = forward(layers, image),
@@ -10,7 +15,7 @@ function toy_gradients(layers, image, label) {
       layers.findIndex(({type}) => type === kind),
     );
   const output = steps.at(-1).values[0],
-    loss = Math.min(100, -Math.log(label ? output : 1 - output));
+    loss = cross_entropy(output, label);
   const slope = output * (1 - output), // of the sigmoid
     to_linear = ((output - label) / Math.max(slope, 1e-12)) * slope, // torch's guard against division by zero
     to_relu = to_linear * layers[dense].weight.values[0],
@@ -100,10 +105,16 @@ function start_step(toy, now, stepped) {
       const look = () => look_at_gradient(number);
       const name = element(
         "button",
-        {type: "button", class: "name", onclick: look, onmouseenter: look, onfocus: look},
+        {
+          type: "button",
+          class: "name",
+          "aria-pressed": String(number === looked_at),
+          onclick: look,
+          onmouseenter: look,
+          onfocus: look,
+        },
         PARAMETERS[number],
       );
-      name.setAttribute("aria-pressed", number === looked_at);
       const change = found.steps[number],
         gradient = element("td", {}, shown(found.gradients[number]));
       gradient.style.background = tint(found.gradients[number], largest);
@@ -138,7 +149,7 @@ function start_step(toy, now, stepped) {
   function explain({to_linear, to_pool, winner, patch, input, gradients, turn}) {
     const {images, layers} = now(),
       weight = layers.findLast(({type}) => type === "Linear").weight.values[0],
-      cell = `row ${Math.floor(winner / 2) + 1}, column ${(winner % 2) + 1}`,
+      cell = where(winner, 2),
       value = gradients[looked_at];
     by_id("step-title").textContent =
       `Gradient of ${PARAMETERS[looked_at]}, image with label ${toy.labels[turn]}`;
@@ -162,8 +173,7 @@ function start_step(toy, now, stepped) {
     if (looked_at < 9) {
       const pixel = patch[looked_at];
       lines.push(
-        "In the largest cell of the convolution, this weight is multiplied by the pixel in row " +
-          `${Math.floor(pixel / 4) + 1}, column ${(pixel % 4) + 1}: ` +
+        `In the largest cell of the convolution, this weight is multiplied by the pixel in ${where(pixel, 4)}: ` +
           `${shown(to_pool)} × ${shown(images[turn].values[pixel])} = ${shown(value)}.`,
       );
     } else if (looked_at === 9) {

@@ -96,21 +96,19 @@ function start_toy(toy) {
     return element("figure", {}, element("figcaption", {}, caption), ...children);
   }
 
-  function two(place, side) {
-    return `row ${Math.floor(place / side) + 1}, column ${(place % side) + 1}`;
-  }
-
   function build() {
     const pixels = Array.from({length: 16}, (_, place) =>
-      editable(`Pixel, ${two(place, 4)}`, () => images[image], place),
+      editable(`Pixel, ${where(place, 4)}`, () => images[image], place),
     );
     const kernel = Array.from({length: 9}, (_, place) =>
-      editable(`Kernel, ${two(place, 3)}`, () => layers[conv].weight, place),
+      editable(`Kernel, ${where(place, 3)}`, () => layers[conv].weight, place),
     );
     const bias = editable("Bias of the kernel", () => layers[conv].bias, 0);
     const weight = editable("Weight of the linear layer", () => layers[dense].weight, 0);
     const last = editable("Bias of the linear layer", () => layers[dense].bias, 0);
-    const sums = Array.from({length: 4}, (_, place) => result(`Convolution, ${two(place, 2)}`, conv, place));
+    const sums = Array.from({length: 4}, (_, place) =>
+      result(`Convolution, ${where(place, 2)}`, conv, place),
+    );
     by_id("toy-flow").append(
       figure("Image, 4×4", grid(4, pixels)),
       figure("Kernel, 3×3", grid(3, kernel), element("div", {class: "extra"}, "bias", bias)),
@@ -176,7 +174,7 @@ function start_toy(toy) {
     }
     light(steps);
     const [layer, place] = looked_at;
-    draw_legend(by_id("toy-legend"), largest);
+    draw_cell_scale(by_id("toy-legend"), largest);
     by_id("toy-working-title").textContent = cells.get(`${layer},${place}`).getAttribute("aria-label");
     explain(layer, place, steps);
     tell(through, changes);
@@ -226,7 +224,7 @@ function start_toy(toy) {
     } else if (layer === pool) {
       say(
         `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}, of ` +
-          `${two(best(steps[conv].values), 2)}.`,
+          `${where(best(steps[conv].values), 2)}.`,
       );
     } else if (layer === zero) {
       const value = steps[pool].values[0];
@@ -256,9 +254,7 @@ function start_toy(toy) {
       `after epoch ${epoch} of ${total}${made ? ` and ${made} step${made > 1 ? "s" : ""}` : changes ? ", edited" : ""}`;
     by_id("toy-moment").setAttribute("aria-valuetext", `after epoch ${epoch}`);
     const outputs = through.map((steps) => steps[end].values[0]);
-    const losses = outputs.map((output, number) =>
-      Math.min(100, -Math.log(toy.labels[number] ? output : 1 - output)),
-    ); // as torch
+    const losses = outputs.map((output, number) => cross_entropy(output, toy.labels[number]));
     const loss = losses.reduce((sum, one) => sum + one, 0) / losses.length;
     const dead = through.every((steps) => steps[zero].values.every((value) => value === 0));
     const thinned = toy.curve.step > 1 ? ` The curve shows one epoch in ${toy.curve.step}.` : "";
