@@ -7,8 +7,9 @@ PYTHON ?= python3
 export PYTHON
 
 # Stages call `python`, so the environment comes first on the path; the path may have spaces or quotes,
-# since the shell, not make, puts it in.
-ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv"
+# because the shell, not make, inserts it. Many containers set PYTHONDONTWRITEBYTECODE; each process would then
+# compile torch and MLflow again, which takes longer than the rest of their import.
+ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv" PYTHONDONTWRITEBYTECODE=
 
 # Installs into .venv. uv takes seconds where pip takes minutes; the user's own is used, or one in .venv. Where
 # it cannot be had, or fails (it does not read pip's settings, which may name a mirror), pip does the same.
