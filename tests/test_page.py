@@ -696,7 +696,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("width", [390, 800, 1400])
 @pytest.mark.parametrize("which", ["built", "built_residual"])
 def test_it_fits_and_everyone_can_read_it(request, which, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
