@@ -1,8 +1,8 @@
-"""Measure what trials cost a team, for team/README.md: what surrounds a training, and what a server takes.
+"""Measure what trials cost a team, for team/README.md: a training's overhead, and a server's throughput.
 
 Usage, after `make repro` and `make setup-team`: python -m team.benchmark. If MLFLOW_TRACKING_URI names a
-server, as deploy/compose.yaml starts one, it is measured, too, with MLFLOW_TRACKING_USERNAME and …_PASSWORD;
-it keeps the runs that are made for this.
+server such as deploy/compose.yaml starts, it is measured, too, with MLFLOW_TRACKING_USERNAME and …_PASSWORD;
+it keeps the runs that this makes.
 """
 
 import os
@@ -11,21 +11,23 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from fashion_cnn.commands import trial
 from fashion_cnn.tracking.store import address
+from team import trial
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE, TRIALS = "train_cnn@original", 5
-COUNTS = (1_000, 10_000)  # of trials that origin has
+COUNTS = (1_000, 10_000)  # numbers of trials in origin
 WRITERS, WARM_UP, SECONDS = (1, 4, 16, 64), 5, 20
 AUTHOR = ("-c", "user.name=team", "-c", "user.email=team@localhost")
-# As short as a training can be, so that what remains is the cost of a trial.
+# As short as a training can be, so that the rest is the cost of a trial.
 SETTINGS = {"train_cnn.epochs": "1", "split.train_size": "1000"}
 
 
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def measure_trials(folder: Path) -> None:
-    """Seconds of each step of a trial: of the first on a machine, and the median of those that follow."""
+    """Seconds of each step of a trial: of the first on a machine, and the median of the later ones."""
     first, origin, remote = folder / "first", folder / "origin.git", folder / "remote"
     dvc = (*trial.DVC, "remote", "add", "--force", "--default", "team", remote)
     trial.run(folder, "git", "clone", "--quiet", ROOT, first)
@@ -51,25 +53,24 @@ def measure_trials(folder: Path) -> None:
     commit = trial.run(first, "git", "rev-parse", "HEAD").strip()
     os.environ["FASHION_CNN_TRIALS"] = str(folder / "node")
 
-    seconds: list[Counter] = []
-    really = trial.run
+    seconds: list[dict[str, float]] = []  # of each trial, by step
+    run = trial.run
 
     def timed(where: Path, *command: str | Path, **more) -> str:
         began = time.perf_counter()
-        printed = really(where, *command, **more)
+        printed = run(where, *command, **more)
         seconds[-1][step_of(command)] += time.perf_counter() - began
         return printed
 
-    trial.run = timed
     sizes = []
-    for number in range(TRIALS):
-        seconds.append(Counter())
-        began = time.perf_counter()
-        settings = SETTINGS | {"train_cnn.seed": str(number + 1)}
-        trial.run_trial(str(origin), commit, f"trial-{number}", STAGE, settings)
-        seconds[-1]["all"] = time.perf_counter() - began
-        sizes.append((size_of(remote), size_of(origin)))
-    trial.run = really
+    with patch.object(trial, "run", timed):
+        for number in range(TRIALS):
+            seconds.append(defaultdict(float))
+            began = time.perf_counter()
+            settings = SETTINGS | {"train_cnn.seed": str(number + 1)}
+            trial.run_trial(str(origin), commit, f"trial-{number}", STAGE, settings)
+            seconds[-1]["all"] = time.perf_counter() - began
+            sizes.append((size_of(remote), size_of(origin)))
 
     print("| step | first trial on a machine, s | later ones, median s |\n|---|---|---|")
     for step in seconds[0]:
@@ -81,7 +82,7 @@ def measure_trials(folder: Path) -> None:
 
 
 def step_of(command: tuple) -> str:
-    """The program of a command, and what it is to do."""
+    """A command's program and subcommand."""
     words = [str(word) for word in command]
     if words[: len(trial.DVC)] == list(trial.DVC):
         words = ["dvc", *words[len(trial.DVC) :]]
@@ -94,11 +95,12 @@ def size_of(folder: Path) -> int:
 
 
 def measure_search(folder: Path) -> None:
-    """What a search on a cluster does after each trial: it fetches new trials, and proposes the next."""
+    """Time what a search on a cluster does after each trial: fetch new trials, and propose the next."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    values = {"rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)}
+    rate = optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
+    values: dict[str, optuna.distributions.BaseDistribution] = {"rate": rate}
     print("\n| trials of the commit | fetch, s | proposal, s |\n|---|---|---|")
     for trials in COUNTS:
         origin, clone = folder / f"origin-{trials}.git", folder / f"clone-{trials}"
@@ -127,7 +129,7 @@ def seconds_of(call: Callable, *arguments: object) -> float:
 
 
 def measure_server(server: str) -> None:
-    """Requests a second from n writers at once, each of which logs an epoch's metrics again and again."""
+    """Requests a second from n writers at once, each of which logs an epoch's metrics repeatedly."""
     from mlflow import MlflowClient
 
     client = MlflowClient(server)
@@ -149,7 +151,8 @@ def write(server: str, run: str, seconds: float) -> list[float]:
     took: list[float] = []
     until = time.perf_counter() + seconds
     with requests.Session() as session:
-        session.auth = tuple(os.environ.get(f"MLFLOW_TRACKING_{one}", "") for one in ("USERNAME", "PASSWORD"))
+        who = [os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD")]
+        session.auth = (who[0], who[1])
         certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH", True)
         while True:
             now = time.perf_counter()
@@ -157,7 +160,7 @@ def write(server: str, run: str, seconds: float) -> list[float]:
                 {"key": f"metric_{number}", "value": 0.5, "timestamp": len(took), "step": len(took)}
                 for number in range(5)
             ]
-            body = {"run_id": run, "metrics": metrics}
+            body: dict[str, Any] = {"run_id": run, "metrics": metrics}
             path = "/api/2.0/mlflow/runs/log-batch"
             session.post(server + path, json=body, timeout=60, verify=certificate).raise_for_status()
             if time.perf_counter() > until:
