@@ -17,7 +17,7 @@ from fixtures import needs
 from pipeline import environment
 from project import ROOT
 from servers import process
-from team_servers import SECONDS, free_ports, wait_for
+from team_servers import SECONDS, free_ports, is_free, wait_for
 
 COMPOSE = ROOT / "team/deploy/compose.yaml"
 POSTGRES = max(
@@ -43,7 +43,7 @@ def read_compose(settings: dict[str, str]) -> dict:
 
 
 class Deployment:
-    """All services, on 127.0.0.1. A second start() goes on with the data of the first."""
+    """All services, on 127.0.0.1. A second start() continues with the data of the first."""
 
     def __init__(self, folder: Path, settings: dict[str, str]):
         self.folder = folder
@@ -71,7 +71,7 @@ class Deployment:
         self._running, self.is_stopped = ExitStack(), True
 
     def start(self, *names: str) -> None:
-        """Start some services, or all, in their order, each when the one before it is healthy."""
+        """Start some services, or all, in their order, each once the one before it is healthy."""
         ways = {"postgres": self._postgres, "storage": self._storage, "mlflow": self._mlflow}
         ways |= {"proxy": self._proxy} if CADDY else {}
         assert self.is_stopped
@@ -86,7 +86,7 @@ class Deployment:
         self.is_stopped = True
 
     def query(self, sql: str) -> list[tuple]:
-        """What the database of the runs answers."""
+        """The rows that the runs' database returns."""
         import psycopg2
 
         settings = {"host": "127.0.0.1", "port": self.postgres_port, "user": "mlflow", "dbname": "mlflow"}
@@ -97,7 +97,7 @@ class Deployment:
             return cursor.fetchall()
 
     def objects(self) -> dict[str, int]:
-        """The keys and sizes of what is in the bucket."""
+        """The keys and sizes of the objects in the bucket."""
         import boto3
 
         variables = self.variables("mlflow")
@@ -111,7 +111,7 @@ class Deployment:
         return {one["Key"]: one["Size"] for page in pages for one in page.get("Contents", [])}
 
     def run(self, words: str, folder: Path) -> None:
-        """Run a shell command, one of a container in the page, with the variables of MLflow's."""
+        """Run a shell command that the page runs in a container, with the variables of service mlflow."""
         assert POSTGRES
         variables = environment(**self.variables("mlflow"))
         variables["PATH"] = f"{POSTGRES}:{variables['PATH']}"
@@ -122,7 +122,7 @@ class Deployment:
         assert done.returncode == 0, done.stdout
 
     def here(self, text: str) -> str:
-        """Text of compose.yaml with the places that it names on this machine."""
+        """A text of compose.yaml, with its places replaced by those on this machine."""
         for there, here in self.places.items():
             text = text.replace(there, here)
         return text
@@ -149,7 +149,7 @@ class Deployment:
         return self._process("storage", *ports)
 
     def _proxy(self) -> AbstractContextManager[subprocess.Popen]:
-        """With a head that keeps it on 127.0.0.1, and out of this machine's list of authorities."""
+        """The Caddyfile gets a head that keeps Caddy on 127.0.0.1 and out of this machine's trust store."""
         text = self.here((ROOT / "team/deploy/Caddyfile").read_text())
         head = ("admin off", "default_bind 127.0.0.1", "skip_install_trust", "auto_https disable_redirects")
         (self.folder / "Caddyfile").write_text("\n".join(["{", *head, "}", text]))
@@ -190,13 +190,13 @@ class Deployment:
             server.wait(timeout=30)
 
     def _wait(self, service: str, server: subprocess.Popen) -> None:
-        """Wait until the health check in compose.yaml succeeds; without one, until there is a certificate."""
+        """Wait until the health check in compose.yaml succeeds; without one, until the proxy answers."""
         check = self.services[service].get("healthcheck", {}).get("test", [])
         command = [self.here(word) for word in check[1:]]
 
         def is_healthy() -> bool:
             if not command:
-                return self.certificate.exists()
+                return self.certificate.exists() and not is_free(self.proxy_port)
             return not subprocess.run(
                 command, env=environment(**self.variables(service)), check=False, timeout=30,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -25,16 +25,21 @@ READER = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "only-for-tests-of-this-machine"}
 HEAD = "127.0.0.1:6379"
 CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1  # from Linux's headers
-SECONDS = 120  # in which what is waited for must be there
+SECONDS = 120  # the limit of each wait
 T = TypeVar("T")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing uses now, as those 10,000 above them, which SeaweedFS takes, too."""
+    """Free ports; those 10,000 above are free, too, because SeaweedFS also takes them.
+
+    It also names Unix sockets after its ports, which tests with a network of their own share with the others.
+    """
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(10_000, 22_000)  # below those that the kernel gives out, also 10,000 above
-        if port not in found and all(is_free(one) for one in (port, port + 10_000)):
+        port = random.randrange(10_000, 22_000)  # also 10,000 above, below the ephemeral ports
+        both = (port, port + 10_000)
+        is_taken = any([*Path("/tmp").glob(f"seaweedfs-*-{one}.sock")] for one in both)
+        if port not in found and not is_taken and all(is_free(one) for one in both):
             found.append(port)
     return found
 
@@ -46,7 +51,7 @@ def is_free(port: int) -> bool:
 
 
 def wait_for(is_there: Callable[[], bool], server: subprocess.Popen, log: Path) -> None:
-    """Wait until something is so; an error if what writes the log ends, or it takes too long."""
+    """Wait until `is_there`; an error if `server`, which writes the log, ends, or it takes too long."""
     deadline = time.monotonic() + SECONDS
     while not is_there():
         gave_up = server.poll() is not None or time.monotonic() > deadline
@@ -83,7 +88,7 @@ def s3_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
 
 
 def client(port: int):
-    """boto3's of the server, as ADMIN."""
+    """A boto3 client of the server, as ADMIN."""
     import boto3
     from botocore.config import Config
 
@@ -101,7 +106,7 @@ def make_bucket(port: int, name: str) -> None:
 
 
 def steadily(call: Callable[[], T]) -> T:
-    """Call until the server can do it: it listens before it can store and find anything."""
+    """Call until it succeeds: the server listens before it can store and find anything."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     deadline = time.monotonic() + 60
@@ -128,14 +133,14 @@ def stored(port: int, bucket: str) -> dict[str, bytes]:
 
 
 def share(project: Path, port: int, bucket: str) -> None:
-    """Name the bucket as the project's remote, and where it is, the latter for this machine alone."""
+    """Make the bucket the project's remote, and set its address, for this machine only."""
     dvc(project, "remote", "add", "--force", "--default", "team", f"s3://{bucket}/cache")
     dvc(project, "remote", "modify", "--local", "team", "endpointurl", f"http://127.0.0.1:{port}")
 
 
 @contextmanager
 def own_network() -> Iterator[None]:
-    """A network of this thread and its children alone, since Ray listens on every address of a machine.
+    """A network of only this thread and its children, because Ray listens on every address of a machine.
 
     Raises PermissionError for users other than root.
     """
@@ -153,10 +158,10 @@ def own_network() -> Iterator[None]:
 
 @contextmanager
 def ray_node(folder: Path, *, is_head: bool = False, **more: str) -> Iterator[Callable[[], None]]:
-    """A node with one CPU, of the cluster at HEAD; yields what kills it as a power cut would."""
+    """A node with one CPU, of the cluster at HEAD; yields a function that kills it like a power cut."""
     folder.mkdir(exist_ok=True)
     place = ["--head", "--port=6379", "--include-dashboard=false"] if is_head else [f"--address={HEAD}"]
-    # Short, since the path of a socket has at most 107 characters.
+    # Short, because the path of a socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
         command = [
             str(Path(sys.executable).parent / "ray"), "start", *place, "--num-cpus=1", "--block",
@@ -167,7 +172,7 @@ def ray_node(folder: Path, *, is_head: bool = False, **more: str) -> Iterator[Ca
             def kill() -> None:
                 node = psutil.Process(started.pid)
                 for one in [node, *node.children(recursive=True)]:
-                    with suppress(psutil.NoSuchProcess):  # it ended with another
+                    with suppress(psutil.NoSuchProcess):  # already ended with another
                         one.kill()
                 started.wait()
 
