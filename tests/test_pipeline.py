@@ -1,4 +1,4 @@
-"""The real pipeline on real data with small params: run, run again, change one param, spoil one."""
+"""The real pipeline on real data with small params: run, run again, change one param, break one."""
 
 import csv
 import json
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -41,7 +42,7 @@ from servers import lose_server
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow and torchvision warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and torchvision
 ]
 
 ITEMS = {name: ["@original", "@augmented"] for name in ("train_cnn", "evaluate_cnn")}
@@ -49,7 +50,7 @@ TRAININGS = ["train_toy_cnn", "train_cnn@original", "train_cnn@augmented"]
 
 
 def opened_dir(project: Path) -> Path:
-    """Where the stages' opened files are written down, beside the project."""
+    """The folder next to the project that lists the files opened by each stage."""
     folder = project.parent / "opened"
     folder.mkdir(exist_ok=True)
     return folder
@@ -156,7 +157,7 @@ def test_dvc_draws_both_cnns_on_one_pair_of_axes(project, plots, title):
     for images in ("original", "augmented"):
         measured = json.loads((project / f"metrics/evaluate_cnn/{images}.json").read_text())[table]
         rows = [row for row in plots[title]["data"]["values"] if row["filename"] == f"{images}.json"]
-        # The file's other table may be longer, and rows of that part alone lack these columns.
+        # The file's other table may be longer; its extra rows lack these columns.
         drawn = [(row[amount], row[accuracy]) for row in rows if amount in row]
         assert drawn == [(row[amount], row[accuracy]) for row in measured]
 
@@ -183,8 +184,8 @@ def test_each_training_is_one_run_with_all_its_results(project):
     assert "max_abs_error_toy_forward" in found["train_toy_cnn"].data.metrics
 
 
-# What a stage may open beside its deps and outs: the repository's own state, the schema of params.yaml, which
-# refuses values and changes none, and what marks a folder as a package.
+# What a stage may open in addition to its deps and outs: the repository's own state, the schema of
+# params.yaml, which only accepts or rejects values, and the files that mark a folder as a package.
 NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".records/", "fashion_cnn/schema.py")
 
 
@@ -192,7 +193,7 @@ NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".records/", "fashion_cnn/schema.p
     "stage", [f"{name}{item}" for name in stage_definitions() for item in ITEMS.get(name, [""])]
 )
 def test_a_stage_opens_exactly_what_it_declares(project, stage):
-    """Reads of outs are those of what the stage has just written."""
+    """A stage may read its outs, because it has just written them."""
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"][stage]
     deps = {dep["path"] for dep in lock["deps"]} | ({"params.yaml"} if "params" in lock else set())
     outs = {out["path"] for out in lock["outs"]}
@@ -202,9 +203,9 @@ def test_a_stage_opens_exactly_what_it_declares(project, stage):
         if path.startswith(NO_DEPS) or path.endswith("/__init__.py") or "/__pycache__/" in path:
             continue
         folder, _, name = path.rpartition("/")
-        if name.endswith(".part"):  # takes its final name when it is whole
+        if name.endswith(".part"):  # renamed when complete
             path = f"{folder}/{name.removeprefix('.').removesuffix('.part')}"
-        if not (project / path).is_file():  # looked for in vain, by git's and MLflow's own code
+        if not (project / path).is_file():  # git's and MLflow's own code tries to open absent files
             continue
         known = next((item for item in deps | outs if path == item or path.startswith(f"{item}/")), path)
         (written if mode == "w" else read).add(known)
@@ -234,7 +235,7 @@ def test_the_tracked_runs_say_what_dvc_lock_says_and_sync_changes_nothing_twice(
 
 
 def assert_runs_match(project: Path, store: str | None = None) -> None:
-    """Every number in metrics and curves stands in the run of its training, and every param."""
+    """The run of each training has every number of its metrics and curve, and every param."""
     found = runs(project, store)
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     client = MlflowClient(store or f"sqlite:///{project / 'mlflow.db'}")
@@ -270,7 +271,7 @@ def assert_runs_match(project: Path, store: str | None = None) -> None:
 
 
 def test_a_new_store_is_filled_from_dvc_lock(project):
-    # Under another name: MLflow in this process would keep connections to a file that was replaced.
+    # Under another name, because MLflow in this process keeps its connections to a file that is replaced.
     store = f"sqlite:///{project.parent / 'new.db'}"
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
     assert told.count("made, commit, params, curve, ") == 3
@@ -321,7 +322,7 @@ def test_no_output_and_no_artifact_is_a_pickle(project):
     for path in set(files) - set(models):
         if path.is_file():
             start = path.read_bytes()[:128]
-            # A pickle, or torch.save's archive; and .npy of Python objects.
+            # First a pickle or torch.save's archive, then .npy of Python objects.
             assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", start), path
             assert b"'descr': '|O'" not in start, path
     # In torch's archive the example input is a tensor record: MLflow loads it with pickle disallowed.
@@ -350,7 +351,7 @@ def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(projec
     [trace] = json.loads(tool(project, "trace", run.info.run_id, "--json"))
     locked = trace["dvc_lock"]["train_toy_cnn"]["params"]["params.yaml"]["train_toy_cnn"]
     assert str(locked["seed"]) == run.data.params["train_toy_cnn.seed"]
-    # The command that trace names brings the weights back, from the cache.
+    # The command that trace prints restores the weights from the cache.
     restored = dvc(project, *shlex.split(trace["restore"][-1])[1:])
     assert "train_toy_cnn" not in ran(restored.stdout)
     [again] = json.loads(tool(project, "trace", "models/toy_cnn.safetensors", "--json"))
@@ -374,7 +375,7 @@ def test_a_training_alone_gets_no_report_on_the_weights_before_it(project):
     assert "test_accuracy" not in metrics
     [trace] = json.loads(tool(project, "trace", of_seed_5().info.run_id, "--json"))
     assert list(trace["dvc_lock"]) == ["train_cnn@original"]
-    other = runs(project)["train_cnn@augmented"].info.run_id  # which all its reports still fit
+    other = runs(project)["train_cnn@augmented"].info.run_id  # all its reports still match its weights
     [trace] = json.loads(tool(project, "trace", other, "--json"))
     assert list(trace["dvc_lock"])[1:] == ["evaluate_cnn@augmented", "plot_results", "build_page"]
     dvc(project, "repro", "evaluate_cnn@original")
@@ -404,7 +405,7 @@ def test_a_wrong_param_is_one_line_and_loses_nothing(project):
         "params.yaml: train_toy_cnn.epochs is 'many', expected an integer from 1 to 100000" in spoiled.stdout
     )
     assert "Traceback" not in spoiled.stdout
-    # Put back, the run cache restores what DVC had taken away: the training does not run again.
+    # With the old value, the run cache restores what DVC had deleted: the training does not run again.
     set_params(project, {"train_toy_cnn": {"epochs": right}})
     restored = dvc(project, "repro")
     assert "train_toy_cnn" not in ran(restored.stdout)
@@ -445,7 +446,7 @@ def stop_training(project: Path, epoch: int, sent: signal.Signals) -> None:
     started = subprocess.Popen(
         command, cwd=project, env=environment(PYTHONUNBUFFERED="1"), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # A shell in the background ignores Ctrl-C, and so would all that it starts, these tests too.
+        # A background shell ignores Ctrl-C, and so would everything it starts, including these tests.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     with started.stdout:
@@ -454,15 +455,15 @@ def stop_training(project: Path, epoch: int, sent: signal.Signals) -> None:
         began = time.monotonic()
         started.stdout.read()
     started.wait()
-    assert time.monotonic() - began < 20  # DVC's own end and the follower's included, on a busy machine
+    assert time.monotonic() - began < 20  # includes DVC's own end and the follower's, on a busy machine
 
 
 def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
-    epochs = 9  # not seen before, so that nothing comes from the cache
+    epochs = 9  # a new value, so that nothing comes from the cache
     set_params(project, {"train_cnn": {"epochs": epochs}})
     for epoch, sent in ((2, signal.SIGINT), (4, signal.SIGKILL)):
         stop_training(project, epoch, sent)
-        deadline = time.monotonic() + 10  # the follower's
+        deadline = time.monotonic() + 10  # for the follower
         while original_runs(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
             time.sleep(0.1)
         [run] = original_runs(project, epochs)
@@ -484,7 +485,7 @@ CNN_OUTPUTS = [str(path) for training in CNNS.values() for path in training.outp
 
 
 def start_both(project: Path) -> Started:
-    """Begin `make repro` with both trainings to do, and wait until each has finished an epoch."""
+    """Start `make repro` with both trainings to do, and wait until each has finished an epoch."""
     log = project.parent / "logs" / f"both-{time.time_ns()}.log"
     started = Started(project, log, "-m", "fashion_cnn", "repro", FASHION_CNN_THREADS="2")
     while not all(f"{images}: epoch " in started.printed() for images in ("original", "augmented")):
@@ -495,7 +496,7 @@ def start_both(project: Path) -> Started:
 
 @pytest.fixture(scope="module")
 def both(project) -> dict[str, str]:
-    """The bytes of all outputs, with more epochs than other tests take, made by `dvc repro` alone."""
+    """The bytes of all outputs, with more epochs than other tests use, made by only `dvc repro`."""
     set_params(project, {"train_cnn": {"epochs": 5}})
     dvc(project, "repro")
     return contents(project)
@@ -503,7 +504,7 @@ def both(project) -> dict[str, str]:
 
 def forget_both(project: Path) -> None:
     for stage in (*AT_ONCE, "evaluate_cnn@original", "evaluate_cnn@augmented"):
-        if stage in lock_entries(project):  # an earlier test may have been stopped before
+        if stage in lock_entries(project):  # an earlier test may have stopped before it
             forget(project, stage)
     shutil.rmtree(project / ".checkpoints", ignore_errors=True)
 
@@ -522,7 +523,7 @@ def test_both_cnns_at_once_give_the_same_bytes(project, both):
 
 
 def ends(printed: str) -> dict[str, str]:
-    """The one line in which each training says that it was stopped, or DVC that it was, between stages."""
+    """The one line in which each training says that it was stopped, or DVC, if it was between stages."""
     lines = [line for line in printed.splitlines() if "stopped on request" in line or "ERROR" in line]
     found = dict(line.split(": ", 1) for line in lines if ": " in line)
     assert len(found) == len([line for line in lines if ": " in line]), printed
@@ -530,7 +531,7 @@ def ends(printed: str) -> dict[str, str]:
 
 
 def assert_both_resume(project: Path, both: dict[str, str]) -> None:
-    """Both trainings go on to the same bytes; the stages after them are left out."""
+    """Both trainings resume and give the same bytes; the stages after them are not run."""
     assert "resuming after epoch" in dvc(project, "repro", *AT_ONCE).stdout
     made = contents(project)
     assert {path: made[path] for path in CNN_OUTPUTS} == {path: both[path] for path in CNN_OUTPUTS}
@@ -561,10 +562,11 @@ def test_ctrl_c_stops_both(project, both):
 
 
 def test_a_kill_while_both_train_leaves_nothing_at_work_and_costs_no_epoch(project, both):
-    """The kill hits the process that was started, which has two of DVC's below it, and each a stage."""
+    """The kill hits the process that was started; it has two DVC children, each with a stage."""
     forget_both(project)
     started = start_both(project)
-    running = stage_processes(project)
+    running, dvcs = stage_processes(project), psutil.Process(started.process.pid).children()
     assert kill(started, "dvc")
     assert wait_until_gone(running, timeout=2)
+    assert not psutil.wait_procs(dvcs, timeout=30)[1]  # DVC considers them alive until init has reaped them
     assert_both_resume(project, both)

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from project import copy_of_project, git
 
-LIMIT = 900  # seconds; nothing here takes so long on a slow machine
+LIMIT = 900  # seconds; even on a slow machine, nothing here takes that long
 SMALL = yaml.safe_load((Path(__file__).parent / "params.yaml").read_text())
 
 
@@ -27,7 +27,7 @@ def set_params(project: Path, changes: dict) -> None:
 def two_stages(folder: Path, training: str | None = None) -> Path:
     """A project of build_toy_tensors and train_toy_cnn at `folder`, after its first run; all is committed.
 
-    `training` is the script of train_toy_cnn, if it is another than the project's.
+    `training` replaces the project's script of train_toy_cnn.
     """
     copy_of_project(folder)
     definition = yaml.safe_load((folder / "dvc.yaml").read_text())
@@ -53,11 +53,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def dvc(project: Path, *arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
-        cwd=project, check=check, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=project, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=environment(**more), timeout=LIMIT,
     )  # fmt: skip
+    assert done.returncode == 0 or not check, done.stdout
+    return done
 
 
 def run_module(project: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
@@ -88,7 +90,7 @@ def outputs(project: Path) -> dict[str, str]:
 
 
 def tracked_runs(project: Path, query: str = "", store: str | None = None) -> list:
-    """The project's MLflow runs, newest first; `store` where it is not the default one."""
+    """The project's MLflow runs, newest first; `store` if it is not the default one."""
     client = MlflowClient(store or f"sqlite:///{project / 'mlflow.db'}")
     found = [client.get_experiment_by_name(name) for name in ("fashion-cnn", "fashion-cnn-toy")]
     return client.search_runs([one.experiment_id for one in found if one], query)
