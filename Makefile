@@ -2,17 +2,17 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-team repro check test test-team committed ci seeds soak mutate bench ladder clean
 
-# The oldest Python that will do; name another with `make PYTHON=python3.12 …`.
+# The Python that builds .venv, 3.11 or newer; name another with `make PYTHON=python3.12 …`.
 PYTHON ?= python3
 export PYTHON
 
-# Stages call `python`, so the environment comes first on the path; the path may have spaces or quotes,
+# Stages call `python`, so the environment comes first on the path; the path may contain spaces or quotes,
 # because the shell, not make, inserts it. Many containers set PYTHONDONTWRITEBYTECODE; each process would then
 # compile torch and MLflow again, which takes longer than the rest of their import.
 ACTIVATE := PATH="$$PWD/.venv/bin:$$PATH" VIRTUAL_ENV="$$PWD/.venv" PYTHONDONTWRITEBYTECODE=
 
-# Installs into .venv. uv takes seconds where pip takes minutes; the user's own is used, or one in .venv. Where
-# it cannot be had, or fails (it does not read pip's settings, which may name a mirror), pip does the same.
+# Installs into .venv. uv takes seconds where pip takes minutes; the user's own is used, or one in .venv. If it
+# is unavailable or fails (it does not read pip's settings, which may name a mirror), pip installs instead.
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 INSTALL := @export $(ACTIVATE); install() { \
 	    { command -v uv && uv pip install --quiet "$$@"; } >/dev/null || $(PIP_INSTALL) "$$@" || { \
@@ -23,13 +23,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18
 
 setup: .venv/ready ## make .venv and install the locked dependencies
-setup-team: .venv/team ## the same, and what team/ needs beside it
+setup-team: .venv/team ## the same, plus what team/ needs
 repro: .venv/ready ## run the pipeline: only what changed reruns
 	@$(ACTIVATE) python -m fashion_cnn repro
 
-# Tests of a file stay in one process, in order: they share what takes a minute to make. Not loadgroup:
-# pytest-xdist 3.8 marks groups in a way that pytest 9.2 does not see. In order of the files, since xdist's own
-# order would begin those of few tests last, and two of them take the longest.
+# Tests of a file stay in one process, in order, because they share fixtures that take a minute to make. Not
+# loadgroup: pytest 9.2 does not see how pytest-xdist 3.8 marks groups. Files run in their own order, because
+# xdist's would start those with few tests last, and two of these take the longest.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready ## lint, types and the fast tests, in about a minute
@@ -38,48 +38,48 @@ check: .venv/ready ## lint, types and the fast tests, in about a minute
 	$(ACTIVATE) mypy
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'not slow and not committed and not team'
 
-test: .venv/browser check ## the same, then all other tests but those of test-team
+test: .venv/browser check ## the same, then all other tests except those of test-team
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow and not committed'
 	@echo 'the tests of team/ were left out: make test-team'
 
 test-team: .venv/team .venv/servers ## the tests of team/, with servers on 127.0.0.1
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m team
 
-# For maintainers, and in CI: users' trees may hold any params and results.
-committed: .venv/ready ## check that what is committed belongs together, and run the commands of the pages
+# Only for maintainers and CI, because users' trees may hold any params and results.
+committed: .venv/ready ## check that committed code, params, results and pages agree; run the pages' commands
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m committed
 
-# In one run, so that no core waits for the last test of each of three.
+# One run instead of three, so that cores wait only once for the last test.
 ci: .venv/browser .venv/team .venv/servers check ## all of these, as CI runs them
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow or team or committed'
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table
 	$(ACTIVATE) python -m fashion_cnn.commands.seeds
 
-soak: .venv/ready ## kill, spoil and repeat for half an hour or more, and print what was lost
+soak: .venv/ready ## kill processes and damage files for half an hour or more, and print what was lost
 	$(ACTIVATE) python tests/helpers/soak.py
 
-# What mutmut needs beside the locked packages changes none of them. MUTANTS="'fashion_cnn.lesson.toy*'" takes
-# those of one module, and `mutmut show NAME` prints one.
-mutate: .venv/ready ## put small faults into fashion_cnn and list those that no fast test notices (an hour)
+# The constraint keeps mutmut's requirements from changing locked packages. MUTANTS="'fashion_cnn.lesson.toy*'"
+# selects the mutants of one module, and `mutmut show NAME` prints one.
+mutate: .venv/ready ## mutation testing: list small faults in fashion_cnn that no fast test notices (an hour)
 	$(INSTALL) --constraint requirements.lock mutmut==3.8.1
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
 
-bench: .venv/ready ## measure beside the lesson's own loops (one to two hours, quiet machine): benchmarks/results.md
+bench: .venv/ready ## compare speed with the lesson's own loops (one to two hours, quiet machine): benchmarks/results.md
 	$(ACTIVATE) python benchmarks/run.py
 
-ladder: .venv/ready ## what each idea buys (hours, quiet machine): benchmarks/ladder.csv, docs/pictures
+ladder: .venv/ready ## measure what each idea buys (hours, quiet machine): benchmarks/ladder.csv, docs/pictures
 	@$(ACTIVATE) python benchmarks/ladder.py
 
 clean: ## remove .venv; data, models, runs and the DVC cache stay
 	rm -rf .venv
 
-# An environment holds absolute paths, so one that was moved or copied with its folder is made anew.
+# An environment holds absolute paths, so one that was moved or copied with its folder is rebuilt.
 $(shell [ ! -e .venv/ready ] || [ "$$(cat .venv/ready)" = "$$(pwd -P)" ] || \
-    { echo '.venv was made in another folder, and will be made anew' >&2; rm -f .venv/ready; })
+    { echo '.venv was made in another folder and will be rebuilt' >&2; rm -f .venv/ready; })
 
-# Written last, so a set-up that was stopped half-way is made anew.
+# Written last, so a set-up that was interrupted starts again.
 .venv/ready: requirements.lock requirements-imgaug.lock
 	@"$$PYTHON" -c 'import os, sys; sys.exit(sys.version_info < (3, 11) and \
 	    "error: %s is Python %s, expected 3.11 or newer: make PYTHON=..." \
@@ -94,18 +94,18 @@ $(shell [ ! -e .venv/ready ] || [ "$$(cat .venv/ready)" = "$$(pwd -P)" ] || \
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@pwd -P > .venv/ready
 
-# Apart, since a training alone needs nothing of it.
+# Separate, because a training needs none of it.
 .venv/team: team/requirements.lock .venv/ready
 	$(INSTALL) --constraint requirements.lock -r team/requirements.lock
 	@touch .venv/team
 
-# Apart, since only tests start a team's servers here; they also need Debian's postgresql and caddy, and skip
-# without them.
+# Separate, because only tests start a team's servers here. These tests also need Debian's postgresql and caddy,
+# and are skipped without them.
 .venv/servers: team/requirements-servers.lock team/deploy/requirements.lock .venv/ready
 	$(INSTALL) --constraint requirements.lock -r team/requirements-servers.lock -r team/deploy/requirements.lock
 	@touch .venv/servers
 
-# Apart, since only tests look at pages and it is large; they skip where there is no Chromium.
+# Separate, because it is large and only tests of pages need it; they are skipped without Chromium.
 .venv/browser: requirements-browser.lock .venv/ready
 	$(INSTALL) -r requirements-browser.lock
 	@touch .venv/browser
