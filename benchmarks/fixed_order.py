@@ -1,8 +1,8 @@
 """What a fixed order of sums costs a training step: benchmarks/fixed_order.csv, docs/machines.md.
 
-Usage, on a quiet machine: python benchmarks/fixed_order.py. Each way to compute runs in a process of its own,
-in turn with the others: torch's own choice; all libraries held to AVX2, as the project did before; a fixed
-order; and a fixed order on a CPU with AVX2 alone, as oneDNN behaves if it is held to that.
+Usage, on a quiet machine: python benchmarks/fixed_order.py. Each variant runs in a process of its own, in
+turn with the others: torch's own choice; all libraries limited to AVX2, as the project did before; a fixed
+order; and a fixed order with oneDNN limited to AVX2, as it behaves on a CPU that has only AVX2.
 """
 
 import csv
@@ -22,7 +22,7 @@ ROUNDS, PARTS, STEPS = 3, 3, 60
 
 
 def main() -> None:
-    """Measure, append a row a process to RESULTS, and print the table."""
+    """Measure, append a row per process to RESULTS, and print the table."""
     from report import cpu_name, spread
 
     times: dict[tuple, list[float]] = {}

@@ -1,10 +1,10 @@
-"""What each idea buys: accuracy against time, in lengths of the lesson's own loop.
+"""What each idea gains: accuracy against time, relative to the lesson's own loop.
 
-Usage, after `make repro`: make ladder, or python benchmarks/ladder.py [RUNG …] [--seeds 5]. Each run is the
-stages themselves in a folder of its own: train_cnn.py, timed as a whole with imports and validation, and
-evaluate_cnn.py. Before and after each training, some steps of the lesson's own loop say how fast the machine
-is just then. A run is added to benchmarks/ladder.csv when it ends; those that are there do not run again. At
-the end: the table, and docs/pictures/ladder.png.
+Usage, after `make repro`: make ladder, or python benchmarks/ladder.py [RUNG …] [--seeds 5]. Each run
+executes the stages in a folder of its own: train_cnn.py, timed as a whole with imports and validation, and
+evaluate_cnn.py. Some steps of the lesson's own loop before and after each training show how fast the machine
+is at that time. A run is added to benchmarks/ladder.csv when it ends; those already there are not rerun.
+Finally, the table is printed and docs/pictures/ladder.png drawn.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from fashion_cnn.tracking.runs import COLORS
 RUNS = ROOT / "benchmarks/ladder.csv"
 PICTURE = ROOT / "docs/pictures/ladder.png"
 OWN_LOOP = "lesson's own loop"
-YARDSTICK = 200  # steps of it, on either side of a training
-EPOCHS = 6  # until easy images are left out; the ten of fast then take a seventh more time
+YARDSTICK = 200  # steps of it before and after each training
+EPOCHS = 6  # until `easy images`, whose ten (those of fast) take a seventh more time
 # Each rung adds one idea to the one before, with the values of the recipe fast, which adds the last: views.
 STEPS = {
     "residual": ("model",),
@@ -44,7 +44,7 @@ STEPS = {
     "easy images": ("prune_easy", "epochs"),
 }
 RECIPES = ("fast", "long")
-AUGMENTED = ("steady",)  # recipes of the CNN that trains on the copies, too
+AUGMENTED = ("steady",)  # recipes for the CNN that also trains on the copies
 HEADER = (
     "rung", "params", "seed", "epochs", "seconds", "own_loop_seconds", "val_accuracy", "test_accuracy",
     "test_accuracy_shift_3px", "test_accuracy_rotation_15deg", "shifts_up_to_4px", "rotations_up_to_15deg",
@@ -59,14 +59,14 @@ def main() -> None:
     )
     known = rungs()
     parser.add_argument("rungs", nargs="*", metavar="RUNG", help=f"one of: {', '.join(known)}; default: all")
-    parser.add_argument("--seeds", type=int, default=5, help="train_cnn.seed from 0 to this, not included")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds: train_cnn.seed from 0")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rungs if name not in known]:
         raise StageError(f"{unknown[0]}: no rung of this name, expected one of {', '.join(known)}")
     for seed in range(arguments.seeds):
         for name in arguments.rungs or known:
             if not any(is_of(row, name, known[name], seed) for row in read_runs()):
-                row = run(name, known[name], seed)  # hours, in which the file may change
+                row = run(name, known[name], seed)  # takes hours, in which the file may change
                 write_csv(RUNS, sorted([*read_runs(), row], key=lambda row: place_of(row, [*known])))
     rows = read_runs()
     print("\n".join(table(rows)))
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def place_of(row: dict, names: list[str]) -> tuple[int, int]:
-    """Where a row stands in the file: by rung, then by seed; a rung that is no more comes last."""
+    """Where a row stands in the file: by rung, then by seed; a rung that no longer exists comes last."""
     return names.index(row["rung"]) if row["rung"] in names else len(names), int(row["seed"])
 
 
@@ -136,7 +136,7 @@ def run(name: str, settings: dict, seed: int) -> dict:
 def own_loop(folder: Path, *numbers: int) -> float:
     """Seconds of the lesson's five epochs by its own loop, without imports and validation.
 
-    `numbers`: the seed, and the steps to estimate from, where the epochs do not run.
+    `numbers`: the seed, and the number of steps to estimate from, if the epochs do not run.
     """
     command = [sys.executable, str(ROOT / "benchmarks/lesson.py"), *map(str, numbers)]
     done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
@@ -156,7 +156,7 @@ def row_of(
     """What the stages wrote about a run, and its seconds with those of the lesson's own loop."""
     evaluation = json.loads((folder / f"metrics/evaluate_cnn/{images}.json").read_text())
     metrics = folder / f"metrics/train_cnn/{images}.json"
-    training = json.loads(metrics.read_text()) if metrics.exists() else {}  # not of the lesson's own loop
+    training = json.loads(metrics.read_text()) if metrics.exists() else {}  # none of the lesson's own loop
     curve = folder / f"metrics/train_cnn/{images}.csv"
     row = {
         "rung": name,
@@ -204,7 +204,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def share(row: dict) -> float:
-    """A run's time as a share of the lesson's own loop, as fast as the machine then was."""
+    """A run's time as a share of the lesson's own loop at the machine's speed at that time."""
     return float(row["seconds"]) / float(row["own_loop_seconds"])
 
 
@@ -224,8 +224,8 @@ def draw(rows: list[dict]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     blue, orange, *_ = COLORS
-    left = min(share(row) for row in rows) / 2  # there, a column of labels: the steps are close to each other
-    free = 0.0  # the lowest place of the next of them
+    left = min(share(row) for row in rows) / 2  # a column of labels, because the steps are close
+    free = 0.0  # the lowest place for the next label
     for name in dict.fromkeys(row["rung"] for row in rows):
         mine = [row for row in rows if row["rung"] == name]
         shares = [share(row) for row in mine]

@@ -1,4 +1,4 @@
-"""The lesson's loops as the lesson has them: what the project is measured against.
+"""The lesson's loops as the lesson has them, against which the project is measured.
 
 Per-item Dataset, DataLoader, default Adam, and a second forward pass for the accuracy of each batch.
 """
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 class FashionDataset(Dataset):
-    """All images as float32 at once, given out one by one."""
+    """All images as float32 at once, returned one by one."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         self.images = (images.float() / 255).view(-1, 1, 28, 28)
@@ -82,8 +82,8 @@ def train_toy(model: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: 
 def main(seed: int, steps: int | None = None) -> None:
     """Train the CNN for five epochs in the current folder, and print how many seconds they took.
 
-    The weights lie where train_cnn would put them, for evaluate_cnn. With `steps`, the seconds of five
-    epochs are estimated from so many steps, at most an epoch's, and no weights are written.
+    The weights are written where train_cnn would put them, for evaluate_cnn. With `steps`, the seconds of
+    five epochs are estimated from that many steps, at most an epoch's, and no weights are written.
     """
     from fashion_cnn.models.cnns import build_cnn, fresh, save_weights
     from fashion_cnn.project.catalog import CNNS
@@ -97,7 +97,7 @@ def main(seed: int, steps: int | None = None) -> None:
     optimizer = Adam(model.parameters(), lr=1e-3)
     torch.set_num_threads(2)
     if steps:
-        train(fresh(build_cnn, seed), batches, steps=20)  # what is done once: first allocations
+        train(fresh(build_cnn, seed), batches, steps=20)  # one-time work: first allocations
         steps = min(steps, len(batches))
         began = time.perf_counter()
         train(model, batches, steps, optimizer)

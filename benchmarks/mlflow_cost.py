@@ -1,4 +1,4 @@
-"""Log one training without the training; print the seconds that MLflow takes."""
+"""Log one training without training; print the seconds that MLflow takes."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What surrounds the training: imports, DVC, MLflow, and a whole first run."""
+"""The overhead around the training: imports, DVC, MLflow, and a whole first run."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def timed(*command: str) -> float:
 
 
 def pipeline_times(rounds: int) -> dict[str, str]:
-    """Section e: what surrounds the training, in seconds."""
+    """Section e: the overhead around the training, in seconds."""
     times = {}
     for script in STAGES:
         code = f"import sys, runpy; sys.argv = ['x']; runpy.run_path('stages/{script}', run_name='imported')"
@@ -41,7 +41,7 @@ def pipeline_times(rounds: int) -> dict[str, str]:
 
 
 def tracked(store: str) -> float:
-    """Seconds that a training's MLflow part takes by itself, apart from starting Python and torch."""
+    """Seconds of a training's MLflow part, without starting Python and torch."""
     return float(
         subprocess.run(
             [sys.executable, str(ROOT / "benchmarks/mlflow_cost.py")],
@@ -51,11 +51,12 @@ def tracked(store: str) -> float:
 
 
 def first_run_rows(report: Report) -> None:
-    """`make repro` in a fresh clone, from cloned to done, with the share of each stage."""
+    """`make repro` in a fresh clone, after cloning, with the share of each stage."""
     report.heading(
         "A first run",
-        "`make repro` in a fresh clone of this commit, to the end; one run. Its dvc.lock was taken away, so "
-        "that every stage runs: with it, DVC skips what follows a training that gives the committed bytes.",
+        "`make repro` in a fresh clone of this commit, to the end; one run. Its dvc.lock was deleted, so "
+        "that every stage runs: with it, DVC skips the stages after a training that gives the committed "
+        "bytes.",
     )
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch) / "clone"

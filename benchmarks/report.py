@@ -40,7 +40,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def cpu_name() -> str:
-    """As Linux calls it; the machine's architecture elsewhere."""
+    """The CPU's name in Linux; the machine's architecture elsewhere."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
 

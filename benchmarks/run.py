@@ -1,7 +1,7 @@
-"""Measure the project beside the lesson's own loops, and write benchmarks/results.md.
+"""Measure the project against the lesson's own loops, and write benchmarks/results.md.
 
-Usage, after `make repro`: make bench. Takes one to two hours; the two sides run in turn, A B A B,
-so that a machine whose speed drifts is fair to both. --quick takes a few steps, to try the script.
+Usage, after `make repro`: make bench. It takes one to two hours; the two sides run in turn, A B A B,
+so that a drift of the machine's speed affects both. --quick takes a few steps, to try the script.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from report import ROOT, Report, conditions, spread
 from pipeline import first_run_rows, pipeline_times
 
 RESULTS = ROOT / "benchmarks/results.md"
-SAME_RESULT = ("augment", "load")  # what was done is told by a shape or a count
+SAME_RESULT = ("augment", "load")  # the result is a shape or a count
 FIRST = {"steps": ("steps", 5), "epoch": ("steps", 5), "toy": ("toy", 5), "augment": ("augment", 100)}
 BUSY = [sys.executable, "-c", "while True: pass"]
 
@@ -26,7 +26,7 @@ class Side:
 
     def __init__(self, name: str):
         command = [sys.executable, str(ROOT / "benchmarks/worker.py"), name]
-        # What the worker's libraries print before it is ready goes past; after that, one line an answer.
+        # What the worker's libraries print before it is ready is skipped; after that, each answer is a line.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while self._line() != "ready\n":
             pass
@@ -91,9 +91,9 @@ def comparison_rows(report: Report, quick: bool) -> None:
         rows = []
         for name, case, argument, count, unit, divisor in cases:
             if busy and case == "epoch":
-                continue  # the steps say it, in a twentieth of the time
+                continue  # the steps show it in a twentieth of the time
             lesson, project = Side("lesson"), Side("project")
-            for side in (lesson, project):  # what is done once: imports, first allocations
+            for side in (lesson, project):  # one-time work: imports, first allocations
                 side.ask(*FIRST.get(case, (case, argument)))
             if busy:
                 with a_core_taken():
@@ -122,7 +122,7 @@ def pipeline_rows(report: Report, rounds: int) -> None:
 
 
 def grown(times: int) -> tuple[float, float]:
-    """Seconds and peak MiB on `times` the images, in a process of its own."""
+    """Seconds and peak MiB on `times` times the images, in a process of its own."""
     project = Side("project")
     seconds, memory = project.ask("growth", times)
     project.close()
@@ -143,11 +143,11 @@ def growth_rows(report: Report, quick: bool) -> None:
 
 
 def accuracy_rows(report: Report) -> None:
-    """Section g: what the same minutes buy."""
+    """Section g: the accuracy for a given time."""
     report.heading(
         "Time to accuracy",
-        "Seed 0, one run each: the whole stage train_cnn, with imports and validation, beside the five "
-        "epochs of the lesson's own loop alone, estimated from steps before and after.",
+        "Seed 0, one run each: the whole stage train_cnn, with imports and validation, against only the five "
+        "epochs of the lesson's own loop, estimated from steps before and after.",
     )
     known, rows = ladder.rungs(), []
     for name in (ladder.OWN_LOOP, "fast", "long"):
@@ -172,7 +172,7 @@ def main() -> None:
     pipeline_rows(report, rounds=1 if quick else 5)
     growth_rows(report, quick)
     if quick:
-        print("\n--quick: results.md is left as it is")
+        print("\n--quick: results.md is unchanged")
         return
     accuracy_rows(report)
     first_run_rows(report)

@@ -1,7 +1,7 @@
-"""How often the CNNs read pictures as `fashion-cnn predict` prepares them, by the kind of picture.
+"""The CNNs' accuracy on pictures as `fashion-cnn predict` prepares them, by the kind of picture.
 
-Usage, after `make repro`: python benchmarks/sheets.py [--images 1000]. Val images are enlarged and put on
-sheets; prints a table of accuracies, in percent.
+Usage, after `make repro`: python benchmarks/sheets.py [--images 1000]. It enlarges val images, puts them on
+sheets, and prints a table of accuracies, in percent.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def on_sheet(image: np.ndarray, size: int = 280, top: int = 60, left: int = 60) 
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
-    """Of standard deviation 10."""
+    """Noise of standard deviation 10."""
     return rng.normal(0, 10, (SHEET, SHEET))
 
 
 GRADIENT = np.linspace(255, 155, SHEET)
-KINDS = {  # each from an image and a generator to a sheet
+KINDS = {  # each makes a sheet from an image and a generator
     "the images themselves": None,
     "dark on a white sheet": lambda image, _: 255 * (1 - on_sheet(image)),
     "pale: 30 of 255 darker than the sheet": lambda image, _: 255 - 30 * on_sheet(image),

@@ -1,7 +1,7 @@
-"""One side of a comparison, in a process of its own: does what it is told and says how long it took.
+"""One side of a comparison, in a process of its own: runs each request and says how long it took.
 
 Usage: worker.py lesson|project. Reads lines of JSON, [case, argument]; answers [seconds, result].
-Two processes, since the project's side sets up OpenMP and malloc for all that runs in its process.
+Two processes, because the project's side sets up OpenMP and malloc for everything in its process.
 """
 
 import json
@@ -42,7 +42,7 @@ class Lesson:
         return self.steps(None)
 
     def toy(self, epochs):
-        """`epochs` of the toy."""
+        """`epochs` epochs of the toy."""
         import lesson
 
         from fashion_cnn.models.cnns import build_toy_cnn, fresh
@@ -87,7 +87,7 @@ class Project:
         return self.steps(None)
 
     def toy(self, epochs):
-        """`epochs` of the toy."""
+        """`epochs` epochs of the toy."""
         from fashion_cnn.lesson.toy import train_toy
         from fashion_cnn.models.device import prepare_torch
         from fashion_cnn.project.files import read_tensors
@@ -117,7 +117,7 @@ class Project:
         return sum(len(to_input(images[index])) for index in batches if len(labels[index]))
 
     def growth(self, times):
-        """200 steps on `times` the images; returns the process's peak memory in MiB."""
+        """200 steps on `times` times the images; returns the process's peak memory in MiB."""
         import numpy as np
 
         self._train(np.tile(self.images, (times, 1, 1))[None], np.tile(self.labels, times), 200 * 32)

@@ -1,1 +1,1 @@
-"""What teams need beside the project: searches, trials, and what they share. Nothing else imports it."""
+"""What only teams need: searches, trials, and what they share. Nothing else imports it."""

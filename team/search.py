@@ -1,14 +1,14 @@
-"""Search for better params: Optuna proposes, trials run beside each other, DVC keeps each as an experiment.
+"""Search for better params: Optuna proposes, trials run in parallel, DVC keeps each as an experiment.
 
 Usage, after `make setup-team`:
 
     python -m team.search --trials 12 \\
         -S 'train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))' -S train_cnn.batch_size=16,32,64
 
--S takes what `dvc exp run -S` takes: values, range(1,5), and one value alone for all trials; and
+-S takes what `dvc exp run -S` takes (values, range(1,5), or a single value for all trials), and
 interval(a,b), tag(int,interval(a,b)), tag(log,interval(a,b)). Each trial is a DVC experiment of HEAD, named
-by a digest of its params. Those that exist count and do not run again, so the same command goes on with a
-search that was stopped.
+by a digest of its params. Existing experiments count and are not rerun, so the same command resumes a
+stopped search.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from team.workers import Workers, here, on_ray
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = Path("search.png")
-LOOK = 5  # seconds after which a search looks again how many trials there is room for
-SAME = 200  # proposals in a row that are no new trial: then there are no more
+LOOK = 5  # seconds between checks of how many trials there is room for
+SAME = 200  # give up after this many consecutive proposals of known trials
 STAGES = {training.stage: training for training in CNNS.values()}
 EXAMPLE = "train_cnn.epochs=2,4"
 
@@ -58,47 +58,47 @@ def main() -> None:
             raise StageError(f"{package}: not installed, expected what `make setup-team` installs")
     search = Search(arguments)
     if changed := git("status", "--porcelain", "--untracked-files=no").decode().splitlines():
-        print(f"trials are of the last commit; what is not committed does not count: {', '.join(changed)}")
+        print(f"trials run the last commit; uncommitted changes are ignored: {', '.join(changed)}")
     try:
         with search.workers() as workers:
             search.run(workers)
-    finally:  # also of a search that is stopped
+    finally:  # also after a stop
         if search.began:
             search.report()
     if not search.known:
-        raise StageError(f"no trial has succeeded of {len(search.failed)}; the lines above say why")
+        raise StageError(f"no trial succeeded ({len(search.failed)} failed); the lines above say why")
 
 
 def parse() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-S", "--set", action="append", required=True, metavar="PATH=VALUES")
     parser.add_argument(
-        "--trials", type=positive, help="with those that exist; default: 20, or the whole grid"
+        "--trials", type=positive, help="including those that exist; default: 20, or the whole grid"
     )
     parser.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="default: tpe")
-    parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="what is trained")
-    parser.add_argument("--metric", default="val_accuracy", help="of the training; a loss is minimized")
+    parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="stage to train")
+    parser.add_argument("--metric", default="val_accuracy", help="a metric of training; a loss is minimized")
     parser.add_argument("--jobs", type=positive, help="trials at once; default: what all cores can take")
-    parser.add_argument("--threads", type=positive, default=1, help="of each trial; default: 1")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of each trial; default: 1")
     parser.add_argument(
         "--workers", choices=("local", "ray"), help="default: ray, if RAY_ADDRESS names a cluster"
     )
-    parser.add_argument("--gpus", type=share, default=0, help="that Ray gives to each trial; default: 0")
+    parser.add_argument("--gpus", type=share, default=0, help="GPUs that Ray gives each trial; default: 0")
     return parser.parse_args()
 
 
 def positive(text: str) -> int:
-    """A number of the command line, 1 or more."""
+    """Parse a number of 1 or more."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number}, expected 1 or more")
     return number
 
 
 def share(text: str) -> float:
-    """A number of GPUs: 0, a part of one, or whole ones."""
+    """Parse a number of GPUs: 0, a part of one, or whole ones."""
     number = float(text)
     if not (0 <= number <= 1 or (number > 0 and number.is_integer())):
         raise argparse.ArgumentTypeError(f"{text}, expected 0 to 1, or a whole number")
@@ -108,7 +108,7 @@ def share(text: str) -> float:
 def read_space(settings: list[str]) -> tuple[dict, dict]:
     """Optuna's distributions of the params that vary, and the values of those that do not.
 
-    Raises StageError for what is not Hydra's syntax, and if nothing varies.
+    Raises StageError if a setting is not in Hydra's syntax, or if nothing varies.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -121,7 +121,7 @@ def read_space(settings: list[str]) -> tuple[dict, dict]:
             override = OverridesParser.create().parse_override(setting)
             name, value = override.key_or_group, override.value()
             if name in varied | fixed or setting.startswith(("+", "~")):
-                raise ValueError("a param is named once, without + or ~")
+                raise ValueError("name each param once, without + or ~")
             if override.is_interval_sweep():
                 varied[name] = interval(value)
             elif override.is_sweep_override():
@@ -130,9 +130,9 @@ def read_space(settings: list[str]) -> tuple[dict, dict]:
                 fixed[name] = plain(value)
         except (HydraException, ValueError, OverflowError) as error:
             fault = str(error).splitlines()[0]
-            raise StageError(f"-S {setting}: {fault}; expected PATH=VALUES, as {EXAMPLE}") from None
+            raise StageError(f"-S {setting}: {fault}; expected PATH=VALUES, such as {EXAMPLE}") from None
     if not varied:
-        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, expected several values, as {EXAMPLE}")
+        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, expected several, such as {EXAMPLE}")
     return varied, fixed
 
 
@@ -144,18 +144,18 @@ def interval(sweep):
         raise ValueError(f"tag {wrong[0]}, which is not int or log")
     if "int" in sweep.tags:
         if sweep.start != int(sweep.start) or sweep.end != int(sweep.end):
-            raise ValueError("an interval of integers has integers at its ends")
+            raise ValueError("the ends of an int interval must be integers")
         return IntDistribution(int(sweep.start), int(sweep.end), log="log" in sweep.tags)
     return FloatDistribution(sweep.start, sweep.end, log="log" in sweep.tags)
 
 
 def plain(value: Any) -> str | int | float | None:
-    """A value as params.yaml may have it, from one of Hydra's. Raises ValueError for lists and the like."""
-    value = getattr(value, "text", value)  # of a quoted string
+    """Convert a value of Hydra's to one for params.yaml. Raises ValueError for lists and the like."""
+    value = getattr(value, "text", value)  # a quoted string has one
     if not isinstance(value, str | int | float | None) or "${" in str(value):
-        raise ValueError(f"{value} is no value of a param")
+        raise ValueError(f"{value} is not a value for a param")
     if isinstance(value, str) and YAML(typ="safe").load(value) != value:
-        raise ValueError(f"'{value}' in quotes, which {PARAMS_PATH} reads as another value without them")
+        raise ValueError(f"'{value}' is quoted, but {PARAMS_PATH} reads it unquoted as another value")
     return value
 
 
@@ -176,24 +176,24 @@ class Search:
                 raise StageError(f"-S {name}: no param of this name, expected one of {PARAMS_PATH}")
         check(self.base | self.fixed)
         for name, values in self.varied.items():
-            if hasattr(values, "low"):  # also one between, which need not be an integer
+            if hasattr(values, "low"):  # also one in between, which need not be an integer
                 for value in (values.low, values.high, *values_between(values)):
                     check(self.base | self.fixed | {name: value})
-        self.value_of(self.commit)  # a wrong --metric is told before hours of training
+        self.value_of(self.commit)  # reject a wrong --metric before hours of training
         self.jobs, self.threads, self.gpus = arguments.jobs, arguments.threads, arguments.gpus
         self.cluster = None if arguments.workers == "local" else address("RAY_ADDRESS")
         if arguments.workers == "ray" and not self.cluster:
-            raise StageError("RAY_ADDRESS: not set, expected a cluster's address, as 10.0.0.1:6379")
+            raise StageError("RAY_ADDRESS: not set, expected a cluster's address, such as 10.0.0.1:6379")
         if self.gpus and not self.cluster:
             raise StageError(f"--gpus {self.gpus:g}: there is no cluster, expected one in RAY_ADDRESS")
-        self.known: dict[str, float] = {}  # values by the names of trials
-        self.failed: dict[str, str] = {}  # and lines that say why
-        self.params: dict[str, dict] = {}  # what varies
+        self.known: dict[str, float] = {}  # metrics by trial name
+        self.failed: dict[str, str] = {}  # faults by trial name
+        self.params: dict[str, dict] = {}  # varied params by trial name
         self.running: dict[Future, str] = {}
-        self.starts: dict[str, float] = {}  # of trials, in seconds of the clock
-        self.seconds: list[float] = []  # that trials took
+        self.starts: dict[str, float] = {}  # of trials, monotonic seconds
+        self.seconds: list[float] = []  # that each ended trial took
         self.began = False
-        self.asked: dict[str, optuna.trial.Trial] = {}  # of which the study awaits the end
+        self.asked: dict[str, optuna.trial.Trial] = {}  # whose results the study awaits
         self.others: set[str] = set()  # experiments of HEAD outside the space
         samplers = optuna.samplers
         self.study = optuna.create_study(
@@ -219,7 +219,7 @@ class Search:
         return here(self.commit, self.training.stage, jobs, self.threads)
 
     def note_known(self) -> None:
-        """Take up the trials of HEAD that lie in the space, also those of another search since."""
+        """Add HEAD's trials that lie in the space, including new ones of another search."""
         import optuna
 
         for one in experiments():
@@ -228,7 +228,7 @@ class Search:
             has = params_in(file_at(one.reference, PARAMS_PATH) or b"")
             varied = {name: has.get(name) for name in self.varied}
             if one.name != self.name_of(varied) or (value := self.value_of(one.reference)) is None:
-                self.others.add(one.name)  # other values of what does not vary; or diverged
+                self.others.add(one.name)  # other fixed params, or it diverged
                 continue
             if one.name in self.asked:
                 self.study.tell(self.asked.pop(one.name), value)
@@ -237,14 +237,14 @@ class Search:
                     self.study.add_trial(
                         optuna.trial.create_trial(params=varied, distributions=self.varied, value=value)
                     )
-                except ValueError:  # of a wider space
+                except ValueError:  # from a wider space
                     self.others.add(one.name)
                     continue
             self.known[one.name], self.params[one.name] = value, varied
-            self.failed.pop(one.name, None)  # here, and not in another search
+            self.failed.pop(one.name, None)  # it failed here, not in another search
 
     def value_of(self, reference: str) -> float | None:
-        """The metric at a commit; None if it is absent or no number. Raises StageError for a wrong name."""
+        """The metric at a commit; None if absent or not a number. Raises StageError for a wrong name."""
         content = file_at(reference, self.training.metrics)
         if content is None:
             return None
@@ -260,7 +260,7 @@ class Search:
         return f"trial-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
 
     def ask(self) -> Iterator[dict]:
-        """What Optuna proposes, without end."""
+        """Optuna's proposals, without end."""
         while True:
             trial = self.study.ask(self.varied)
             name = self.name_of(trial.params)
@@ -271,13 +271,13 @@ class Search:
             yield trial.params
 
     def drop(self, trial) -> None:
-        """Tell the study that a proposal came to nothing."""
+        """Report a proposal to the study as failed."""
         from optuna.trial import TrialState
 
         self.study.tell(trial, state=TrialState.FAIL)
 
     def propose(self) -> str | None:
-        """The name of the next trial, which is new; None if there are enough, or no more."""
+        """The name of the next new trial; None if there are no more."""
         for params in itertools.islice(self.proposals, SAME):
             name = self.name_of(params)
             if name not in self.known | self.failed and name not in self.running.values():
@@ -329,12 +329,12 @@ class Search:
         return max(0, self.trials - len(self.known | self.failed))
 
     def finish(self, future: Future) -> None:
-        """Take up how a trial has ended."""
+        """Record how a trial ended."""
         name = self.running.pop(future)
         if name in self.known:
             said = f"{self.metric} {self.known[name]:.4f}"
         else:
-            self.failed[name] = fault_of(future) or f"{self.metric} is no number"
+            self.failed[name] = fault_of(future) or f"{self.metric} is not a number"
             said = f"failed: {self.failed[name]}"
             if name in self.asked:
                 self.drop(self.asked.pop(name))
@@ -355,7 +355,7 @@ class Search:
 
     def report(self) -> None:
         """Print the table and the command for the best, and draw the metric against each param."""
-        self.note_known()  # also what has ended since a stop
+        self.note_known()  # also those that ended after a stop
         rows = [("trial", self.metric, *(name.rpartition(".")[2] for name in self.varied))]
         for name in [*self.ranked(), *self.failed]:
             value = f"{self.known[name]:.4f}" if name in self.known else "failed"
@@ -371,10 +371,10 @@ class Search:
 
 def fault_of(future: Future) -> str:
     """The line that says why a trial failed; empty if it did not."""
-    lost = future.exception()  # its node, for example
+    lost = future.exception()  # for example, its node was lost
     if lost is None:
         return future.result()
-    cause = getattr(lost, "cause", None) or lost  # of an error on a node, whose own text is a traceback
+    cause = getattr(lost, "cause", None) or lost  # of an error on a node; its own text is a traceback
     return " ".join(str(cause).split()) or type(cause).__name__
 
 
@@ -391,7 +391,7 @@ def check(params: dict[str, object]) -> None:
 
 
 def values_between(interval) -> list[float]:
-    """One value of an interval of numbers that is no integer."""
+    """A non-integer inside an interval of floats; none for an interval of integers."""
     between = interval.low + (interval.high - interval.low) / math.e
     return [] if isinstance(interval.low, int) else [between]
 
@@ -400,7 +400,7 @@ def grid(varied: dict) -> list[dict]:
     """Every combination of values. Raises StageError if a param has an interval."""
     for name, values in varied.items():
         if not hasattr(values, "choices"):
-            raise StageError(f"-S {name}: an interval, expected values, as 16,32,64, for a grid")
+            raise StageError(f"-S {name}: an interval, expected values such as 16,32,64 for a grid")
     choices = itertools.product(*(values.choices for values in varied.values()))
     return [dict(zip(varied, point, strict=True)) for point in choices]
 
@@ -416,11 +416,11 @@ def draw(study, names: list[str], metric: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of an axis with one value
+        warnings.simplefilter("ignore", UserWarning)  # about an axis with one value
         axes = plot_slice(study, params=names, target_name=metric)
     panels = list(getattr(axes, "flat", [axes]))
     for panel in panels:
-        if panel.get_xscale() == "log":  # else its labels cover each other
+        if panel.get_xscale() == "log":  # otherwise its labels overlap
             low, high = panel.get_xlim()
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
             panel.xaxis.set_major_formatter("{x:g}")

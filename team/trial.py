@@ -3,9 +3,9 @@
 Usage: python -m team.trial REPOSITORY COMMIT NAME STAGE [PATH=VALUE …], on any machine that
 has the project's environment: by hand, under Slurm, in a Kubernetes job. REPOSITORY is what `git clone`
 takes. If it is a folder of the project, the trial uses that folder's cache, checkpoints and MLflow store.
-Else, data come from DVC's remote and results go there; FASHION_CNN_TRIALS names the folder for what trials
-share (default: ~/.cache/fashion-cnn). A trial that REPOSITORY has does not run again, and one that was killed
-goes on after its last epoch.
+Otherwise, data comes from DVC's remote and results go there; FASHION_CNN_TRIALS names the folder for what
+trials share (default: ~/.cache/fashion-cnn). A trial that REPOSITORY has is not rerun, and one that was
+killed resumes after its last epoch.
 """
 
 import os
@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import DVC, ELSEWHERE, own_path, run_stage
 
-PAUSES = (5, 20, 60)  # seconds after which a repository or a remote that did not answer is tried again
-# `dvc exp run` and git would take these as their own.
+PAUSES = (5, 20, 60)  # seconds between attempts to reach a repository or a remote
+# `dvc exp run` and git must not inherit these.
 OTHERS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", *ELSEWHERE)
 
 
@@ -64,16 +64,16 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
     is_here = Path(repository, ".dvc").is_dir()
     home = Path(repository if is_here else os.environ.get("FASHION_CNN_TRIALS", "~/.cache/fashion-cnn"))
     home = home.expanduser().resolve()
-    # Of this host, since locks may not reach others that share the folder.
+    # One folder per host, because locks may not reach other hosts that share it.
     clones = home / (".dvc/tmp/trials" if is_here else f"clones/{socket.gethostname()}")
     clones.mkdir(parents=True, exist_ok=True)
     sweep(clones)
     clone, reference = clones / name, f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
-    with FileLock(f"{clone}.lock"):  # another search on this machine may run the same
+    with FileLock(f"{clone}.lock"):  # another search on this machine may run the same trial
         if has(home, repository, reference):
-            print(f"{name}: there already, so it does not run again")
+            print(f"{name}: already exists, so it is not rerun")
             return
-        shutil.rmtree(clone, ignore_errors=True)  # what a kill has left
+        shutil.rmtree(clone, ignore_errors=True)  # left by a kill
         try:
             options = ("--quiet", "--no-checkout", "--origin", "origin")
             steadily(home, "git", "clone", *options, "--", repository, clone)
@@ -91,12 +91,12 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
             run(clone, *DVC, "exp", "run", "--name", name, *changes, stage, FASHION_CNN_ROOT=str(home))
             if not is_here:
                 steadily(clone, *DVC, "push", "--with-deps", stage)
-            # Last, since a trial counts as done when the repository has it. Not by `dvc exp push`, which
-            # succeeds, too, if the repository has another experiment of this name.
+            # Pushed last, because a trial counts as done when the repository has it. Not by `dvc exp push`,
+            # which also succeeds if the repository has another experiment of this name.
             try:
                 steadily(clone, "git", "push", "--quiet", "origin", f"{reference}:{reference}")
             except TrialError:
-                if not has(home, repository, reference):  # which another machine may have sent meanwhile
+                if not has(home, repository, reference):  # another machine may have sent it meanwhile
                     raise
             print(f"{name}: done")
         finally:
@@ -104,12 +104,12 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
 
 
 def sweep(clones: Path) -> None:
-    """Delete the clones that killed trials have left."""
+    """Delete the clones that killed trials left behind."""
     for clone in (path.with_suffix("") for path in clones.glob("*.lock")):
         try:
             with FileLock(f"{clone}.lock", timeout=0):
                 shutil.rmtree(clone, ignore_errors=True)
-        except Timeout:  # at work
+        except Timeout:  # still running
             pass
 
 
@@ -120,7 +120,7 @@ def has(home: Path, repository: str, reference: str) -> bool:
 
 
 def steadily(folder: Path, *command: str | Path) -> str:
-    """What a command prints; it is run again after pauses while it fails, as networks do."""
+    """What a command prints; it is retried after pauses if it fails, because networks do."""
     for pause in PAUSES:
         try:
             return run(folder, *command)
@@ -132,13 +132,13 @@ def steadily(folder: Path, *command: str | Path) -> str:
 def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> str:
     """What a command prints in `folder`, with `more` in its environment; it dies with this process.
 
-    Raises TrialError if it fails, if `check`.
+    Raises TrialError if it fails and `check` is true.
     """
     settings = {name: value for name, value in os.environ.items() if name not in OTHERS}
     settings["PATH"] = own_path()
-    # The first: DVC's files about a project, which would otherwise stay in /var/tmp when the clone is gone.
+    # The first: otherwise, DVC's files about a project would stay in /var/tmp when the clone is gone.
     settings |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "GIT_TERMINAL_PROMPT": "0", **more}
-    # A transfer that stands still for a minute has failed.
+    # A transfer that stalls for a minute has failed.
     settings |= {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "60"}
     done = subprocess.run(
         ["setpriv", "--pdeathsig", "KILL", *command], cwd=folder, env=settings, check=False, text=True,
@@ -151,7 +151,7 @@ def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> 
 
 
 def fault_in(output: str) -> str:
-    """What an output says went wrong: a stage's own line, else the last one of DVC or git."""
+    """The fault in an output: a stage's own line, otherwise the last one of DVC or git."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for start, place in (("error: ", -1), ("ERROR: ", -1), ("fatal: ", 0), ("", -1)):
         if found := [line.removeprefix(start) for line in lines if line.startswith(start)]:

@@ -28,14 +28,14 @@ RETRIES = 3  # of a trial whose node was lost
 class Workers(NamedTuple):
     """What runs trials."""
 
-    submit: Callable[[str, dict[str, str]], Future]  # whose result is the line that says why it failed, or ""
+    submit: Callable[[str, dict[str, str]], Future]  # its result is the reason why it failed, or ""
     room: Callable[[], int]  # how many trials may run at once, now
-    fetch: Callable[[], object]  # brings the experiments of trials here
+    fetch: Callable[[], object]  # fetches the experiments of trials
 
 
 @contextmanager
 def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
-    """Run trials on this machine, `jobs` at once; those that still run at the end are stopped."""
+    """Run trials on this machine, `jobs` at once; those still running at the end are stopped."""
     try:
         connect()
     except StoreError as error:
@@ -47,8 +47,8 @@ def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
         with starting:
             if is_over:
                 return "stopped"
-            # As long as this thread waits, the kernel ends the trial with it. In a session of its own, so
-            # that Ctrl-C comes once, from here.
+            # The kernel kills the trial if this waiting thread dies. The trial has its own session, so that
+            # Ctrl-C reaches it once, from here.
             process = subprocess.Popen(
                 command(str(ROOT), commit, name, stage, settings), cwd=ROOT,
                 start_new_session=True, text=True, env=environment(threads),
@@ -71,19 +71,19 @@ def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
 
 @contextmanager
 def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> Iterator[Workers]:
-    """Run trials on a Ray cluster, each of whose nodes clones `origin`; those at work at the end are stopped.
+    """Run trials on a Ray cluster whose nodes clone `origin`; those still running at the end are stopped.
 
     Raises StageError if the cluster cannot be used, or `origin` lacks the commit.
     """
-    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else without end
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # otherwise endless
     import ray
 
     repository = address_of_origin()
     if not git("branch", "--remotes", "--list", "origin/*", "--contains", commit):
         raise StageError(
-            f"{commit[:10]}: not in origin, from which the nodes clone; `git push` brings it there"
+            f"{commit[:10]}: not in origin, from which the nodes clone; `git push` sends it there"
         )
-    # Sent with each trial, so that a node needs only the project's environment.
+    # The code is sent with each trial, so that a node needs only the project's environment.
     code = git("archive", commit, "fashion_cnn", "team")
 
     def attempt(name: str, settings: dict[str, str]) -> str:
@@ -105,47 +105,47 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
         )
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    expected = "expected HOST:PORT of a cluster of which this machine is a node, and that has its token"
+    expected = "expected HOST:PORT of a cluster; this machine must be a node of it and have its token"
     stop = signal.getsignal(signal.SIGTERM)
     try:
         host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=CONNECT).close()  # Ray takes minutes to say no
+        socket.create_connection((host, int(port)), timeout=CONNECT).close()  # Ray takes minutes to fail
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise StageError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}; {expected}") from None
-    signal.signal(signal.SIGTERM, stop)  # which Ray has taken
-    # Ray runs a trial again if its node or its process is lost.
+    signal.signal(signal.SIGTERM, stop)  # Ray has replaced it
+    # Ray reruns a trial if its node or its process is lost.
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(attempt)
     names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"
-    # No pruning, whatever git's settings are: trials that ran here alone are kept.
+    # No pruning, whatever git's settings are: trials that ran only here are kept.
     fetch = ("git", "fetch", "--quiet", "--no-prune", "--no-tags", "origin", f"+{names}:{names}")
     try:
         yield Workers(lambda *trial: task.remote(*trial).future(), room, lambda: steadily(Path.cwd(), *fetch))
     finally:
-        ray.shutdown()  # ends the trials, too
-        run(Path.cwd(), *fetch, check=False)  # what has ended since the search looked
+        ray.shutdown()  # also ends the trials
+        run(Path.cwd(), *fetch, check=False)  # what has ended since the last fetch
 
 
 def address_of_origin() -> str:
-    """What nodes clone. Raises StageError if it is no address for them, or would show them a password."""
+    """What nodes clone. Raises StageError if origin has no address, or one that shows them a password."""
     found = git("config", "--default", "", "--get", "remote.origin.url").decode().strip()
     if not found:
         raise StageError("git has no remote origin, expected the repository that nodes clone")
     if re.match(r"https?://[^/]*@", found):
-        what = "has a user or a password, expected none, since it is sent to all nodes"
+        what = "has a user or a password, expected none, because it is sent to all nodes"
         raise StageError(f"the address of origin {what}; a node's git takes them from a credential helper")
     return str(Path(found).resolve()) if Path(found).exists() else found
 
 
 def command(repository: str, commit: str, name: str, stage: str, settings: dict) -> list[str]:
-    """The command of a trial. The kernel ends it when the process that waits for it ends."""
+    """The command of a trial. The kernel kills it when the process that waits for it ends."""
     changes = [f"{path}={value}" for path, value in settings.items()]
     trial = [sys.executable, "-m", "team.trial", repository, commit, name, stage, *changes]
     return ["setpriv", "--pdeathsig", "KILL", *trial]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's, for a trial of so many threads."""
+    """This process's environment, for a trial with `threads` threads."""
     return os.environ | {"FASHION_CNN_THREADS": str(threads)}
 
 

@@ -1,4 +1,4 @@
-"""Augmented copies, and what evaluation makes of known inputs."""
+"""Augmented copies, and the evaluation of known inputs."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, work
 
 
 def test_a_block_is_drawn_by_its_seed_alone(images):
-    """In this process; the workers make the same."""
+    """The block is computed in this process; the workers give the same bytes."""
     block = augmentation._augment_block(images, (0, 0, 0), max_shift=4, max_rotation=20.0)
     [copy] = augmentation.augment(images, copies=1, max_shift=4, max_rotation=20.0, seed=0)
     assert (block == copy).all()
@@ -44,7 +44,7 @@ def test_blocks_and_copies_are_drawn_apart(images, monkeypatch):
     same = np.repeat(images[:4], 4, axis=0).reshape(4, 4, 28, 28).transpose(1, 0, 2, 3).reshape(16, 28, 28)
     copies = [*augmentation.augment(same, **SETTINGS)]
     blocks = {copy[start : start + 4].tobytes() for copy in copies for start in range(0, 16, 4)}
-    assert len(blocks) == 8  # of four blocks with the same four images, in two copies
+    assert len(blocks) == 8  # four blocks of the same four images, in two copies
 
 
 class Bar(tqdm):
@@ -56,7 +56,7 @@ class Bar(tqdm):
 
 
 class InThisProcess:
-    """Stands for the pool of workers, and writes down how it was made."""
+    """Stand-in for the pool of workers; it records how it was created."""
 
     made: ClassVar[list] = []
 
@@ -124,7 +124,7 @@ def test_a_dev_shm_that_is_not_writable_is_named(images, monkeypatch):
 
 
 def test_workers_start_beside_threads_of_opencv():
-    # In a process of its own, with a time limit: forked beside those threads, a worker waits for ever.
+    # In a process of its own, with a time limit: a worker forked next to those threads would hang.
     code = (
         "import cv2, numpy as np\n"
         "from fashion_cnn.lesson.augmentation import augment\n"
@@ -145,7 +145,7 @@ def test_copies_differ_from_their_image_from_each_other_and_with_the_seed(images
 
 
 def test_row_i_is_made_from_image_i():
-    # Image i is a block of brightness 10·(i + 1) in the middle, which no shift of 2 px can lose.
+    # Image i is a central block of brightness 10·(i + 1); a shift of 2 px keeps it inside.
     images = np.zeros((16, 28, 28), np.uint8)
     images[:, 8:20, 8:20] = 10 * (np.arange(16)[:, None, None] + 1)
     [copy] = augmentation.augment(images, copies=1, max_shift=2, max_rotation=0.0, seed=0)
@@ -156,15 +156,15 @@ def test_row_i_is_made_from_image_i():
 def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
     images = np.full((2000, 28, 28), 200, np.uint8)
     copy = augmentation._augment_block(images, (0, 0, 0), max_shift=3, max_rotation=0.0)
-    # How many columns or rows are black at each side of each image.
+    # The number of black columns or rows at each side of each image.
     for axis in (1, 2):
         black = copy.max(axis=3 - axis) == 0  # (N, 28)
         first, last = black.argmin(axis=1), black[:, ::-1].argmin(axis=1)
         shifts = first - last
         assert set(np.unique(shifts)) == set(range(-3, 4))
-        assert np.bincount(shifts + 3).min() > 2000 / 7 * 0.75  # uniform: 286 expected of each
+        assert np.bincount(shifts + 3).min() > 2000 / 7 * 0.75  # uniform: 286 of each expected
     assert set(np.unique(copy)) == {0, 200}
-    # A bar through the middle: how far its right end stands from the middle is the angle.
+    # A bar through the middle: the height of its right end gives the angle.
     images = np.zeros((1000, 28, 28), np.uint8)
     images[:, 13:15] = 255
     copy = augmentation._augment_block(images, (0, 0, 0), max_shift=0, max_rotation=20.0)
@@ -199,11 +199,11 @@ def test_rotation_is_counterclockwise_and_none_is_none(images):
 def test_rotation_takes_each_pixel_from_the_four_about_its_place(images, degrees):
     expected = small_stages.rotated(images, degrees).astype(int)
     difference = np.abs(evaluation.move(images, "rotation", degrees).astype(int) - expected)
-    assert difference.max() <= 1  # a value at the middle between two integers
+    assert difference.max() <= 1  # a value halfway between two integers
     assert (difference > 0).mean() < 0.01
 
 
-def test_per_class_in_the_head():
+def test_per_class_by_hand():
     labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     rows = evaluation.per_class(labels, predictions)
     assert [row["class"] for row in rows] == list(CLASSES)
@@ -253,7 +253,7 @@ def test_mistakes_of_one_confidence_come_in_order(images):
 
 
 class LeftOrRight(nn.Module):
-    """Class 0 where the left half is brighter, 1 otherwise."""
+    """Class 0 if the left half is brighter, 1 otherwise."""
 
     def forward(self, images):
         left, right = images[..., :14].sum((1, 2, 3)), images[..., 14:].sum((1, 2, 3))
@@ -261,7 +261,7 @@ class LeftOrRight(nn.Module):
 
 
 class UpperLeft(nn.Module):
-    """Class 0 where most of the light is in the first eight rows of the left half, 1 otherwise."""
+    """Class 0 if most of the light is in the first eight rows of the left half, 1 otherwise."""
 
     def forward(self, images):
         share = images[..., :8, :14].sum((1, 2, 3)) / images.sum((1, 2, 3))
@@ -270,7 +270,7 @@ class UpperLeft(nn.Module):
 
 def test_robustness_sees_what_a_shift_down_and_a_turn_do():
     images = np.zeros((3, 28, 28), np.uint8)
-    images[:, 6, 13] = 255  # a shift down by 2, right by 1, or a turn clockwise moves it out
+    images[:, 6, 13] = 255  # a shift down by 2 or right by 1, or a clockwise rotation, moves it out
     labels, device = np.zeros(3, np.uint8), torch.device("cpu")
     moved = evaluation.robustness(UpperLeft(), images, labels, device)
     assert moved["shifts"] == [
@@ -283,7 +283,7 @@ def test_robustness_sees_what_a_shift_down_and_a_turn_do():
 
 def test_robustness_sees_what_a_shift_does():
     images = np.zeros((4, 28, 28), np.uint8)
-    images[:, 14, 12] = 255  # two pixels left of the middle: a shift right by 2 moves it over
+    images[:, 14, 12] = 255  # two pixels left of the middle: a shift right by 2 moves it across
     moved = evaluation.robustness(LeftOrRight(), images, np.zeros(4, np.uint8), torch.device("cpu"))
     assert moved["shifts"] == [
         {"pixels": by, "shift_x": float(by < 2), "shift_y": 1.0, "n": 4} for by in range(-5, 6)

@@ -1,4 +1,4 @@
-"""The way back from experiments, and what `make repro` says at its end, in a project of two stages."""
+"""`fashion-cnn back`, and what `make repro` prints at its end, in a project of two stages."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from project import git
 pytestmark = pytest.mark.slow
 
 WEIGHTS = Path("models/toy_cnn.safetensors")
-# In place of train_toy_cnn, without torch and MLflow, which take seconds and no part in the way back.
+# Replaces train_toy_cnn, without torch and MLflow, which take seconds and do not matter to `back`.
 STAND_IN = """
 import time
 import numpy as np
@@ -78,7 +78,7 @@ def test_back_from_an_experiment_which_stays(project):
 
 @pytest.fixture
 def training(project) -> Iterator[Started]:
-    """`dvc exp run` while it trains for longer than any test."""
+    """A `dvc exp run` whose training outlasts every test."""
     command = ("-m", "dvc", "exp", "run", "-S", "train_toy_cnn.epochs=99999")
     started = Started(project, project.parent / "logs/training.log", *command)
     wait_for_text(started, "Running stage 'train_toy_cnn'")
@@ -120,7 +120,7 @@ def refused(project: Path) -> str:
 
 
 def test_folders_that_dvcs_cache_lacks_are_dropped_from_dvc_lock_too(tmp_path, monkeypatch):
-    """DVC names them with a slash at the end."""
+    """DVC lists them with a trailing slash."""
     monkeypatch.chdir(tmp_path)
     out = {"path": "data/augmented", "md5": "ab.dir", "hash": "md5"}
     entries = {name: {"cmd": "true", "outs": [out | {"path": name}]} for name in ("data/augmented", "models")}
@@ -181,7 +181,7 @@ def test_a_commit_that_the_user_went_to_stays(project):
 
 
 def of_another_machine(project: Path) -> None:
-    """Commit a dvc.lock and metrics whose weights have bytes that this machine has never seen."""
+    """Commit a dvc.lock and metrics of weights that this machine has never seen."""
     lock = (project / "dvc.lock").read_text()
     md5 = yaml.safe_load(lock)["stages"]["train_toy_cnn"]["outs"]
     [weights] = [out["md5"] for out in md5 if out["path"] == str(WEIGHTS)]
@@ -198,7 +198,7 @@ def test_back_to_a_lock_of_another_machine_trains_nothing_and_deletes_nothing(pr
     assert "not in DVC's cache, so made on another machine: models/toy_cnn.safetensors" in told
     assert ran(told) == []
     assert (project / WEIGHTS).read_bytes() == weights
-    assert changes(project) == " M dvc.lock\n"  # names this machine's own weights
+    assert changes(project) == " M dvc.lock\n"  # it now names this machine's own weights
 
 
 def test_back_in_an_empty_clone_makes_what_is_not_there(project, tmp_path):

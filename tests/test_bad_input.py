@@ -19,7 +19,7 @@ def test_mutated_inputs_are_read_or_refused_in_one_line(mutate, tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_disk_without_room_is_one_line_and_the_earlier_file_stays(workspace, limit):
-    """The limit on a file's size stands for a full disk: both fail in the middle of a write."""
+    """A file size limit stands in for a full disk: both fail in the middle of a write."""
     (workspace / "data").mkdir()
     (workspace / "data/toy.safetensors").write_text("earlier")
     code = (

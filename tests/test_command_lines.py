@@ -26,7 +26,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def stand_in(path: Path) -> None:
-    """A program that writes down how it is called, and makes an environment of itself."""
+    """Write a program that prints its arguments; for `-m venv`, it installs itself as .venv's Python."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "#!/bin/sh\n"
@@ -58,7 +58,7 @@ def test_the_folders_name_is_no_command(folder):
 
 @pytest.fixture
 def no_uv(tmp_path, monkeypatch):
-    """So that pip installs, which the stand-in for Python answers for."""
+    """Make uv fail, so that pip is used; the stand-in for Python answers in its place."""
     (uv := tmp_path / "no uv/uv").parent.mkdir()
     uv.write_text("#!/bin/sh\nexit 1\n")
     uv.chmod(0o755)
@@ -66,13 +66,13 @@ def no_uv(tmp_path, monkeypatch):
 
 
 def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_path, no_uv):
-    """It names the original's folder, whose code would run."""
+    """The environment names the original folder, so that folder's code would run."""
     stand_in(folder / ".venv/bin/python")
     (folder / ".venv/ready").write_text(f"{folder}\n")
     stand_in(tmp_path / "bin/python3")
     copy = shutil.copytree(folder, tmp_path / "copy")
     done = make(copy, "repro", f"PYTHON={tmp_path / 'bin/python3'}")
-    assert (done.returncode, done.stderr) == (0, ".venv was made in another folder, and will be made anew\n")
+    assert (done.returncode, done.stderr) == (0, ".venv was made in another folder and will be rebuilt\n")
     assert "called with: -m venv .venv" in done.stdout
     assert (copy / ".venv/ready").read_text() == f"{copy}\n"
     assert "called with: -m venv" not in make(copy, "repro").stdout
@@ -153,7 +153,7 @@ def test_a_command_refuses_a_folder_that_is_not_the_project(tmp_path, monkeypatc
 def test_a_command_refuses_a_copy_whose_code_it_is_not(workspace):
     (workspace / "fashion_cnn").mkdir()
     with pytest.raises(
-        StageError, match=f"^{workspace}: this command has the code of {ROOT}; `make setup` here"
+        StageError, match=f"^{workspace}: this command runs the code of {ROOT}; `make setup` here"
     ):
         cli(["back"], standalone_mode=False)
 
@@ -171,7 +171,7 @@ def test_a_level_is_between_0_and_1(workspace, level):
 
 
 def test_the_python_of_stages_is_that_of_the_command(tmp_path):
-    """Also for who has not activated the environment, and with what would bring in other code."""
+    """Even without an activated environment, and with a setting that would import other code."""
     code = "import os, shutil; from fashion_cnn import cli; cli.run_stage = lambda run: None; cli.main();"
     code += "print(shutil.which('python'), 'PYTHONSAFEPATH' in os.environ)"
     settings = {"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"}

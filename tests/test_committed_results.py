@@ -1,6 +1,6 @@
 """The cache key is complete, and the committed results are those of the committed code and params.
 
-Needs neither data nor cache: DVC compares what is there with dvc.lock.
+The tests need neither data nor cache: DVC compares the files that exist with dvc.lock.
 """
 
 import csv
@@ -18,7 +18,7 @@ from project import ROOT, SCRIPTS, code_deps, copy_of_project, git, sections_rea
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # DVC's dependencies warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # warnings of DVC's dependencies
 ]
 
 
@@ -28,7 +28,7 @@ def project(tmp_path_factory):
 
 
 def changed(project) -> dict[str, set[str]]:
-    """For each stage that DVC would rerun for its own sake: the code and params that changed."""
+    """The changed code and params of each stage that DVC would rerun because of them."""
     with Repo(str(project)) as repo:
         status = repo.status()
     found = {}
@@ -44,7 +44,7 @@ def changed(project) -> dict[str, set[str]]:
                     elif path.startswith(("stages/", "fashion_cnn/")):
                         items.add(path)
         if items:
-            found[stage.rpartition(":")[2]] = items  # named by its dvc.yaml, where that is elsewhere
+            found[stage.rpartition(":")[2]] = items  # without the path of a dvc.yaml elsewhere
     return found
 
 
@@ -53,8 +53,8 @@ def test_committed_results_are_current(project):
     assert changed(project) == {}, "code or params changed: run `make repro` and commit dvc.lock and metrics"
     with Repo(str(project)) as repo:
         status = repo.status()
-    # Data and models are not in git; every metrics file is, and is the one that dvc.lock names. Where an
-    # output is away, DVC says so of the output or of its cache, by what it has seen on this machine.
+    # Data and models are not in git; every metrics file is, and it is the one that dvc.lock names. For a
+    # missing output, DVC reports the output or its cache, depending on what it has seen on this machine.
     for changes in status.values():
         for change in changes:
             for kind in ("changed outs", "changed deps"):
@@ -122,7 +122,7 @@ def seed_runs() -> list[dict[str, str]]:
 
 @pytest.mark.committed
 def test_the_readmes_table_is_that_of_the_committed_runs():
-    """Computed once more, by NumPy."""
+    """NumPy recomputes the table."""
     lines = []
     for metric in ("test_accuracy", "test_accuracy_shift_3px", "test_accuracy_rotation_15deg"):
         cells = []
@@ -146,7 +146,7 @@ def test_the_committed_results_are_the_run_of_their_seed(images):
 
 @pytest.mark.committed
 def test_the_table_of_recipes_is_that_of_the_committed_runs():
-    """Computed once more, by NumPy."""
+    """NumPy recomputes the table."""
     with (ROOT / "benchmarks/ladder.csv").open() as file:
         runs = list(csv.DictReader(file))
     lines = []
@@ -164,7 +164,7 @@ def test_the_table_of_recipes_is_that_of_the_committed_runs():
 
 
 def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
-    """Every file and every value is changed at once: each stage names those that are its own."""
+    """Every file and every value changes at once; each stage must list exactly its own."""
     for path in [*(project / "stages").glob("[!_]*.py"), *(project / "fashion_cnn").rglob("*.py")]:
         path.write_text(path.read_text() + "\n# changed\n")
     path = project / "params.yaml"
@@ -188,7 +188,7 @@ def test_the_page_is_written_again_for_what_it_is_made_of(project, name):
 
 
 def test_nothing_else_reruns_a_stage(project):
-    """The follower, the schema, the tools, and what an editor or Python leaves beside the code."""
+    """The follower, the schema, the tools, and what an editor or Python leaves next to the code."""
     before = changed(project)
     package = project / "fashion_cnn"
     files = [path for folder in ("tracking", "commands") for path in (package / folder).glob("*.py")]

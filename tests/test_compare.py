@@ -1,4 +1,4 @@
-"""compare: its statistics against values found by other ways, and what it says about whole sides."""
+"""compare: its statistics against values computed in other ways, and its verdicts on whole sides."""
 
 import json
 import math
@@ -20,7 +20,7 @@ CLASSES = ("Bag", "Coat")
 
 
 def test_mcnemars_exact_test_by_hand():
-    """Of 10 images that one model alone reads right, A has 1: p = 2 · (C(10,0) + C(10,1)) / 2^10."""
+    """Of 10 images that only one model gets right, A has 1: p = 2 · (C(10,0) + C(10,1)) / 2^10."""
     a = np.array([True] * 20 + [True] + [False] * 9)
     b = np.array([True] * 20 + [False] + [True] * 9)
     judged = judgement.same_images("all", a, b)
@@ -45,16 +45,16 @@ def test_the_interval_never_contradicts_the_test(only_a, only_b):
     a[:only_a], b[only_a : only_a + only_b] = True, True
     judged = judgement.same_images("all", a, b)
     assert (judged.p < 0.05) == (judged.low > 0 or judged.high < 0)
-    assert (judged.verdict == "not to be told apart") == (judged.p >= 0.05)
+    assert (judged.verdict == "not significantly different") == (judged.p >= 0.05)
 
 
-def test_models_that_agree_on_all_images_are_not_told_apart_and_no_number_would_tell():
+def test_models_that_agree_on_all_images_do_not_differ_significantly_and_no_number_would_decide():
     right = np.array([True, False] * 50)
     judged = judgement.same_images("all", right, right)
     assert (judged.p, judged.needed) == (1.0, None)
-    # Clopper and Pearson: images that differ are at most 1 − 0.025^(1/100) of all.
+    # Clopper-Pearson: the models differ on at most a share of 1 − 0.025^(1/100) of all images.
     assert (judged.low, judged.high) == pytest.approx((0.025**0.01 - 1, 1 - 0.025**0.01))
-    assert judged.verdict == "not to be told apart"
+    assert judged.verdict == "not significantly different"
 
 
 def test_as_many_images_as_would_tell_do_so_in_four_of_five_cases():
@@ -80,7 +80,7 @@ def test_other_seeds_are_not_paired():
     judged = judgement.seeds("all", {0: 0.90, 1: 0.92, 2: 0.91}, {3: 0.92, 4: 0.925, 5: 0.91})
     # Variances 1e-4 and 5.8333e-5 of three values each: t = 0.0083333 / sqrt(5.2778e-5).
     assert judged.difference / judged_deviation(judged) == pytest.approx(1.147079, rel=1e-5)
-    assert judged.verdict == "not to be told apart"
+    assert judged.verdict == "not significantly different"
     rng = np.random.default_rng(0)
     told = [
         stats.ttest_ind(
@@ -94,7 +94,7 @@ def test_other_seeds_are_not_paired():
 
 def test_as_many_pairs_of_seeds_as_would_tell_do_so_in_four_of_five_cases():
     needed = judgement.seeds_needed(1.2, 1.0, sides=1)
-    assert needed == 8  # six by the normal distribution, which is too sure of few
+    assert needed == 8  # the normal distribution gives six, which is too few
     drawn = np.random.default_rng(0).normal(1.2, 1, (4000, needed))
     assert np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.04)
     assert judgement.seeds_needed(0, 1.0, sides=1) is None
@@ -118,12 +118,12 @@ def test_moved_images_count_as_few_as_either_side_has(n):
 def test_the_same_difference_in_every_seed_says_nothing_about_chance(more):
     judged = judgement.seeds("all", {0: 0.91, 1: 0.92}, {0: 0.91 + more, 1: 0.92 + more})
     assert judged.difference == pytest.approx(more)
-    assert (judged.p, judged.needed, judged.verdict) == (None, None, "not to be told apart")
+    assert (judged.p, judged.needed, judged.verdict) == (None, None, "not significantly different")
     assert "say nothing about chance" in judged.how
 
 
 def judged_deviation(judged) -> float:
-    """The standard error that an interval of Welch's t comes from."""
+    """The standard error behind an interval of Welch's t."""
     freedom = (5.27778e-5) ** 2 / ((1e-4 / 3) ** 2 / 2 + (5.833333e-5 / 3) ** 2 / 2)
     return (judged.high - judged.low) / 2 / stats.t.isf(0.025, freedom)
 
@@ -131,12 +131,12 @@ def judged_deviation(judged) -> float:
 def test_accuracies_without_predictions_are_taken_as_of_different_images():
     judged = judgement.accuracies("moved", 0.5, 0.6, 100)
     assert (judged.high - judged.low) / 2 == pytest.approx(1.959964 * math.sqrt((0.25 + 0.24) / 100))
-    assert judged.verdict == "not to be told apart"
+    assert judged.verdict == "not significantly different"
     assert judgement.accuracies("moved", 0.5, 0.6, 1000).verdict == "better"
 
 
 def write_results(folder: Path, images: str, seed: int, wrong: int, epochs: int = 5) -> None:
-    """Results of a CNN that reads the first `wrong` of 200 test images wrong."""
+    """Write results of a CNN that misclassifies the first `wrong` of 200 test images."""
     metrics = folder / "metrics"
     (metrics / "train_cnn").mkdir(parents=True, exist_ok=True)
     (metrics / "evaluate_cnn").mkdir(exist_ok=True)
@@ -161,7 +161,7 @@ def write_results(folder: Path, images: str, seed: int, wrong: int, epochs: int 
 
 @pytest.fixture
 def results(workspace) -> Path:
-    """A repository whose HEAD reads 20 of 200 images wrong, with experiments as DVC keeps them."""
+    """A repository whose HEAD misclassifies 20 of 200 images, with experiments as DVC keeps them."""
     git(workspace, "init", "--quiet")
     write_results(workspace, "original", 0, 20)
     commit(workspace)
@@ -188,18 +188,19 @@ def run(capsys, *arguments: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_a_worse_experiment_is_told_with_the_numbers(results, capsys):
+def test_a_worse_experiment_is_reported_with_the_numbers(results, capsys):
     told = run(capsys, "HEAD", "slow-0")
     assert "test_accuracy 0.9 0.8 −0.1" in told
-    assert "Test images as they are: B is worse than A. Difference −10.00 points" in told
+    assert "Test images unmodified: B is worse than A. Difference −10.00 points" in told
     assert "only A is right on 20 images, only B on 0; McNemar's exact test: p = 1.9e-06" in told
-    assert "rotated by ±15°: A and B are not to be told apart by 100 images. Difference +0.00" in told
+    same = "rotated by ±15°: A and B are not significantly different over 100 images. Difference +0.00"
+    assert same in told
     assert "To compare their settings, train each with several seeds" in told
 
 
-def test_the_same_weights_are_not_to_be_told_apart(results, capsys):
+def test_the_same_weights_are_reported_as_identical(results, capsys):
     told = run(capsys, "HEAD", "workspace")
-    assert told.endswith("the same weights on both sides, so A and B are not to be told apart")
+    assert told.endswith("the same weights on both sides, so A and B are identical")
 
 
 def test_several_seeds_are_compared_by_seed(results, capsys):
@@ -220,7 +221,7 @@ def test_each_training_or_the_two_that_are_named(results):
     [(a, b)] = compare.pairs("workspace@original", "workspace@augmented")
     assert compare.judgements(a, b)[0].difference == pytest.approx(-0.05)
     (results / "metrics/train_cnn/original.json").unlink()
-    assert len(compare.pairs("HEAD", "workspace")) == 1  # one training on each side, so those two
+    assert len(compare.pairs("HEAD", "workspace")) == 1  # one training on each side, so these two
     write_results(results, "original", 0, 30)
     commit(results)
     (results / "metrics/train_cnn/original.json").unlink()

@@ -1,4 +1,4 @@
-"""The path on a GPU; skipped where there is none."""
+"""The GPU path; skipped without a GPU."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from fashion_cnn.training.train_data import TrainData
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # torch knows its pooling gradient as not deterministic, which it is only for windows that overlap.
+    # torch lists the pooling gradient as nondeterministic; that is true only for overlapping windows.
     pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
 ]
 
@@ -97,7 +97,7 @@ def test_the_stages_give_the_same_bytes_again_and_nearly_those_of_the_cpu(tmp_pa
     once, again, on_cpu = found
     assert small.contents(once) == small.contents(again)
     curves = [small.table(folder / "metrics/train_cnn/original.csv") for folder in (once, on_cpu)]
-    for row, same in zip(*curves, strict=True):  # convolutions on a GPU are TF32's
+    for row, same in zip(*curves, strict=True):  # convolutions on a GPU use TF32
         assert float(row["train_loss"]) == pytest.approx(float(same["train_loss"]), rel=0.01)
     test_images, test_labels = (small.read_data(once, f"TEST_{kind}") for kind in ("IMAGES", "LABELS"))
     loss, _ = small.evaluate(once / "models/cnn_original.safetensors", test_images, test_labels)

@@ -1,4 +1,4 @@
-"""IDX files, safetensors and splits: what is read, and the one line for what is damaged."""
+"""IDX files, safetensors and splits: what is read, and the one-line error for a damaged file."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_an_idx_file_is_writable_bytes(tmp_path):
     (tmp_path / SMALL.name).write_bytes(CONTENT)
     values = read_idx(SMALL, tmp_path)
     assert values.dtype == np.uint8
-    values += 1  # torch warns of arrays that cannot be written to
+    values += 1  # torch warns about read-only arrays
 
 
 def test_a_missing_idx_file_says_how_to_get_it(tmp_path):
@@ -82,7 +82,7 @@ def test_a_missing_idx_file_says_how_to_get_it(tmp_path):
 def test_tensors_come_back_and_their_bytes_do_not_vary(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(2, np.float32)}
     write_tensors(tmp_path / "one.safetensors", tensors)
-    # Another order and another memory layout of the same values.
+    # The same values in another order and another memory layout.
     write_tensors(tmp_path / "two.safetensors", {"a": tensors["a"], "b": np.asfortranarray(tensors["b"])})
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     assert read_tensors(tmp_path / "one.safetensors")["b"].tolist() == tensors["b"].tolist()
@@ -95,7 +95,7 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": np.zeros(4, np.float32)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StageError, match=r"x\.safetensors: damaged, or no safetensors file"):
+    with pytest.raises(StageError, match=r"x\.safetensors: damaged, or not a safetensors file"):
         read_tensors(path)
 
 
@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
 def test_floats_keep_six_significant_digits():
     assert round_floats(1 / 3) == 0.333333
     assert round_floats(123456.7) == 123457.0
-    assert round_floats(1234567) == 1234567  # no float
+    assert round_floats(1234567) == 1234567  # not a float
     assert round_floats("0.1234567") == "0.1234567"
     assert round_floats(float("nan")) != round_floats(float("nan"))
 
@@ -183,7 +183,7 @@ def test_a_file_is_seen_only_when_it_is_whole(tmp_path):
         assert partial.name == ".out.txt.part"
         assert not path.exists()
     assert path.read_text() == "half"
-    with replace_atomically(path) as partial:  # into a folder that is there
+    with replace_atomically(path) as partial:  # into an existing folder
         partial.write_text("whole")
     assert path.read_text() == "whole"
 

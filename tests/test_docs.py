@@ -14,9 +14,9 @@ from project import ROOT, copy_of_project, git
 
 pytestmark = pytest.mark.committed
 
-# Not run: the set-up, all tests, the UI, which does not end, and a picture that the reader has.
+# Commands that are not run: the set-up, all tests, the UI (it does not end), and the reader's own picture.
 LEFT_OUT = ("make test", "fashion-cnn ui", ". .venv/bin/activate", "fashion-cnn predict picture.png")
-# As in the pages, but quick.
+# Replacements that make the pages' commands quick.
 QUICK = {
     "range(0,5)": "range(0,2)",
     "split.train_size=6000": "split.train_size=500",
@@ -98,7 +98,7 @@ def test_the_walkthrough_goes_the_whole_way(project):
 
 
 def test_the_commands_of_the_readme_run(project):
-    dvc(project, "exp", "remove", "slow", check=False)  # the walk-through has one of that name
+    dvc(project, "exp", "remove", "slow", check=False)  # the walkthrough made one of that name
     told = run_page(project, "README.md")
     assert "restored from the last commit" in told["fashion-cnn back"]
     assert "A  HEAD" in told["fashion-cnn compare HEAD workspace"]

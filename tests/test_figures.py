@@ -1,4 +1,4 @@
-"""The figures: what is drawn is read back from the axes, and the same bytes come each time."""
+"""The figures: what is drawn is read back from the axes, and redrawing gives the same bytes."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ COLORS = {"original": "#0072b2", "augmented": "#d55e00"}
 
 
 def tables_of(seed: int) -> dict[str, list[dict]]:
-    """Rows as plot_results reads them, with values that no other model has."""
+    """Rows as plot_results reads them, with different values for each model."""
     rng = np.random.default_rng(seed)
     tables = {
         "training_curves": [
@@ -67,7 +67,7 @@ def arguments(name) -> list:
 
 @pytest.fixture
 def draw():
-    """Draw a figure from its rows, laid out."""
+    """Draw a figure from its rows and lay it out."""
 
     def figure(name):
         drawn = getattr(figures, name)(*arguments(name))
@@ -86,7 +86,7 @@ def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
     assert first == second
     assert first.startswith(b"\x89PNG")
     assert b"Software" not in first
-    assert plt.get_fignums() == []  # closed, or memory would grow with each
+    assert plt.get_fignums() == []  # closed; otherwise memory would grow with each figure
 
 
 def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
@@ -114,8 +114,8 @@ def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
         ("training_curves", 7, 6.5),
         ("robustness", 12, 4),
         ("confusion", 13, 6.2),
-        ("augmentation", 4 * 1.25, 3 * 1.3 + 0.5),  # each image and copy adds its own
-        ("mistakes", 6 * 1.75, 2 * 2 * 2.25 + 0.4),  # six in a line, two lines for each model
+        ("augmentation", 4 * 1.25, 3 * 1.3 + 0.5),  # grows with each image and each copy
+        ("mistakes", 6 * 1.75, 2 * 2 * 2.25 + 0.4),  # six in a row, two rows for each model
     ],
 )
 def test_the_file_has_its_size_in_inches_times_dpi(name, width, height, draw, tmp_path):
@@ -124,7 +124,7 @@ def test_the_file_has_its_size_in_inches_times_dpi(name, width, height, draw, tm
 
 
 def curves(axes):
-    """Each line's colour, marker, line, x and y, by its label."""
+    """Each curve's colour, marker, line style, x and y, by its label."""
     return {
         line.get_label(): (
             to_hex(line.get_color()),
@@ -159,7 +159,7 @@ def test_training_curves_show_each_models_own_values(draw):
     assert axes[0].get_ylim()[0] == 0
     assert axes[1].get_xlabel() == "epoch"
     assert {text.get_text() for text in axes[0].get_legend().get_texts()} == set(curves(axes[0]))
-    # Whole epochs, and whole percents, each once.
+    # Whole epochs and whole percents, each only once.
     assert ticks(axes[1].xaxis) == ["0", "1", "2", "3", "4"]
     assert ticks(axes[1].yaxis) == ["65%", "70%", "75%", "80%", "85%", "90%"]
 
@@ -251,7 +251,7 @@ def shown(axes) -> str:
 def test_mistakes_show_each_models_own_images(draw):
     for part, (images, rows) in zip(draw("mistakes").subfigs, TABLES["mistakes"].items(), strict=True):
         assert part.get_suptitle() == f"Trained on {images} images: most confident mistakes on the test split"
-        assert len(part.axes) == 12  # two lines of at most six
+        assert len(part.axes) == 12  # two rows of at most six
         used = [axes for axes in part.axes if axes.axison]
         assert used == part.axes[: len(rows)]
         assert [shown(axes) for axes in used] == [row["pixels"].tobytes().hex() for row in rows]

@@ -1,6 +1,6 @@
 """Float32 sums have the same bytes for any number of threads, any settings, and every CPU with AVX2.
 
-The emulator is qemu's user mode, Debian's and Ubuntu's package qemu-user; without it, two tests skip.
+The emulator is qemu in user mode (package qemu-user in Debian and Ubuntu); without it, two tests are skipped.
 """
 
 import json
@@ -25,13 +25,13 @@ from project import ROOT
 
 QEMU = shutil.which("qemu-x86_64")
 CPU = Path("/proc/cpuinfo").read_text()
-# Of the other vendor, since libraries choose their code by that, too.
+# A CPU of the other vendor, because libraries choose their code by vendor, too.
 OTHER = "Haswell-noTSX" if "AuthenticAMD" in CPU else "EPYC"
 CAPS = ["AVX2", *(["AVX512_CORE"] if "avx512f" in CPU else []), "ALL"]
 THREADS = "1,2,3,4,8,16"
-EMULATED = ("few:2", "lesson_step", "options_step")  # small, since an emulator is slow
-KINDS = {"toy", "convolution", "linear", "product", "lesson", "options"}  # of what is compared there
-# The AVX2 gather instructions of qemu 7.2, with which torch moves images, end in a segmentation fault.
+EMULATED = ("few:2", "lesson_step", "options_step")  # small, because an emulator is slow
+KINDS = {"toy", "convolution", "linear", "product", "lesson", "options"}  # kinds of what is compared there
+# In qemu 7.2, the AVX2 gather instructions that torch uses to move images end in a segmentation fault.
 SMALL = (*EMULATED, "by_hand", "augmentation", "moves")
 UNIT = 2.0**-24  # the largest relative error of one rounding to float32
 
@@ -44,7 +44,7 @@ needs_avx2 = pytest.mark.skipif("avx2" not in CPU, reason="needs a CPU with AVX2
 def fingerprint(
     *parts: str, cap: str = "ALL", threads: str = "own", before: tuple[str, ...] = (), **more: str
 ) -> dict:
-    """What the helper prints in a process that `before` starts, with `more` in its environment."""
+    """What the helper prints when `before` starts it, with `more` in its environment."""
     command = [*before, sys.executable, str(ROOT / "tests/helpers/fingerprint.py"), cap, threads, *parts]
     done = subprocess.run(
         command,
@@ -59,7 +59,7 @@ def fingerprint(
 
 
 def differing(*parts: str) -> list[tuple[str, str, str]]:
-    """(cap, threads, name) of whatever differs from what AVX2 and one thread give."""
+    """(cap, threads, name) of every digest that differs from that of AVX2 and one thread."""
     found = {cap: fingerprint(*parts, cap=cap, threads=THREADS)["digests"] for cap in CAPS}
     wanted = found["AVX2"]["1"]
     return [
@@ -100,7 +100,7 @@ def toy() -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("cap", CAPS[:-1])
 def test_instructions_move_no_byte_of_the_toy(toy, cap):
-    """It has one thread, and oneDNN's own order with AVX2."""
+    """The toy uses one thread, and oneDNN's own order with AVX2."""
     assert fingerprint("toy", cap=cap) == toy
 
 
@@ -142,14 +142,14 @@ def test_aten_uses_avx2_even_if_the_cpu_has_more(here):
     ids=["libraries", "instructions", "threads"],
 )
 def test_no_setting_in_the_environment_moves_a_byte(here, settings, threads):
-    """FASHION_CNN_THREADS alone sets the number of threads."""
+    """Only FASHION_CNN_THREADS sets the number of threads."""
     assert fingerprint(*SMALL, **settings) == here | {"threads": threads}
 
 
 @needs_avx2
 @pytest.mark.slow
 def test_one_core_gives_the_same_bytes(here):
-    """A process that may use one core takes one thread."""
+    """A process that is limited to one core uses one thread."""
     assert fingerprint(*SMALL, before=("taskset", "-c", "0")) == here | {"threads": 1}
 
 
@@ -168,7 +168,7 @@ def test_an_emulated_cpu_of_another_vendor_gives_the_same_bytes(here, toy):
 @needs_qemu
 @pytest.mark.slow
 def test_a_cpu_without_avx2_is_named_in_a_line():
-    """It computes nevertheless."""
+    """It still computes."""
     code = (
         "import fingerprint as made; made.leave_out_compiler(); made.prepare_torch('cpu');"
         "print(made.torch.ones(64).exp().sum().item())"
@@ -188,9 +188,9 @@ def test_a_cpu_without_avx2_is_named_in_a_line():
 
 
 def chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The product of `a` (M, K) and `b` (K, N), in K fused multiply-adds for each number, in their order.
+    """The product of `a` (M, K) and `b` (K, N), as K fused multiply-adds for each number, in order.
 
-    A product of two float32 is exact in NumPy's longdouble, so that a sum with it is rounded once, to
+    NumPy's longdouble holds the product of two float32 numbers exactly, so each sum is rounded once, to
     float32. (It is rounded to longdouble first, which changes one sum in 10^12.)
     """
     total = np.zeros((len(a), b.shape[1]), np.float32)
@@ -201,7 +201,7 @@ def chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def windows(images: np.ndarray, height: int, width: int, down: int, right: int) -> np.ndarray:
-    """What each output of a convolution meets, by row, column and channel: (N·H·W, height·width·C)."""
+    """Each output's input patch in a convolution, by row, column and channel: (N·H·W, height·width·C)."""
     padded = np.pad(images, ((0, 0), (0, 0), (down, down), (right, right)))
     met = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))
     return met.transpose(0, 2, 3, 4, 5, 1).reshape(-1, height * width * images.shape[1])
@@ -218,7 +218,7 @@ def kernels(weight: np.ndarray) -> np.ndarray:
 
 
 def drawn(*shape: int, seed: int = 0) -> np.ndarray:
-    """The numbers as `made.numbers` gives them."""
+    """The values of `made.numbers` as an array."""
     return made.numbers(*shape, seed=seed).numpy()
 
 
@@ -253,7 +253,7 @@ def test_a_convolution_is_a_chain_by_row_column_and_channel(channels, outputs, h
 @needs_avx2
 @each_layer
 def test_its_gradients_are_chains(channels, outputs, height, width, down, right):
-    """By images, one with the turned kernel, by row, column and output; by weights, by image, row, column."""
+    """By images: one with the flipped kernel, by row, column, output; by weights: by image, row, column."""
     images, weight = made.numbers(2, channels, 6, 7), made.numbers(outputs, channels, height, width, seed=1)
     given = images.clone().requires_grad_(), weight.clone().requires_grad_()
     found = F.conv2d(*given, padding=(down, right))
@@ -272,7 +272,7 @@ def test_its_gradients_are_chains(channels, outputs, height, width, down, right)
 )
 @pytest.mark.parametrize(("rows", "columns"), [(9, 32), (1, 45), (45, 1), (1, 1)])
 def test_a_product_is_chains_of_at_most_320_terms(terms, chains, rows, columns):
-    """They are equally long, with zeros at the end where they do not divide the terms, and added in order."""
+    """The chains are equally long, zero-padded at the end if the terms do not divide, and added in order."""
     a, b = drawn(rows, terms), drawn(terms, columns, seed=1)
     more = -terms % chains
     parts = zip(
@@ -333,10 +333,10 @@ def ones(value: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*made.CONVOLUTIONS, *made.LINEAR, *made.PRODUCTS])
 def test_sums_are_as_exact_as_float32_can_be(name):
-    """Each term is rounded once with each that comes after it in its chain, and with each later chain.
+    """A term is rounded once for each later term of its chain, and once for each later chain.
 
-    So the error is at most UNIT times these roundings times the sum of the terms' sizes. Sizes in the place
-    of the arguments give that sum, and ones give the number of terms; torch's own float64 gives the values.
+    So the error is at most UNIT times these roundings times the sum of the terms' absolute values. Absolute
+    values as arguments give that sum, ones the number of terms, and torch's own float64 the exact values.
     """
     batch = 2
     found, exact = made.computed(name, batch), made.computed(name, batch, torch.Tensor.double)
@@ -344,7 +344,7 @@ def test_sums_are_as_exact_as_float32_can_be(name):
     for part, value in found.items():
         long = name not in made.CONVOLUTIONS or part not in ("outputs", "gradient 0")
         roundings = terms[part]
-        if long:  # chains of at most 320; at most twice as many as needed, and once more for each image
+        if long:  # at most 320 terms a chain; at most twice the chains needed, plus one for each image
             roundings = roundings.minimum(320 + 2 * (terms[part] / 320).ceil() + batch)
         error = (value.double() - exact[part]).abs()
         assert value.dtype == torch.float32
@@ -358,9 +358,9 @@ def test_pooling_is_exact():
 
 @pytest.mark.parametrize("name", ["batch norm of 32", "batch norm of 64", "batch norm of 128"])
 def test_batch_norm_is_as_exact_as_float32_can_be(name):
-    """Numbers here are below 1, as are their statistics, and multiply with a scale of at most 2 (1 / 0.29).
+    """The numbers here and their statistics are below 1, and the scale is at most 2 (1 / 0.29).
 
-    Sums are float64's, so that a few roundings are left, but those of gradients by weights and biases.
+    Sums are in float64, so only a few roundings remain, except in the gradients by weights and biases.
     """
     found, exact = (made.computed(name, 8, kind) for kind in (torch.clone, torch.Tensor.double))
     for part in ("outputs", "more 0", "more 1", "gradient 0"):
@@ -370,7 +370,7 @@ def test_batch_norm_is_as_exact_as_float32_can_be(name):
 
 
 def test_cross_entropy_is_as_exact_as_float32_can_be():
-    """The loss is near log 10, and each gradient at most 1 in 60,000."""
+    """The loss is near log 10, and each gradient is at most 1 / 60,000."""
     found, exact = (made.computed("cross entropy", 0, kind) for kind in (torch.clone, torch.Tensor.double))
     assert found["outputs"].item() == pytest.approx(exact["outputs"].item(), abs=16 * UNIT * math.log(10))
     error = (found["gradient 0"].double() - exact["gradient 0"]).abs().max()
@@ -379,7 +379,7 @@ def test_cross_entropy_is_as_exact_as_float32_can_be():
 
 @pytest.mark.parametrize("name", ["orthogonal 64×9", "orthogonal 128×1152"])
 def test_orthogonal_is_as_exact_as_float32_can_be(name):
-    """Each of five steps stretches an error up to 3.4445 times; there are 16 products, of numbers up to 1."""
+    """Each of five steps amplifies an error up to 3.4445 times; there are 16 products of numbers up to 1."""
     found, exact = (made.computed(name, 0, kind) for kind in (torch.clone, torch.Tensor.double))
     error = (found["outputs"].double() - exact["outputs"]).abs().max()
     assert error < 16 * UNIT * 3.4445**5
@@ -391,8 +391,8 @@ WIDE = "padding {}", "less than the kernel, {}"
 NAMED = "{}", "mm, bmm or a linear layer"
 FACTORS = "addmm with beta {}", "1 and 1"
 IMAGES, SQUARE, ROW = (1, 16, 8, 8), (4, 4), (4,)
-# A function, the shapes of ones that it takes, what its line says and expects, what is in the braces of
-# both, and the numbers that it gives in float64.
+# A function, the shapes of its arguments (all ones), what its error line says and expects, what fills the
+# braces of both, and the numbers that it gives in float64.
 REFUSED = {
     "stride 2": (partial(F.conv2d, stride=2), [IMAGES, (16, 16, 3, 3)], PLAIN, [], {144}),
     "dilation 2": (partial(F.conv2d, dilation=2), [IMAGES, (16, 16, 3, 3)], PLAIN, [], {144}),
@@ -461,7 +461,7 @@ def test_a_second_call_changes_nothing(monkeypatch):
     ],
 )
 def test_a_torch_that_lacks_an_operation_is_named_with_the_pin(change, fault):
-    """A stage that meets such a torch ends with one line, whatever moved in it."""
+    """With such a torch, a stage ends with one line, whatever changed in torch."""
     code = (
         "import torch, types\n"
         "from fashion_cnn.models.device import prepare_torch\n"
@@ -484,7 +484,7 @@ def test_a_torch_that_lacks_an_operation_is_named_with_the_pin(change, fault):
     assert done.stderr.count("\n") == 1
 
 
-# Of the outputs and gradients of each, for two images.
+# Digests of the outputs and gradients of each operation, for two images.
 DIGESTS = {
     "convolution 1→64": "e2c64ef71053bdbb",
     "convolution 64→128": "f7cb5135b12dc5d7",
@@ -501,10 +501,10 @@ DIGESTS = {
 
 @needs_avx2
 def test_this_torch_sums_in_the_order_of_the_one_that_was_tested():
-    """For those who upgrade torch."""
+    """This test is for upgrades of torch."""
     found = {name: made.digest(*made.computed(name, 2).values()) for name in DIGESTS}
     assert found == DIGESTS, (
-        f"torch {torch.__version__} computes other bytes than 2.14.1. If the other tests here pass, the "
-        "order is fixed, but another one: `make repro`, and put these digests here. If they fail, it is "
-        "not: keep the older torch, or change fashion_cnn/models/fixed_order.py."
+        f"torch {torch.__version__} gives different bytes from 2.14.1. If the other tests here pass, the "
+        "order is fixed, but different: run `make repro`, and put these digests here. If they fail, it is "
+        "not fixed: keep the older torch, or change fashion_cnn/models/fixed_order.py."
     )

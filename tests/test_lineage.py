@@ -1,4 +1,4 @@
-"""git as the stages call it: it leaves the user's repository alone, and says in a line why it fails."""
+"""How the stages call git: it leaves the user's repository alone, and a line says why it fails."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from project import commit_all, git
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 
@@ -40,7 +40,7 @@ def run_artifacts() -> set[str]:
 
 def test_the_users_index_is_neither_locked_nor_written(repository):
     index = repository / ".git/index"
-    os.utime(repository / "code.py", (0, 0))  # for `git status`, a reason to refresh the index
+    os.utime(repository / "code.py", (0, 0))  # gives `git status` a reason to refresh the index
     before = index.read_bytes()
     assert code_tags()["git_dirty"] == "false"
     (repository / "new.py").write_text("new")
@@ -48,7 +48,7 @@ def test_the_users_index_is_neither_locked_nor_written(repository):
     assert b"+new" in code_state()[1]
     assert index.read_bytes() == before
     assert set((repository / ".git/objects").rglob("*")) == objects
-    # What the user's own command does with the same file, so that the comparison above can fail.
+    # The user's own command does write the index, so the comparison above can fail.
     git(repository, "status", "--porcelain")
     assert index.read_bytes() != before
 
@@ -76,7 +76,7 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
     ],
 )
 def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoil, words):
-    monkeypatch.setenv("PATH", os.environ["PATH"])  # put back after the test
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # restored after the test
     spoil(workspace)
     assert code_state() == ({}, b"")
     [line] = capsys.readouterr().out.splitlines()
@@ -132,7 +132,7 @@ def test_settings_and_results_make_no_tree_dirty(repository):
 
 
 @pytest.mark.parametrize("how", ["ignored", "skip-worktree", "assume-unchanged"])
-def test_code_that_git_is_told_to_overlook_counts(repository, how):
+def test_code_that_git_is_set_to_overlook_counts(repository, how):
     (repository / "stages").mkdir()
     code = repository / "stages/a.py"
     if how == "ignored":

@@ -1,4 +1,4 @@
-"""The layers by loops: first with numbers to check in the head, then against torch."""
+"""The layers as loops: first with numbers that can be checked by hand, then against torch."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_bias_is_added_once_and_channels_are_summed():
 
 def test_a_kernel_meets_each_patch_in_place():
     images = np.arange(12.0).reshape(1, 1, 3, 4)
-    kernel = np.array([[[[1.0, 0, 0], [0, 0, 10.0]]]])  # 2×3: its corners tell rows from columns
+    kernel = np.array([[[[1.0, 0, 0], [0, 0, 10.0]]]])  # 2×3: its corners distinguish rows from columns
     by_hand = [[0 + 60 + 2, 1 + 70 + 2], [4 + 100 + 2, 5 + 110 + 2]]
     assert layers.conv2d(images, kernel, np.array([2.0]))[0, 0].tolist() == by_hand
 
@@ -41,13 +41,13 @@ def test_pooling_takes_the_largest_and_drops_the_border():
     assert layers.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
 
 
-def test_linear_relu_and_sigmoid_in_the_head():
+def test_linear_relu_and_sigmoid_by_hand():
     assert layers.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([5.0])).item() == 16
     assert layers.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
     assert layers.sigmoid(np.zeros(1)).item() == 0.5
 
 
-def test_gradients_in_the_head():
+def test_gradients_by_hand():
     images = np.arange(9.0).reshape(1, 1, 3, 3)
     by_image, by_kernel, by_bias = layers.conv2d_gradients(images, 2 * ONES, np.full((1, 1, 1, 1), 3.0))
     assert by_image.tolist() == (6 * ONES).tolist()
@@ -65,11 +65,11 @@ def test_random_layers_and_gradients_agree_with_torch():
     assert compare_gradients(layer, images, rng) < 1e-4
 
 
-def test_batch_norm_in_the_head():
+def test_batch_norm_by_hand():
     values = np.array([1.0, 3, 5, 7]).reshape(2, 1, 1, 2)
     mean, variance = layers.batch_statistics(values)
     assert (mean.item(), variance.item()) == (4, 5)
-    outputs = layers.batch_norm(values, np.array([2.0]), np.array([1.0]), mean, variance, 4.0)  # by 3
+    outputs = layers.batch_norm(values, np.array([2.0]), np.array([1.0]), mean, variance, 4.0)  # divides by 3
     assert outputs.ravel().tolist() == pytest.approx([-1, 1 / 3, 5 / 3, 3])
     assert layers.pad(np.ones((1, 1, 1, 2)), 1)[0, 0].tolist() == [[0] * 4, [0, 1, 1, 0], [0] * 4]
 
@@ -91,7 +91,7 @@ def test_layers_of_the_residual_cnn_agree_with_torch_in_training_and_after(layer
     fill_batch_norms(model, rng)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert compare_gradients(layer, images, rng) < 1e-12
-    for name, tensor in model.state_dict().items():  # the layer that is compared is a copy
+    for name, tensor in model.state_dict().items():  # the comparison uses a copy
         assert torch.equal(tensor, before[name])
     for training in (True, False):
         [row] = compare_layers(model.train(training), images.astype(np.float32))

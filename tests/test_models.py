@@ -82,12 +82,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
     assert "  " not in str(e.value)
 
 
-def test_loss_and_accuracy_in_the_head():
+def test_loss_and_accuracy_by_hand():
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])  # undecided: loss ln 2, and argmax takes class 0
     loss, accuracy = loss_and_accuracy(logits, np.array([0, 1], np.uint8))
     assert loss == pytest.approx(np.log(2))
     assert accuracy == 0.5
-    sure = torch.tensor([[0.0, np.log(3)], [np.log(3), 0.0], [0.0, np.log(3)]])  # shares of 1/4 and 3/4
+    sure = torch.tensor([[0.0, np.log(3)], [np.log(3), 0.0], [0.0, np.log(3)]])  # probabilities 1/4 and 3/4
     loss, accuracy = loss_and_accuracy(sure, np.array([1, 1, 1], np.uint8))
     assert loss == pytest.approx((2 * np.log(4 / 3) + np.log(4)) / 3)
     assert accuracy == pytest.approx(2 / 3)
@@ -106,7 +106,7 @@ def test_predictions_come_in_order_batch_by_batch_in_eval_mode(images, monkeypat
     batches = []
 
     class Mean(nn.Module):
-        """Twice the mean while it trains; remembers how large its batches are."""
+        """Returns the mean, in train mode twice the mean; records its batch sizes."""
 
         def forward(self, inputs):
             batches.append(len(inputs))
@@ -139,11 +139,11 @@ def test_the_toy_learns_and_repeats_itself():
 def test_the_toys_first_loss_and_steps_by_hand():
     initial = fresh(build_toy_cnn, 3)
     [first, second] = outputs(initial, TOY_IMAGES)
-    # No step to speak of: the losses of labels 0 and 1 are those of the initial outputs.
+    # Negligible steps: the losses of labels 0 and 1 are those of the initial outputs.
     _, losses, _ = train_toy(TOY_IMAGES, TOY_LABELS, epochs=2, learning_rate=1e-12, seed=3)
     expected = (-np.log(1 - first) - np.log(second)) / 2
     assert losses == pytest.approx([expected, expected], rel=1e-5)
-    # Twice the same image and label: Adam's two steps are each the learning rate.
+    # The same image and label twice: each of Adam's two steps equals the learning rate.
     same, label = np.stack([TOY_IMAGES[0]] * 2), np.zeros(2, np.float32)
     model, _, _ = train_toy(same, label, epochs=1, learning_rate=0.001, seed=3)
     assert not model.training
@@ -168,7 +168,7 @@ def test_every_image_of_the_toy_has_a_label():
         train_toy(TOY_IMAGES, TOY_LABELS[:1], epochs=1, learning_rate=0.01, seed=0)
 
 
-def test_a_dead_relu_is_told_from_a_live_one():
+def test_a_dead_relu_is_distinguished_from_a_live_one():
     model = build_toy_cnn()
     with torch.no_grad():
         model[0].weight.zero_()

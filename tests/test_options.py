@@ -1,4 +1,4 @@
-"""The options of the CNN's training that recipes combine: each against values computed otherwise."""
+"""The training options that recipes combine, each against values computed in another way."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def options(**changes) -> SimpleNamespace:
 # Moves of a batch
 
 
-def test_an_epoch_draws_every_image_once_and_moves_none_unless_told():
+def test_an_epoch_draws_every_image_once_and_moves_none_by_default():
     takes = draw_epoch(TRAIN, 3, options(), 1)
     assert sorted(takes[:, INDEX]) == TRAIN.tolist()
     assert set(takes[:, VARIANT]) == {0, 1, 2}
@@ -83,10 +83,10 @@ def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
     assert {index for index in takes[takes[:, COUNT] == 2, INDEX]} == easy & set(takes[:, INDEX])
     assert takes[:, COUNT].sum() == 1000
     rest = whole[np.isin(whole[:, INDEX], takes[:, INDEX])]
-    assert (takes[:, :COUNT] == rest[:, :COUNT]).all()  # order, variants and moves stay
+    assert (takes[:, :COUNT] == rest[:, :COUNT]).all()  # order, variants and moves stay the same
 
 
-@pytest.mark.parametrize("n", [9, 10])  # of an odd number of easy images, one counts once
+@pytest.mark.parametrize("n", [9, 10])  # with an odd number of easy images, one counts once
 def test_each_epoch_leaves_out_others_and_the_first_none(n):
     left = []
     for epoch in range(1, 40):
@@ -99,11 +99,11 @@ def test_each_epoch_leaves_out_others_and_the_first_none(n):
 
 
 def test_which_images_are_left_out_is_another_draw_than_their_order():
-    """If all are easy in the order of their indices, the same draw would leave out the epoch's first half."""
+    """If all are easy in the order of their indices, the order's draw would drop the epoch's first half."""
     indices = np.arange(1000)
     takes = draw_epoch(indices, 1, options(), 2)
     kept = halve_easy(takes.copy(), indices, options(prune_easy=1), 2)
-    assert 200 < np.isin(takes[:500, INDEX], kept[:, INDEX]).sum() < 300  # 250, six standard deviations: 47
+    assert 200 < np.isin(takes[:500, INDEX], kept[:, INDEX]).sum() < 300  # 250 ± 47 (six standard deviations)
 
 
 def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
@@ -117,7 +117,7 @@ def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
     )
     logits = model(torch.from_numpy(images[:6, None] / 255).float()).detach()
     each = F.cross_entropy(logits, labels[:6], label_smoothing=0.1, reduction="none")
-    # By images that are there twice, and the loss without counts.
+    # The same with repeated images and a loss without counts.
     twice = fresh(build_cnn, 0)
     other = TrainStep(
         twice, build_optimizer(twice, options(), CPU), torch.from_numpy(images[None]), labels,
@@ -201,7 +201,7 @@ def test_muon_makes_every_direction_of_a_step_count_alike():
 
 
 def test_muon_moves_convolutions_by_its_steps_and_all_else_by_adamws():
-    """By torch.optim.Muon, which computes in bfloat16 and takes matrices alone."""
+    """The reference is torch.optim.Muon, which computes in bfloat16 and takes only matrices."""
     settings = {"learning_rate": 0.1, "weight_decay": 0.5}
     ours, other = (fresh(lambda: build_cnn("residual"), 0) for _ in range(2))
     optimizer = build_optimizer(ours, options(optimizer="muon", **settings), CPU)
@@ -221,7 +221,7 @@ def test_muon_moves_convolutions_by_its_steps_and_all_else_by_adamws():
             one.step()
     for (name, weight), parameter in zip(ours.named_parameters(), other.parameters(), strict=True):
         if name in matrices:
-            # torch's momentum is a mean, and its rounding that of bfloat16.
+            # torch's momentum is a mean, and it rounds to bfloat16.
             moved, expected = (
                 tensor.flatten(1) - start[name].flatten(1) for tensor in (weight, matrices[name])
             )
@@ -245,7 +245,7 @@ def test_muon_reads_its_rate_where_a_graph_does():
 
 
 def test_a_rate_is_a_number_that_can_become_any_other_also_where_a_graph_reads_it(monkeypatch):
-    """As on a GPU: AdamW is told to be capturable, and its rate lies in a tensor."""
+    """On a GPU, AdamW is made capturable, and its rate is a tensor."""
     asked = {}
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: asked.update(settings))
     build_optimizer(build_cnn(), options(learning_rate=1), torch.device("cpu"))
@@ -311,7 +311,7 @@ def test_the_table_of_a_model_of_several_views_lists_each_layer_once(name):
     assert summarize(several, CNN_SHAPE) == summarize(plain, CNN_SHAPE)
     count = sum(parameter.numel() for parameter in plain.parameters())
     assert f"Total params: {count:,}\n" in summarize(several, CNN_SHAPE)
-    assert not several.training  # what is summarized is a copy
+    assert not several.training  # the summary uses a copy
 
 
 @pytest.mark.parametrize("views", [2, 6])
@@ -325,7 +325,7 @@ def test_a_model_of_several_views_gives_the_mean_of_their_logits_and_trains_on_o
         moved[1][..., 1:, 1:] = moved[0][..., :-1, :-1]
         moved[2][..., :-1, :-1] = moved[0][..., 1:, 1:]
     moved += [view[..., ::-1].copy() for view in moved]
-    counts = [2, 1, 1] if views == 6 else [1]  # what is shifted counts half
+    counts = [2, 1, 1] if views == 6 else [1]  # shifted views count half
     read = np.stack([plain(torch.from_numpy(view)).detach().numpy() for view in moved])
     expected = torch.from_numpy(np.average(read, axis=0, weights=counts + counts)).float()
     assert len(moved) == views
@@ -341,7 +341,7 @@ def test_a_model_of_several_views_gives_the_mean_of_their_logits_and_trains_on_o
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, views):
     model = fresh(lambda: build_cnn(name, views), 5)
-    model(torch.rand(8, 1, 28, 28))  # moves the statistics of batch norm
+    model(torch.rand(8, 1, 28, 28))  # updates batch norm's statistics
     for file in ("a", "b"):
         save_weights(model, tmp_path / file)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

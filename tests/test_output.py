@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, unread or full: the work is done, and its exit code is right."""
+"""Standard output and error that are closed, unread or full: the work completes with the right exit code."""
 
 import os
 import subprocess

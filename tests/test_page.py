@@ -1,4 +1,4 @@
-"""The page: its numbers are torch's, it moves images as evaluate_cnn does, and everyone can use it."""
+"""The page: its numbers are torch's, it moves images as evaluate_cnn does, and it is accessible."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ def garments(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trained(seed: int, move: bool, name: str) -> torch.nn.Sequential:
-    """A CNN that knows the ten kinds; with `move` also when they are shifted. A residual one has 6 views."""
+    """A CNN trained on the ten kinds, with `move` also on shifted images. A residual one has 6 views."""
     images, labels = garments(600, seed + 10)
     if move:
         images = np.concatenate([images, evaluation.move(images, "shift_x", 3)])
@@ -139,9 +139,9 @@ def build_in(folder, model: str):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a page, with what it was made of."""
+    """The folder of a page, with the files it was made from."""
     folder = build_in(tmp_path_factory.mktemp("page"), "lesson")
-    shutil.copy(ROOT / "dvc.yaml", folder)  # which the command fashion-cnn looks for
+    shutil.copy(ROOT / "dvc.yaml", folder)  # the command fashion-cnn looks for it
     return folder
 
 
@@ -164,7 +164,7 @@ def residual_page(built_residual):
 
 
 def watched(built):
-    """The page in a browser; whatever it complains about or asks for is a fault."""
+    """The page in a browser; each console message, error or request is a fault."""
     with open_page(1400, 900) as page:
         faults = []
         page.on("console", lambda message: faults.append(message.text))
@@ -194,7 +194,7 @@ def models(folder) -> dict[str, torch.nn.Sequential]:
 
 
 def unpacked(values: np.ndarray) -> np.ndarray:
-    """The weights that the page stores for these."""
+    """The weights as the page stores them."""
     packed = contents.int16(values)
     steps = np.frombuffer(base64.b64decode(packed["int16"]), np.int16)
     return (steps * packed["step"]).reshape(packed["shape"]).astype(np.float32)
@@ -204,7 +204,7 @@ def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
     values = np.array([[0.5, -0.25, 0.1], [0, np.nan, -np.inf]], np.float32)
     packed = contents.int16(values)
     steps = np.frombuffer(base64.b64decode(packed["int16"]), np.int16)
-    assert steps.tolist() == [32767, -16384, 6553, 0, -32768, -32768]  # -16383.5 to the even one
+    assert steps.tolist() == [32767, -16384, 6553, 0, -32768, -32768]  # -16383.5 rounds to even
     assert packed["step"] == pytest.approx(0.5 / 32767)
     assert contents.int16(np.zeros((2,), np.float32))["int16"] == "AAAAAA=="
 
@@ -231,7 +231,7 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
         with torch.inference_mode():
             expected = model(to_input(torch.from_numpy(images))).softmax(1).numpy()
             stored = with_stored_weights(model)(to_input(torch.from_numpy(images))).numpy()
-            model.views = 2  # a number that neither page has
+            model.views = 2  # neither page has this number
             stored_2 = model(to_input(torch.from_numpy(images[:20]))).numpy()
         logits_2 = page.evaluate(
             "([name, images]) => images.map((pixels) =>"
@@ -243,7 +243,7 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
         assert np.abs(stored_2 - stored[:20]).max() > 0.01
         assert 0 < np.abs(np.array(shares) - expected).max() < 0.002
         assert (np.argmax(shares, 1) == expected.argmax(1)).all()
-        assert len(set(np.argmax(shares, 1))) > 5  # and they are no two or three answers to everything
+        assert len(set(np.argmax(shares, 1))) > 5  # and not always the same two or three
 
 
 @needs_browser
@@ -266,7 +266,7 @@ def test_images_are_moved_as_evaluate_cnn_moves_them(page):
                 rotated.append(off)
             else:
                 assert off.max() == 0, (transform, amount)
-    # torch's compiler chooses where it rounds: a sum that ends in .5 may go either way.
+    # torch's compiler decides where to round, so a sum that ends in .5 may go either way.
     assert np.max(rotated) <= 1
     assert np.mean(rotated) < 1e-5
 
@@ -312,7 +312,7 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
         model[4].bias[0] = 0.5
     page.get_by_label("Kernel, row 3, column 2").fill("2.25")
     assert page.locator("#toy-epoch").inner_text() == "after epoch 40 of 40, edited"
-    page.get_by_role("button", name="Convolution, row 2, column 2").hover()  # leaves what is typed alone
+    page.get_by_role("button", name="Convolution, row 2, column 2").hover()  # keeps what was typed
     assert page.get_by_label("Kernel, row 3, column 2").input_value() == "2.25"
     page.get_by_label("Bias of the linear layer").fill("0.5")
     assert cells() == pytest.approx(expected(image), abs=6e-4)
@@ -356,7 +356,7 @@ def test_a_dead_relu_is_called_one(page):
 
 
 def with_stored_weights(model: torch.nn.Sequential) -> torch.nn.Sequential:
-    """The CNN that the page has: of its weights, 16 bits each."""
+    """The CNN of the page, whose weights have 16 bits each."""
     for layer in model.modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             for parameter in layer.parameters():
@@ -410,7 +410,7 @@ def test_the_classes_that_are_compared_can_be_chosen(page, built):
 
 @needs_browser
 def test_a_receptive_field_is_all_that_a_cell_is_made_of(page):
-    """Sizes and corners by hand: a convolution adds 2 to the size, a pooling doubles all."""
+    """Sizes and corners by hand: a convolution adds 2 to the size, pooling doubles everything."""
     fields = page.evaluate(
         "[0, 1, 3, 4].map((place) => receptive_field(networks.original, place, [2, 1]))"
         ".map(({top, left, size}) => [top, left, size])"
@@ -542,7 +542,7 @@ def test_the_winner_of_a_pooling_is_marked(page, built):
     _, image = picture(page, 0)
     with torch.inference_mode():
         maps = with_stored_weights(models(built)["original"])[0](to_input(torch.from_numpy(image)))
-    window = maps[0, told, 12:14, 12:14]  # the page begins in row and column 14, counted from 1
+    window = maps[0, told, 12:14, 12:14]  # the page starts at row and column 14, counted from 1
     said = chosen.locator(".note").nth(1).inner_text()
     largest, row, column = re.search(r"pooling window is (\S+), in row (\d+), column (\d+)", said).groups()
     assert to_number(largest) == pytest.approx(window.max().item(), abs=1e-4)
@@ -654,7 +654,7 @@ def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
 
 @needs_browser
 def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_residual):
-    """The maps that part 2 shows of image 3, and the words above them."""
+    """The maps of image 3 in part 2, and the words above them."""
     page = residual_page
     page.locator("#picker button").nth(3).click()
     _, image = picture(page, 3)
@@ -679,7 +679,7 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
     assert "the mean logits of six views" in page.locator("#cnn-bars-title").inner_text()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert page.locator("#cnn-parameters").inner_text() == f"{count:,}"
-    # A cell in the corner of a padded convolution: of its patch's nine cells, five are outside, and zeros.
+    # A corner cell of a padded convolution: five of its patch's nine cells are outside, so they are zeros.
     page.get_by_role("slider", name="Map").nth(1).press("Home")
     cell = page.locator(".conv canvas[tabindex]").nth(1)
     for key in ["ArrowUp", "ArrowLeft"] * 14:

@@ -1,4 +1,4 @@
-"""predict: what becomes of a picture before the network sees it, and what is said about each file."""
+"""predict: how a picture is prepared for the network, and what is printed about each file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def save(folder: Path, picture: Image.Image, name: str = "picture.png") -> Path:
 
 
 def drawn(size: tuple[int, int], box: tuple[int, int, int, int], mode: str = "L", back=255, garment=0):
-    """A rectangle on a plain background; the box's right and lower edges are not in it."""
+    """A rectangle on a plain background; it excludes the box's right and lower edges."""
     picture = Image.new(mode, size, back)
     left, top, right, bottom = box
     ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), fill=garment)
@@ -55,7 +55,7 @@ def test_a_small_garment_is_enlarged(tmp_path):
 
 
 def test_a_picture_shrinks_by_area(tmp_path):
-    """56×56 pixels, the right half 255, of the left each 2×2 are 200, 100, 60 and 40: the mean is 100."""
+    """56×56 pixels: the right half is 255, each 2×2 of the left is 200, 100, 60 and 40, with mean 100."""
     left, right = np.tile([[200, 100], [60, 40]], (28, 14)), np.full((56, 28), 255)
     garment = np.hstack([left, right]).astype(np.uint8)
     seen = read_picture(save(tmp_path, Image.fromarray(np.pad(garment, 9))))
@@ -186,7 +186,7 @@ def test_behind_a_transparent_background_is_what_differs_from_the_garment(tmp_pa
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
+    exif[0x0112] = 6  # rotate by 90° clockwise
     picture = drawn((200, 300), (20, 30, 120, 80))
     picture.save(tmp_path / "turned.png", exif=exif)
     seen = read_picture(tmp_path / "turned.png")
@@ -207,7 +207,7 @@ def text(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (text, "no picture that Pillow reads"),
+        (text, "not a picture that Pillow reads"),
         (lambda folder: folder / "absent.png", "No such file or directory"),
         (lambda folder: folder, "Is a directory"),
         (cut_short, "truncated"),
@@ -244,7 +244,7 @@ def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp
     good = save(tmp_path, drawn((300, 200), (30, 20, 80, 120)))
     code, told, faults = run(capsys, bad, good, "--model", weights, "--show", tmp_path / "seen")
     assert code == 1
-    assert faults.startswith(f"error: {bad}: no picture that Pillow reads")
+    assert faults.startswith(f"error: {bad}: not a picture that Pillow reads")
     assert told.startswith(f"{good}: ")
     answer, doubt = told.splitlines()
     assert answer.endswith(" % (inverted: darker than its background)")
@@ -276,7 +276,7 @@ def test_while_dvc_trains_a_model_that_is_not_there_is_waited_for(workspace, tmp
     (workspace / ".dvc/tmp").mkdir(parents=True)
     (workspace / ".dvc/tmp/rwlock").write_text(json.dumps(users))
     (tmp_path / "picture.png").touch()
-    with pytest.raises(StageError, match="`dvc` makes it anew; wait until that ends"):
+    with pytest.raises(StageError, match="`dvc` is remaking it; wait until that ends"):
         run(capsys, tmp_path / "picture.png", "--model", "models/cnn_augmented.safetensors")
     with pytest.raises(StageError, match="other: not found; expected weights"):
         run(capsys, tmp_path / "picture.png", "--model", "other")

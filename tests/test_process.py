@@ -21,12 +21,12 @@ from fashion_cnn.project.process import Output, run_stage, usable_threads
 
 
 class Left(Exception):
-    """Stands for the end of the process, with its exit code."""
+    """Stand-in for the end of the process, with its exit code."""
 
 
 @pytest.fixture
 def code_of(monkeypatch, capfd):
-    """Run `main` as a stage; gives the exit code."""
+    """Run `main` as a stage; returns the exit code."""
 
     def leave(code):
         raise Left(code)
@@ -143,7 +143,7 @@ def test_a_check_that_fails_ends_the_start_in_one_line():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is asked of the C library and of os.kill."""
+    """The calls of the C library and of os.kill."""
     made = []
 
     class Library:
@@ -252,7 +252,7 @@ def test_cuda_without_a_device_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize(("set_to", "most", "found"), [("", None, 5), ("", 4, 4), ("", 9, 5), ("7", 4, 7)])
 def test_there_are_as_many_threads_as_cores_unless_asked_otherwise(monkeypatch, set_to, most, found):
-    """Cores are those that affinity and cgroup allow, which joblib reads; two of one core count once."""
+    """Cores are the physical ones that affinity and cgroup allow, as joblib counts them."""
     monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: 5 if only_physical_cores else 10)
     monkeypatch.setenv("FASHION_CNN_THREADS", set_to)
     assert usable_threads(most) == found
@@ -283,7 +283,7 @@ GPU = "the order of sums is fixed on CPUs, and this is a GPU"
 NO_AVX2 = "the order of sums is fixed with AVX2, and this CPU (arm64) has none"
 
 
-def test_a_machine_that_is_not_portable_is_told_and_left_alone(monkeypatch, capsys):
+def test_a_machine_that_is_not_portable_is_reported_and_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(device, "why_not_portable", {"cpu": "it is odd"}.get)
     monkeypatch.setattr(os, "environ", {})
     device._make_portable("cpu", True, torch)
@@ -312,7 +312,7 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
 
 
 def test_the_environment_is_set_before_torch_computes():
-    """In a process of its own, with settings of a user's that must not reach it."""
+    """In a process of its own, with user settings that must have no effect."""
     code = (
         "import os, sys; from fashion_cnn.project.process import start; start()\n"
         "assert 'torch' not in sys.modules\n"

@@ -31,7 +31,7 @@ from small_stages import make_data, read_data
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow and torch warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and torch
 ]
 
 SPLIT = {"split.seed": 3, "split.val_size": 100, "split.train_size": None}
@@ -82,7 +82,7 @@ def add_run(store, weights: Path, **split: object) -> str:
 
 
 def log(store, weights: Path, params: dict, model: Path | None = None) -> str:
-    """Bring the run of these weights in line; returns its id."""
+    """Bring the run of these weights up to date; returns its id."""
     record = Record(
         training="train_cnn@original",
         weights_sha256=sha256_of(weights),
@@ -98,7 +98,7 @@ def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(st
     weights = workspace / "residual.safetensors"
     model = fresh(lambda: build_cnn("residual", views=6), 0)
     images = torch.from_numpy(data["train-images"][:40])[:, None].float() / 255
-    for _ in range(20):  # batch norm has statistics of its own, and not those that it begins with
+    for _ in range(20):  # moves batch norm's statistics away from their initial values
         model(images)
     save_weights(model, weights)
     run_id = add_run(store, weights)
@@ -132,11 +132,11 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
     assert client.search_registered_models() == []
 
     assert "no champion yet" in run(capsys, untrained)
-    told = run(capsys, ids[1])  # by the id of its run
+    told = run(capsys, ids[1])  # named by its run id
     _, val = split_indices(250, 100, None, 3)
     right = {path: reads_right(path, data, val) for path in trained}
     assert f"{right[barely].mean():.2%}".replace("%", " %") in told
-    assert "not better beyond noise than version 1" in told
+    assert "not significantly better than version 1" in told
     assert registry.champion(client).version == 1
 
     told = run(capsys, better)
@@ -158,7 +158,7 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
 
     assert "is the champion already" in run(capsys, better)
     assert "not better" in run(capsys, untrained)
-    assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # as it was then
+    assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # unchanged since then
     assert registry.champion(client).run_id == ids[2]
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
 
@@ -178,7 +178,7 @@ def test_in_a_copy_of_the_project_the_champion_is_the_copys(
     copy = tmp_path_factory.mktemp("elsewhere") / "copy"
     shutil.copytree(workspace, copy)
     monkeypatch.setenv("FASHION_CNN_ROOT", str(copy))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow puts it there
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow sets it
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{workspace}/registry.db")
     shutil.rmtree(workspace / "mlruns")
     before = set(workspace.rglob("*"))
@@ -192,7 +192,7 @@ def test_a_stricter_level_asks_for_more(store, trained, capsys):
     for weights in trained[1:]:
         add_run(store, weights)
     run(capsys, trained[1])
-    assert "not better beyond noise" in run(capsys, trained[2], "--level", "1e-60")
+    assert "not significantly better" in run(capsys, trained[2], "--level", "1e-60")
     assert registry.champion(client).version == 1
     with pytest.raises(StageError, match=r"--level is 2\.0, expected a number between 0 and 1"):
         run(capsys, trained[2], "--level", "2")
@@ -314,8 +314,8 @@ def test_the_champion_is_served_with_probabilities_by_class(server, trained, dat
         assert answer.status_code == 400, (json.dumps(wrong)[:80], answer.text[:300])
     nested = '{"inputs": {"images": ' + "[" * 3000 + "]" * 3000 + "}}"
     answer = requests.post(server, nested, headers={"Content-Type": "application/json"}, timeout=30)
-    assert answer.status_code == 500  # MLflow's own, whose reader does not go so deep
-    assert requests.post(server, json={"inputs": {"images": [image]}}, timeout=30).ok  # it goes on
+    assert answer.status_code == 500  # from MLflow, whose parser has a depth limit
+    assert requests.post(server, json={"inputs": {"images": [image]}}, timeout=30).ok  # it still serves
 
 
 def test_no_program_of_a_run_is_loaded(store, trained, data, workspace, capsys):

@@ -47,7 +47,7 @@ def test_a_committed_recipe_fits_the_committed_params_and_says_what_it_is_for(na
     path = ROOT / f"recipes/{name}.yaml"
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
-    for line in lines[1:]:  # every param says what it is for
+    for line in lines[1:]:  # each param's comment says what it is for
         assert "#" in line or line.endswith(":"), line
     committed = yaml.safe_load((ROOT / "params.yaml").read_text())
     for where, value in recipe.read_recipe(name).items():
@@ -74,7 +74,7 @@ def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_other
     before = (folder / "params.yaml").read_bytes()
     with pytest.raises(SystemExit) as ended:
         run(capsys, "short")
-    assert ended.value.code == 7  # that of dvc
+    assert ended.value.code == 7  # DVC's exit code
     [command] = asked
     assert command == [
         sys.executable, "-m", "dvc", "exp", "run", "--name", "short",
@@ -145,7 +145,7 @@ def test_the_benchmarks_start(script):
 
 
 def in_ladder(code: str) -> object:
-    """What an expression is in benchmarks/ladder.py, whose folder has modules named as tests' helpers."""
+    """Evaluate an expression in a process of its own: ladder's modules share names with tests' helpers."""
     command = [sys.executable, "-c", f"import json, ladder; print(json.dumps({code}))"]
     settings = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""When `make repro` trains both CNNs at once, and when it leaves all to one `dvc repro`."""
+"""When `make repro` trains both CNNs at once, and when it leaves everything to one `dvc repro`."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
     [([], True), (["ended"], False), (["at work"], True), (["ended", "at work"], True), (["reused"], False)],
 )
 def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, users, stays):
-    """One has ended but is a zombie, which DVC takes to be at work; the number of one is another's by now."""
+    """One has ended but is a zombie, which DVC considers running; the PID of another has been reused."""
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["true"]) as ended:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
@@ -60,7 +60,7 @@ def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, users, st
             "at work": {"pid": os.getpid(), "cmd": own},
             "reused": {"pid": os.getpid(), "cmd": "dvc repro of another"},
         }
-        repro.mend_rwlock()  # a folder without one
+        repro.mend_rwlock()  # there is no list yet
         path = tmp_path / ".dvc/tmp/rwlock"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"read": {"a": [known[user] for user in users]}}))
@@ -96,7 +96,7 @@ def test_a_dvc_that_fails_ends_it_with_its_code(monkeypatch):
 
 
 def test_what_runs_before_makes_all_that_both_trainings_read():
-    """Else they would train on what an earlier run has left."""
+    """Otherwise they would train on what an earlier run left."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     made = {}
     for name, stage in stages.items():

@@ -1,4 +1,4 @@
-"""Tables and metrics that are read back: what is read, and the one line for what is damaged."""
+"""Tables and metrics that are read back: what is read, and the one-line error for a damaged file."""
 
 import subprocess
 import sys

@@ -10,7 +10,7 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from time import sleep  # the waiting between attempts is left out below
+from time import sleep  # the waits between attempts are skipped below
 
 import pytest
 
@@ -39,7 +39,7 @@ def small_and_quick(monkeypatch):
 
 @pytest.fixture
 def good(tmp_path):
-    """A folder as Debian's package has it: compressed."""
+    """A folder with compressed files, as in Debian's package."""
     folder = tmp_path / "good"
     folder.mkdir()
     for file, content in CONTENTS.items():
@@ -54,7 +54,7 @@ def target(tmp_path):
 
 @pytest.fixture
 def serve():
-    """Serve a folder over HTTP on this machine; gives its address."""
+    """Serve a folder over HTTP on this machine; returns its address."""
     servers = []
 
     def start(folder, handler=SimpleHTTPRequestHandler):
@@ -195,7 +195,7 @@ def test_complete_data_needs_no_source(good, target):
 
 @pytest.fixture
 def answer():
-    """Answer every connection by a function that is given the socket; gives the address."""
+    """Answer every connection with a function that gets the socket; returns the address."""
     servers = []
 
     def start(send):
@@ -298,11 +298,11 @@ def test_a_redirect_is_followed_and_its_body_is_not_read(good, target, serve, an
 def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch, capsys):
     monkeypatch.setattr(fetching, "SOURCE_SECONDS", 3)
     (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / FIRST.name)  # nobody writes into it: to open it waits for ever
+    os.mkfifo(tmp_path / "pipe" / FIRST.name)  # nothing writes to it, so opening it blocks forever
     (tmp_path / "zeros").mkdir()
     with (tmp_path / "zeros" / f"{FIRST.name}.gz").open("wb") as file:
         file.write(COMPRESSED)
-        file.truncate(1 << 34)  # takes no room on the disk
+        file.truncate(1 << 34)  # sparse: takes no disk space
     fetching.fetch([str(tmp_path / "pipe"), str(tmp_path / "zeros"), str(good)], target)
     assert_complete(target)
     pipe, zeros, _ = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The MLflow store: where it is, made once and whole, and told in seconds if it cannot be used."""
+"""The MLflow store: where it is, its atomic creation, and an error within seconds if it is unusable."""
 
 import shutil
 import signal
@@ -21,7 +21,7 @@ from fashion_cnn.tracking.store import connect, shown, store_url
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 MAKE_RUN = """
@@ -61,7 +61,7 @@ def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, new_store
 
 def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):
     def drip(*_):
-        with suppress(TimeoutError):  # as urllib3 does, which then tries again
+        with suppress(TimeoutError):  # like urllib3, which then retries
             time.sleep(60)
         time.sleep(60)
 
@@ -87,12 +87,12 @@ def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens
         time.sleep(0.001)
     started.kill()
     assert started.wait() == -signal.SIGKILL
-    with closing(sqlite3.connect("mlflow.db")) as database:  # MLflow ends with its version of the tables
+    with closing(sqlite3.connect("mlflow.db")) as database:  # MLflow writes its tables' version last
         assert database.execute("SELECT version_num FROM alembic_version").fetchall()
 
 
 def test_an_empty_file_becomes_a_store_however_long_that_takes(workspace, monkeypatch):
-    """As `sqlite3 mlflow.db .tables` makes it, or a full disk."""
+    """`sqlite3 mlflow.db .tables` leaves such a file, and so does a full disk."""
     Path("mlflow.db").touch()
     monkeypatch.setattr(store, "CONNECT", 2)
     make = mlflow.MlflowClient.search_experiments
@@ -105,7 +105,7 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(workspace, monke
     copy = tmp_path / "copy of it"
     shutil.copytree(workspace, copy)
     monkeypatch.setenv("FASHION_CNN_ROOT", str(copy))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow puts it there
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow sets it
     client = connect().client
     assert client.get_run(run_id).info.artifact_uri == f"{copy.as_uri()}/mlruns/{run_id}/artifacts"
     assert client.get_experiment("0").artifact_location == f"{copy}/mlruns/0"  # kept as a path

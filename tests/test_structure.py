@@ -1,4 +1,4 @@
-"""One name a stage everywhere, and dvc.yaml says what the code does."""
+"""One name per stage everywhere, and dvc.yaml says what the code does."""
 
 import ast
 import itertools
@@ -89,7 +89,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_schema_is_that_of_the_file_and_the_data():
-    """In the order of params.yaml, which is the one in which MLflow and data/augmented show the params."""
+    """The order is that of params.yaml, in which MLflow and data/augmented show the params."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     for name, section in content.items():
         assert list(section) == list(Params.model_fields[name].annotation.model_fields)
@@ -107,12 +107,12 @@ def test_the_trainings_are_those_of_the_map_with_their_files():
         checked = str(stages[training.evaluation.partition("@")[0]]).replace("${item.images}", images)
         assert f"'{training.evaluation_results}.json" in checked
         assert str(training.weights) in checked
-    # As git has them: a training at work in this clone may have removed the files.
+    # Listed by git, because a training that runs in this clone may have removed the files.
     drawn = {Path(path).stem for path in git(ROOT, "ls-files", "metrics/figures").split()}
     assert drawn == {name for training in TRAININGS.values() for name in training.figures}
 
 
-# What scripts import first, since it takes no second.
+# Scripts import these first, because they take less than a second.
 QUICK = {f"fashion_cnn.project.{name}" for name in ("catalog", "params", "process")}
 
 
@@ -137,7 +137,7 @@ def test_no_script_loads_torch_before_its_arguments_and_the_environment_are_in_o
 
 
 def test_what_no_stage_declares_holds_no_code():
-    """dvc.yaml names no __init__.py by itself."""
+    """dvc.yaml does not name each __init__.py."""
     for path in (STAGES / "__init__.py", *PACKAGE.rglob("__init__.py")):
         assert all(is_docstring(node) for node in parsed(path).body), path
 
@@ -153,7 +153,7 @@ LOCAL = {path.stem for folder in ("benchmarks", "tests/helpers") for path in (RO
 
 @pytest.mark.parametrize("path", sorted(RUN_BY_PATH), ids=lambda path: path.name)
 def test_a_script_finds_what_it_imports(path):
-    """Python looks first in a script's folder."""
+    """Python searches the script's folder first."""
     for node in ast.walk(parsed(path)):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

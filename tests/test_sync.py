@@ -15,7 +15,7 @@ from project import git
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 RESULTS = ("params.yaml", "dvc.lock", "metrics")
@@ -39,12 +39,12 @@ def finished(tmp_path_factory) -> Path:
     code.write_text(code.read_text().replace("lr=learning_rate", "lr=2 * learning_rate"))
     dvc(project, "exp", "run", "--name", "code")
     git(project, "restore", ".")
-    dvc(project, "exp", "run", "--force", "--name", "same")  # as its commit
+    dvc(project, "exp", "run", "--force", "--name", "same")  # the same as its commit
     git(project, "checkout", "--quiet", reference(project, "seed"), "--", *RESULTS)
     (project / "metrics/verify_manual_conv.json").write_bytes(VERIFIED)
     with (project / "dvc.lock").open("a") as lock:
         lock.write(VERIFICATION)
-    make_experiment(project, "verified")  # the same weights as of "seed"
+    make_experiment(project, "verified")  # the same weights as in "seed"
     dvc(project, "checkout")
     forget_runs(project)
     tool(project, "sync")
@@ -52,7 +52,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def make_experiment(project: Path, name: str) -> None:
-    """Keep the files as DVC keeps an experiment, and take back those of HEAD."""
+    """Store the files as DVC stores an experiment, and restore those of HEAD."""
     head = git(project, "rev-parse", "HEAD").strip()
     git(project, "add", "--force", "metrics")
     git(project, "commit", "--quiet", "--all", "--message", name)
@@ -94,7 +94,7 @@ def test_repro_without_a_store_ends_with_the_results_and_a_line(project):
 
 
 def test_of_the_experiments_with_the_same_weights_the_newest_has_a_run(project):
-    """Without one, the experiment that changes nothing has the weights of its commit."""
+    """The experiment that changes nothing has the weights of its commit, so it has no run."""
     assert set(runs_by_name(project)) == {"train_toy_cnn", "train_toy_cnn verified", "train_toy_cnn code"}
 
 
@@ -141,7 +141,7 @@ def test_experiments_that_are_damaged_are_named_and_the_others_are_made(project)
 
 
 def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
-    """The store is new, and the working tree has other weights since."""
+    """The store is new, and the working tree has other weights by now."""
     git(project, "checkout", "--quiet", reference(project, "seed"), "--", *RESULTS)
     git(project, "commit", "--quiet", "--all", "--message", "take the experiment")
     dvc(project, "checkout")
@@ -153,7 +153,7 @@ def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
 
 
 def test_an_experiment_replaces_nothing_that_its_run_has(project):
-    """A stage that verifies the weights later is right."""
+    """A stage that verified the weights later takes precedence."""
     client, run_id = store_of(project), runs_by_name(project)["train_toy_cnn verified"].info.run_id
     client.log_metric(run_id, "max_error", 0.7)
     client.set_tag(run_id, "synced_verify_manual_conv", "of other files")
@@ -165,7 +165,7 @@ def test_an_experiment_replaces_nothing_that_its_run_has(project):
 
 
 def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_made(project):
-    """The older one may be of other code, and have its own dvc.lock."""
+    """The older one may be from other code and have its own dvc.lock."""
     older = runs_by_name(project)["train_toy_cnn"]
     tags = {name: older.data.tags[name] for name in ("weights_sha256", "dvc_stage")}
     newer = store_of(project).create_run(older.info.experiment_id, tags=tags).info.run_id
@@ -174,7 +174,7 @@ def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_m
 
 
 def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
-    """A change of a comment: other code, the same bytes, and a run and an experiment of its own."""
+    """A changed comment is other code with the same bytes; it has its own run and experiment."""
     code, expected = project / CODE, {}
     for name in ("one", "two"):
         code.write_text(code.read_text() + f"# {name}\n")
@@ -183,7 +183,7 @@ def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
     found = {name: runs_by_name(project)[f"train_toy_cnn {name}"] for name in expected}
     assert len({run.data.tags["weights_sha256"] for run in found.values()}) == 1
     tool(project, "sync")
-    dvc(project, "exp", "apply", "one")  # the tree is now as the older one
+    dvc(project, "exp", "apply", "one")  # the tree now matches the older one
     told = tool(project, "sync")
     assert told.count("sync:") == told.count("up to date") == 1
     for name, run in found.items():

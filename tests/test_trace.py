@@ -1,4 +1,4 @@
-"""From a result back to what made it: the commands that trace prints are run, and give the same bytes."""
+"""trace: the commands that it prints for a result are run, and give the same bytes."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from project import git
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 WEIGHTS = "models/toy_cnn.safetensors"
@@ -57,7 +57,7 @@ def test_the_commit_of_a_kept_experiment_leads_to_its_run(project):
     traces = json.loads(tool(project, "trace", "HEAD", "--json"))
     assert [trace["run_id"] for trace in traces] == [run.info.run_id]
     before = json.loads(tool(project, "trace", "HEAD~1", "--json"))
-    assert len(before) == 2  # that of the results which were committed, and the experiment's
+    assert len(before) == 2  # the run of the committed results, and the experiment's
 
 
 def test_an_experiment_in_a_folder_of_a_bigger_repository_is_recorded(project, tmp_path):

@@ -1,4 +1,4 @@
-"""MLflow: one training is one run, whatever is killed or unreachable; later stages add to it alone."""
+"""MLflow: one training is one run, whatever is killed or unreachable; later stages only add to it."""
 
 import math
 import os
@@ -30,7 +30,7 @@ from project import SCRIPTS, STAGES, commit_all, imported_files
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow and torch warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and torch
 ]
 
 SHA, KEY = "ab" * 32, "12" * 32
@@ -58,7 +58,7 @@ def train(key: str = KEY, first: int = 1) -> None:
 
 
 def stop_training(fault: type[BaseException]) -> None:
-    """Record the same training, which ends after its first epoch."""
+    """Record the same training, but end it after its first epoch."""
     with suppress(fault), open_run(TOY, PARAMS, KEY) as run:
         run.log_epoch({"epoch": 1, "train_loss": 0.5}, images_per_second=10)
         raise fault
@@ -121,7 +121,7 @@ def assert_whole(run) -> None:
 
 
 class Dying:
-    """A client of MLflow whose process ends after so many calls."""
+    """An MLflow client whose process ends after `calls` calls."""
 
     def __init__(self, client, calls: int):
         self.client, self.calls = client, calls
@@ -172,7 +172,7 @@ def test_a_model_whose_upload_was_killed_is_not_left_beside_the_whole_one(unsent
 
 @pytest.fixture
 def half_sent(unsent) -> None:
-    """A training that could be sent but for its files."""
+    """A training that was sent, except for its files."""
     train()
     Path("mlruns").write_text("no folder")
     [line] = send()
@@ -193,7 +193,9 @@ def test_records_that_were_begun_in_another_store_wait_for_it(half_sent, monkeyp
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/other.db")
         [line] = send()
-        assert line.startswith("MLflow: begun in another store, mlflow.db, where `fashion-cnn sync` ends it")
+        assert line.startswith(
+            "MLflow: begun in another store, mlflow.db; `fashion-cnn sync` there finishes it"
+        )
         assert all_runs() == []
     assert_whole(sent_run())
 
@@ -238,7 +240,7 @@ def test_a_record_names_no_files(workspace):
 )
 def test_a_training_that_stops_is_marked_and_goes_on_in_its_run(unsent, fault, status):
     stop_training(fault)
-    if status:  # else both parts are sent late
+    if status:  # otherwise both parts are sent late
         assert sent_run().info.status == status
     train(first=2)
     assert_whole(sent_run())
@@ -278,20 +280,20 @@ def wait_for(condition, seconds: float) -> None:
 def test_a_killed_training_is_marked_by_its_follower_or_the_next(workspace, new_store, follower_dies):
     shutil.copy(new_store, "mlflow.db")
     with subprocess.Popen([sys.executable, "-c", ENDLESS]) as stage:
-        wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)  # which is live
+        wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)  # the curve is live
         if follower_dies:
             psutil.Process(stage.pid).children()[0].kill()
             assert send() == []
-        assert all_runs()[0].info.status == "RUNNING"  # as the stage is alive
+        assert all_runs()[0].info.status == "RUNNING"  # because the stage is alive
         stage.kill()
     if follower_dies:
         assert send() == []
-    wait_for(lambda: not folders(), 10)  # one, and time for a busy machine
+    wait_for(lambda: not folders(), 10)  # takes one; more on a busy machine
     assert all_runs()[0].info.status == "KILLED"
 
 
 def run_stage(code: str, **more: str) -> subprocess.CompletedProcess:
-    """Run it to the end of what it prints: no follower may hold its pipe open."""
+    """Run it until its output ends: a follower must not hold the pipe open."""
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | more, timeout=60, check=False,
         text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -328,7 +330,8 @@ def test_a_follower_that_hangs_costs_a_stage_a_bounded_time(workspace, wait, end
     Path("hangs.py").write_text("import time; time.sleep(90)")  # longer than run_stage waits
     patch = f"from fashion_cnn.project import stage_records as s; s.FOLLOWER, s.{wait} = 'hangs', 0.5"
     done = run_stage(patch + SHORT + end, PYTHONPATH=str(workspace))
-    assert "MLflow: not everything was written within 0.5 s; that goes on; `fashion-cnn sync`" in done.stdout
+    line = "MLflow: not everything was written within 0.5 s; the follower continues; `fashion-cnn sync`"
+    assert line in done.stdout
     assert sent_run().info.status == ("KILLED" if end else "FINISHED")
 
 
@@ -338,7 +341,7 @@ def test_a_full_disk_costs_no_training(unsent, monkeypatch, capsys, of, name):
     train()
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith(f"MLflow: {records_folder()}")
-    assert line.endswith(": Disk full, so not all is recorded; `fashion-cnn sync` writes the rest")
+    assert line.endswith(": Disk full, so the record is incomplete; `fashion-cnn sync` writes the rest")
 
 
 def test_no_follower_sees_records_that_nobody_holds_yet_or_leaves_any_half_deleted(unsent, monkeypatch):
@@ -354,7 +357,7 @@ def test_no_follower_sees_records_that_nobody_holds_yet_or_leaves_any_half_delet
 
 
 def test_a_report_goes_to_every_run_of_its_weights_though_the_clock_was_set_back(unsent, monkeypatch):
-    """Two machines may train to the same bytes; the report's folder has the earlier name."""
+    """Two machines may train to the same bytes; the report's folder sorts first by name."""
     for key in ("34" * 32, "56" * 32):
         train(key)
     monkeypatch.setattr("time.time_ns", lambda: 1)
@@ -364,7 +367,7 @@ def test_a_report_goes_to_every_run_of_its_weights_though_the_clock_was_set_back
 
 
 def bring(**facts) -> tuple:
-    """Bring the run of a record in line; returns the run, and what was added."""
+    """Bring the run of a record up to date; returns the run, and what was added."""
     record = Record(**{"training": CNN.stage, "weights_sha256": SHA} | facts)
     [(run_id, added)] = runs.bring_in_line(connect(), record).items()
     return connect().client.get_run(run_id), added
@@ -403,7 +406,7 @@ def test_reports_add_to_a_run_and_to_its_model_alone(unsent):
         report({"test_loss": loss, "error": math.nan}, sha256_of(WEIGHTS))
     run = sent_run()
     assert dict(run.info) == dict(before.info)
-    assert curve(run) == [(1, 0.5), (2, 0.25)]  # none twice
+    assert curve(run) == [(1, 0.5), (2, 0.25)]  # no epoch twice
     [model] = runs.ready_models(connect().client, run)
     assert model.name == "toy_cnn"
     assert {metric.key: (metric.value, metric.step) for metric in model.metrics} == {

@@ -1,4 +1,4 @@
-"""Training on a few images: what an epoch sees, what it reports, and that it repeats itself."""
+"""Training on a few images: what an epoch sees, what it reports, and that it is reproducible."""
 
 import contextlib
 import hashlib
@@ -33,17 +33,17 @@ from fashion_cnn.training.train_data import TrainData
 
 CPU = torch.device("cpu")
 LESSON = small.PARAMS["train_cnn"] | {"epochs": 2, "batch_size": 5, "seed": 0}
-LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in no order
+LABELS = np.random.default_rng(3).permutation(16).astype(np.uint8) % 4  # in random order
 TRAIN, VAL = np.arange(12), np.arange(12, 16)
 
 
 def build_small() -> nn.Sequential:
-    """Layers of the kinds that the CNN has, a hundred times as fast."""
+    """The CNN's kinds of layers, a hundred times as fast."""
     return nn.Sequential(
         nn.Conv2d(1, 4, kernel_size=3),
         nn.MaxPool2d(2),
         nn.ReLU(),
-        nn.Conv2d(4, 6, kernel_size=3),  # several inputs, so that channels_last is another layout
+        nn.Conv2d(4, 6, kernel_size=3),  # several input channels, so that channels_last matters
         nn.Flatten(),
         nn.Linear(726, 10),
     )
@@ -64,7 +64,7 @@ def train(tmp_path):
     return run
 
 
-def test_it_learns_twelve_images_by_heart(train, images):
+def test_it_overfits_twelve_images(train, images):
     _, rows = train(images[None], epochs=30, learning_rate=0.003)
     assert rows[-1]["train_accuracy"] == 1
     assert rows[-1]["train_loss"] < 0.5 < rows[0]["train_loss"]
@@ -90,7 +90,7 @@ def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
 
 
 def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(train):
-    # Variant v of every image is filled with v, so a batch tells which variants it drew.
+    # Variant v of every image is filled with v, so a batch shows which variants it drew.
     pool = np.stack([np.full((16, 28, 28), variant, np.uint8) for variant in range(4)])
     drawn, validated = [], []
 
@@ -103,13 +103,13 @@ def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(trai
     train(pool, model, epochs=100, batch_size=12)
     assert set(validated) == {0}
     counts = np.bincount(drawn)
-    # 1,200 draws: 300 expected of each; five standard deviations are 75.
+    # 1,200 draws: 300 of each expected; five standard deviations are 75.
     assert counts.sum() == 1200
     assert (abs(counts - 300) < 75).all()
 
 
 def test_an_epochs_metrics_are_means_over_its_images(train, images):
-    """By hand from every batch's logits, of which the last has two images, the others five."""
+    """Computed from the logits of every batch; the last batch has two images, the others five."""
     label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
     seen = {True: [], False: []}  # loss and hit of each image, by whether the model trains
 
@@ -132,7 +132,7 @@ def test_an_epochs_metrics_are_means_over_its_images(train, images):
 
 
 def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train, images):
-    """By hand from the logits of every batch; at its end, an image has the loss of when it was last seen."""
+    """Computed from the logits of every batch; an image's loss is the one of when it was last seen."""
     label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
     seen = []
 
@@ -158,7 +158,7 @@ def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train
 
 @pytest.mark.parametrize("learning_rate", [0.001, 0.004])
 def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learning_rate):
-    """Adam's first step is the learning rate, whatever the gradient is, so long as there is one."""
+    """Adam's first step equals the learning rate for any gradient other than zero."""
     model, _ = train(images[None], epochs=1, batch_size=12, learning_rate=learning_rate)
     moved = (model[5].bias - fresh(build_small, 0)[5].bias).abs()
     assert moved.max().item() == pytest.approx(learning_rate, rel=1e-3)
@@ -177,11 +177,11 @@ def test_an_epoch_is_reported_with_its_images_a_second(train, images, monkeypatc
     ]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == lines
-    assert printed.err == ""  # no bar but on a terminal
+    assert printed.err == ""  # a bar only on a terminal
 
 
 class Bar(tqdm):
-    """The progress bar as on a terminal, which writes down what it shows after each change."""
+    """The progress bar as on a terminal; it records what it shows after each change."""
 
     shown: ClassVar[list] = []
 
@@ -208,12 +208,12 @@ def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypa
     assert Bar.shown[-1][3] == means
     Bar.shown.clear()
     train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path), prune_easy=easy)
-    assert Bar.shown[0][1:3] == (12, 12 + second)  # begins where the first epoch ended
+    assert Bar.shown[0][1:3] == (12, 12 + second)  # starts where the first epoch ended
     assert Bar.shown[-1][:3] == ("epoch 2/2: ", 12 + second, 12 + second)
 
 
 class Killed(Exception):
-    """Stands for a kill between two epochs."""
+    """Stand-in for a kill between two epochs."""
 
 
 OPTIONS = {
@@ -251,12 +251,12 @@ def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, t
 
 
 def flipped(content: bytes, at: int) -> bytes:
-    """The content with its lowest bit at a place turned round."""
+    """The content with the lowest bit of one byte flipped."""
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 def renamed(content: bytes) -> bytes:
-    """The same tensors and metadata, whole, but a tensor has another name."""
+    """The same tensors and metadata, intact, but one tensor has another name."""
     size = int.from_bytes(content[:8], "little")
     return content[:8] + content[8 : 8 + size].replace(b'"losses"', b'"lossez"') + content[8 + size :]
 
@@ -303,7 +303,7 @@ def key(tmp_path, monkeypatch):
 
 def test_the_key_of_the_same_training_is_the_same(key, tmp_path):
     before = key()
-    (tmp_path / "fashion_cnn/schema.py").write_text("2")  # which changes no result
+    (tmp_path / "fashion_cnn/schema.py").write_text("2")  # it changes no result
     assert key() == before
 
 
@@ -362,7 +362,7 @@ def test_two_trainings_with_one_key_wait_for_each_other(workspace):
             FileLock(folder / "k.lock").acquire(timeout=0)
         with FileLock(folder / "other.lock").acquire(timeout=0):
             pass
-    with exclusive_checkpoint("k", WEIGHTS):  # into a folder that is there
+    with exclusive_checkpoint("k", WEIGHTS):  # into an existing folder
         pass
 
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
 
 
 def train_in_dvc(key: str, content: str) -> int:
-    """Train for two epochs, as far as the checkpoint knows; returns how many were done before."""
+    """Pretend to train for two epochs; returns how many the checkpoint had before."""
     model = fresh(build_small, 0)
     optimizer = torch.optim.Adam(model.parameters())
     with exclusive_checkpoint(key, WEIGHTS) as checkpoint:
@@ -394,10 +394,10 @@ def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, m
     assert train_in_dvc("k", "some") == 0
     assert train_in_dvc("k", "some") == 2  # DVC was killed before it wrote dvc.lock
     Path("dvc.lock").write_text(f"md5: {hashlib.md5(b'some').hexdigest()}\n")
-    os.utime("dvc.lock", (0, 0))  # as committed, from before the training
+    os.utime("dvc.lock", (0, 0))  # as if committed before the training
     assert train_in_dvc("k", "some") == 2
     assert train_in_dvc("other", "other") == 0
-    assert not (folder / "k.safetensors").exists()  # one is kept: each is as large as three models
+    assert not (folder / "k.safetensors").exists()  # only one is kept: each is as large as 3 models
     assert train_in_dvc("k", "some") == 0
     os.utime("dvc.lock")
     assert train_in_dvc("k", "some") == 0  # `dvc repro --force` trains again
@@ -413,7 +413,7 @@ def test_a_deleted_checkpoint_is_gone(tmp_path):
 
 
 class StandInGraph:
-    """What CapturedGraph does, without a GPU: a replay calls what was captured."""
+    """CapturedGraph without a GPU: a replay calls what was captured."""
 
     def __init__(self):
         self.warm_ups = self.captures = self.replays = 0
@@ -451,6 +451,6 @@ def test_the_graphed_step_trains_as_the_plain_one(images):
     plain = run(lambda step: step)
     assert torch.equal(graphed[0], plain[0])
     assert torch.equal(graphed[1], plain[1])
-    assert plain[1][TRAIN].all()  # OPTIONS ask for the losses
+    assert plain[1][TRAIN].all()  # OPTIONS need the losses
     assert graphed[2] == plain[2]
     assert (graph.warm_ups, graph.captures, graph.replays) == (3, 1, 3)

@@ -1,4 +1,4 @@
-"""fashion-cnn ui: its address leads a fresh browser to the table of trainings, and on from there."""
+"""fashion-cnn ui: its address shows a fresh browser the table of trainings, and leads on from there."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from servers import free_port
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 
@@ -39,7 +39,7 @@ def start(port: object, **more: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, new_store):
-    """Of the UI of a store with a run of each training; those of the CNNs have models."""
+    """The UI's address, for a store with a run of each training; those of the CNNs have models."""
     folder = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -24,7 +24,7 @@ from fashion_cnn.project.errors import StageError
 from project import ROOT
 from small_stages import IMAGES, PARAMS, run_stage, table
 
-SIX_DIGITS = 1e-5  # relative: what files keep of a float, and float32 beside float64
+SIX_DIGITS = 1e-5  # relative: six digits in files, and float32 against float64
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture
 def again(results, tmp_path):
-    """Give a copy of the folder, in which a stage has run, to run it in once more."""
+    """Return a copy of the folder in which a stage has run, to run it there again."""
     return lambda *stage: results.copy(tmp_path / "again", *stage)
 
 
@@ -70,7 +70,7 @@ def test_a_plain_training_gives_the_written_weights_and_train_metrics(results, i
         assert float(row["train_loss"]) == pytest.approx(mine["train_loss"], rel=1e-3)
         assert float(row["train_accuracy"]) == pytest.approx(mine["train_accuracy"], abs=0.01)
     for name, tensor in load_file(folder / f"models/cnn_{images}.safetensors").items():
-        # Adam's steps are of one size, so a rounding error can turn a few that have no direction.
+        # Adam's steps all have one size, so a rounding error can flip a few with a gradient near 0.
         assert (tensor - weights[name]).abs().mean() < 0.02 * PARAMS["train_cnn"]["learning_rate"], name
 
 
@@ -92,7 +92,7 @@ def test_the_plain_loop_prints_the_numbers_of_the_training(results, images, caps
 
 
 def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
-    """Its cells in order, as Jupyter runs them; every figure that it shows has something drawn."""
+    """Its cells run in order, as in Jupyter; every figure that it shows has something drawn."""
     notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
@@ -114,7 +114,7 @@ def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
 
 
 def test_the_notebook_prepares_torch_before_it_computes(results):
-    """In a process of its own: its first part, and then what the training's own set-up would refuse."""
+    """A process runs the notebook's first part, then prepare_torch, which refuses another set-up."""
     results.need("build_toy_tensors")
     (results.folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
@@ -258,7 +258,7 @@ def test_the_copies_are_those_of_every_image_in_order(results):
 def test_each_figure_is_drawn_from_its_own_tables(again, monkeypatch):
     folder, drawn, saved = again("plot_results"), {}, {}
     for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation"):
-        # Each figure stands for itself by its name.
+        # Each figure's name stands in for the figure.
         monkeypatch.setattr(figures, name, lambda *given, name=name: drawn.__setitem__(name, given) or name)
     monkeypatch.setattr(
         figures, "save", lambda figure, path, dpi: saved.__setitem__(path.stem, (figure, dpi))
@@ -302,7 +302,7 @@ def verified(folder) -> dict[str, float]:
 
 
 def wrong(name: str, add: float, condition=lambda inputs: True):
-    """The function of layers with `add` in one place of its result, if its first argument is so."""
+    """A function of layers with `add` added to one value of its result, if `condition` holds."""
     right = getattr(layers, name)
 
     def spoiled(*arguments):
@@ -314,7 +314,7 @@ def wrong(name: str, add: float, condition=lambda inputs: True):
     return spoiled
 
 
-# Which function is wrong, for which of its inputs, and which error is then exactly that large.
+# The wrong function, for which of its inputs, and the error metric that is then exactly that large.
 WRONG = [
     ("conv2d", lambda images: images.shape[1] == 64, "max_abs_error_cnn_conv"),
     ("max_pool2d", lambda images: images.shape[1] == 128, "max_abs_error_cnn_pool"),
@@ -368,7 +368,7 @@ FIGURES = {
     f"metrics/figures/{name}.png"
     for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation")
 }
-# A param, another value for it, the stage that reads it, and which of its outputs that changes.
+# Each param: another value, the stage that reads it, and which of its outputs change.
 EFFECTS = {
     "split.seed": (0, ("train_cnn", "original"), TRAINED),
     "split.val_size": (61, ("train_cnn", "original"), TRAINED),
@@ -397,7 +397,7 @@ EFFECTS = {
     "train_cnn.flips": (True, ("train_cnn", "original"), TRAINED),
     "train_cnn.shift": (1, ("train_cnn", "original"), TRAINED),
     "train_cnn.prune_easy": (0.5, ("train_cnn", "original"), TRAINED),
-    # Epochs are validated by one view, so the curve is the same.
+    # Epochs are validated with one view, so the curve is the same.
     "train_cnn.tta_views": (2, ("train_cnn", "original"), TRAINED - {"metrics/train_cnn/original.csv"}),
     "evaluate_cnn.robustness_images": (
         41, ("evaluate_cnn", "original"), {f"{TESTED}.json"},
@@ -405,7 +405,7 @@ EFFECTS = {
     "evaluate_cnn.mistakes": (6, ("evaluate_cnn", "original"), {f"{TESTED}_mistakes.json"}),
     "plot_results.dpi": (51, ("plot_results",), FIGURES),
 }  # fmt: skip
-# Those that change no output, or need the network: each has a test of its own.
+# Params that change no output or need the network; each has a test of its own.
 OTHERS = ["fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "evaluate_cnn.device"]
 
 

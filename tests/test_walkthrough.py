@@ -1,4 +1,4 @@
-"""The walkthrough: every line that it writes can be computed, and it follows the layers as they are."""
+"""The walkthrough: every line that it writes can be computed, and it follows the model's layers."""
 
 import math
 import re
@@ -43,7 +43,7 @@ def test_every_line_can_be_computed(build):
     for expression, value in lines:
         computed = eval(expression.replace("·", "*"), names)
         assert computed == pytest.approx(float(value), abs=2e-3), expression  # weights have four digits
-    # One line for each value of each layer, but for Flatten's, which computes nothing.
+    # One line for each value of each layer except Flatten, which computes nothing.
     assert len(lines) == sum(row["by_hand"].size for row in rows if not row["layer"].startswith("Flatten"))
 
 
@@ -65,7 +65,7 @@ def test_every_weight_is_in_the_table():
     assert sorted(shown) == sorted(f"{value:+.4f}" for value in weights)
 
 
-def test_the_text_of_a_model_in_the_head():
+def test_the_text_of_a_model_by_hand():
     model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
     rows = compare_layers(model, image[None])
@@ -101,7 +101,7 @@ def test_the_text_of_a_model_in_the_head():
     )
 
 
-def test_the_text_of_weights_in_the_head():
+def test_the_text_of_weights_by_hand():
     model = nn.Sequential(nn.Conv2d(2, 1, (1, 2)), nn.ReLU(), nn.Linear(2, 1))
     for parameter, values in zip(model.parameters(), ([1, 2, 3, 4], [5], [6, -7], [-8]), strict=True):
         parameter.data = torch.tensor(values, dtype=torch.float32).reshape(parameter.shape)

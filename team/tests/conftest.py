@@ -1,3 +1,3 @@
-"""The fixtures that the tests of the project have, too."""
+"""Fixtures shared with the project's tests."""
 
 from fixtures import new_store, project, workspace  # noqa: F401

@@ -1,4 +1,4 @@
-"""A project for searches, and the trials that it has."""
+"""A project for searches, and its trials."""
 
 import json
 from pathlib import Path

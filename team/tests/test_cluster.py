@@ -28,8 +28,8 @@ from team_servers import (
 
 pytestmark = [
     pytest.mark.team,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs a network of its own, which root alone can make"),
-    pytest.mark.filterwarnings("ignore"),  # MLflow and boto warn about themselves
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs a network of its own, which only root can make"),
+    pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and boto
 ]
 
 RATES = ["--sampler", "grid", "-S"]
@@ -45,13 +45,13 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def network(finished) -> Iterator[None]:  # whose data may come from the network
+def network(finished) -> Iterator[None]:  # after `finished`: its data may come from the network
     with own_network():
         yield
 
 
 class Team:
-    """What a project of a team needs: a repository, an S3 server, a tracking server, a cluster."""
+    """What a team's project needs: a repository, an S3 server, a tracking server, a cluster."""
 
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder, self.stack = folder, stack
@@ -93,7 +93,7 @@ def team(project, tmp_path) -> Iterator[Team]:
 
 
 def stages_of(node: Path) -> list:
-    """The stages at work in a node's clones."""
+    """The stages running in a node's clones."""
     return [one for clone in node.glob("clones/*/*") if clone.is_dir() for one in stage_processes(clone)]
 
 
@@ -112,16 +112,16 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     assert "3 of 4 done, 0 running, 1 failed" in search.printed()
     assert "  failed: params.yaml: train_cnn.learning_rate is -1, expected " in search.printed()
     assert rates(team.project) == [1e-5, 1e-4, 0.002]
-    # The best comes from the remote, and is what a training here gives.
+    # The best comes from the remote, and equals what a training here gives.
     best = table_of(search.printed())[1][0]
     assert f"dvc exp pull origin {best}, dvc exp apply {best}, then make repro" in search.printed()
     dvc(team.project, "exp", "pull", "origin", best, **team.settings)
-    dvc(team.project, "exp", "apply", best, check=False)  # the other stages' results are nowhere
+    dvc(team.project, "exp", "apply", best, check=False)  # no cache has the other stages' results
     assert ran(dvc(team.project, "repro", STAGE).stdout) == []
     bytes_ = (team.project / WEIGHTS).read_bytes()
     dvc(team.project, "repro", "--force", "--single-item", STAGE)
     assert (team.project / WEIGHTS).read_bytes() == bytes_
-    # What the server has missed, it gets later.
+    # The server later gets what it missed.
     with mlflow_server(tmp_path, team.mlflow_port):
         tool(team.project, "sync", MLFLOW_TRACKING_URI=team.store)
         runs = tracked_runs(team.project, "tags.dvc_exp_name LIKE 'trial-%'", team.store)
@@ -134,7 +134,7 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_w
     values = (*RATES, "train_cnn.learning_rate=1e-5,1e-4,0.002", "--jobs", "1")
     reference = f"refs/exps/{team.commit[:2]}/{team.commit[2:]}/trial-of-this-machine"
     git(team.project, "update-ref", reference, team.commit)
-    git(team.project, "config", "fetch.prune", "true")  # may not take what origin lacks
+    git(team.project, "config", "fetch.prune", "true")  # must not delete what origin lacks
     stopped = team.search(0, *values)
 
     def at_work() -> list:
@@ -171,7 +171,7 @@ def test_a_cluster_that_cannot_be_used_is_one_line(team, tmp_path):
     nowhere = f"127.0.0.1:{free_port()}"
     assert said(RAY_ADDRESS=nowhere).startswith(f"error: RAY_ADDRESS {nowhere}: ")
     assert said(RAY_ADDRESS="nonsense").startswith("error: RAY_ADDRESS nonsense: ")
-    assert "of which this machine is a node, and that has its token" in said(
+    assert "this machine must be a node of it and have its token" in said(
         RAY_AUTH_TOKEN="of-another-cluster-than-this-one"
     )
     assert said("--workers", "ray", RAY_ADDRESS="").startswith("error: RAY_ADDRESS: not set, expected ")

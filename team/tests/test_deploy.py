@@ -1,4 +1,4 @@
-"""A team's server: Compose takes deploy/, and its commands, run here, keep and protect the runs."""
+"""A team's server: Compose accepts deploy/, and its commands, run here, keep and protect the runs."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from team_servers import SECONDS
 
 pytestmark = [
     pytest.mark.team,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 PAGE = (ROOT / "team/deploy/README.md").read_text()
@@ -30,7 +30,7 @@ STAGE, METRICS = "train_toy_cnn", "metrics/train_toy_cnn.json"
 
 
 def command(start: str) -> str:
-    """The command of team/deploy/README.md that starts so."""
+    """The command of team/deploy/README.md that begins with `start`."""
     [found] = [line[2:] for line in PAGE.splitlines() if line.startswith(f"$ {start}")]
     return found
 
@@ -58,7 +58,7 @@ def test_the_page_makes_all_settings_and_git_none_of_them(tmp_path):
     secrets = [value for name, value in settings.items() if name not in ("SERVER_NAME", "TLS")]
     assert len(set(secrets)) == 4
     assert all(re.fullmatch("[0-9a-f]{48}", one) for one in secrets)
-    # A second time would lose the password of the database that there is.
+    # A second run would lose the password of the existing database.
     assert make_settings(tmp_path).returncode != 0
     assert read_settings(file) == settings
     assert git(ROOT, "check-ignore", "team/deploy/.env") == "team/deploy/.env\n"
@@ -94,7 +94,7 @@ def test_the_image_is_made_of_files_that_exist_and_runs_as_no_root():
 @pytest.fixture(scope="module")
 def server() -> Iterator[Deployment]:
     """All servers, with the members ana and ben."""
-    # Not in pytest's folders, which PostgreSQL's user may not enter.
+    # Not in pytest's folders, because PostgreSQL's user may not enter them.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o711)
@@ -197,7 +197,7 @@ def test_pages_of_other_hosts_are_refused(server):
 @needs_proxy
 def test_the_proxy_talks_tls_alone(server):
     with pytest.raises(requests.exceptions.SSLError):
-        requests.get(server.address, timeout=30)  # an authority that this machine does not know
+        requests.get(server.address, timeout=30)  # this machine does not know its authority
     plain = requests.get(server.address.replace("https", "http"), timeout=30)
     assert (plain.status_code, plain.text) == (400, "Client sent an HTTP request to an HTTPS server.\n")
 
@@ -209,9 +209,9 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     ana, ben = as_member(server, "ana"), as_member(server, "ben")
     # Ana trains.
     printed = dvc(project, "repro", "--force", "--single-item", STAGE, **ana).stdout
-    assert f"MLflow: sent to {server.address}" in printed or "within 30 s; that goes on" in printed
+    assert f"MLflow: sent to {server.address}" in printed or "within 30 s; the follower" in printed
     deadline = time.monotonic() + SECONDS
-    while any((project / ".records").glob("[!.]*")):  # the follower's, which a busy machine makes wait
+    while any((project / ".records").glob("[!.]*")):  # the follower's; they wait on a busy machine
         assert time.monotonic() < deadline
         time.sleep(0.5)
     [run] = runs_of(server, "ben", monkeypatch)
@@ -223,7 +223,7 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     [model] = ready_models(MlflowClient(server.address), run)
     folder = model.artifact_location.removeprefix("mlflow-artifacts:/")
     assert {f"{folder}/MLmodel", f"{folder}/data/model.pt2"} <= set(server.objects())
-    # Ben has trained without the server, and brings what dvc.lock has of it.
+    # Ben trains without the server, and then sends what dvc.lock has of it.
     set_params(project, {STAGE: {"seed": 5}})
     dvc(project, "repro", STAGE)
     [weights] = json.loads((project / METRICS).read_text())["weights_sha256"]
@@ -234,18 +234,18 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     assert brought.data.tags["weights_sha256"] == weights
     assert brought.data.params[f"{STAGE}.seed"] == "5"
     assert brought.data.metrics == tracked_runs(project)[0].data.metrics
-    # A second time, with the page's file instead of the variables, there is nothing to bring.
+    # The second time, with the page's file instead of the variables, there is nothing to send.
     (tmp_path / ".mlflow").mkdir()
     [user, secret] = re.findall(r"`(mlflow_tracking_\w+ = )[\w…]+`", PAGE)
     (tmp_path / ".mlflow/credentials").write_text(f"[mlflow]\n{user}ben\n{secret}{PASSWORDS['ben']}\n")
     address = {name: value for name, value in ben.items() if not name.endswith(("USERNAME", "PASSWORD"))}
     assert tool(project, "sync", HOME=str(tmp_path), **address).count("up to date") == 1
-    # He adds to Ana's experiment, but does not delete in it.
+    # He can add to Ana's experiment, but not delete from it.
     for who, status in (("ben", 403), ("ana", 200)):
         done = ask(server, DELETE, (who, PASSWORDS[who]), json={"run_id": brought.info.run_id})
         assert done.status_code == status
     assert [one.info.run_id for one in runs_of(server, "ben", monkeypatch)] == [run.info.run_id]
-    # All of it is there after a restart.
+    # All of it is still there after a restart.
     before = server.objects()
     server.stop()
     server.start()
@@ -271,7 +271,7 @@ def test_a_backup_brings_the_runs_to_another_machine(server, project, monkeypatc
 
 
 def restore(settings: dict[str, str], backup: Path, monkeypatch) -> tuple[list, dict]:
-    """Runs and objects on another machine that is made from a backup."""
+    """Runs and objects on another machine that is restored from a backup."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o711)
@@ -289,7 +289,7 @@ def restore(settings: dict[str, str], backup: Path, monkeypatch) -> tuple[list, 
 
 
 def in_container(prefix: str, start: str) -> str:
-    """The command that the page runs in a container and that starts so."""
+    """The command that the page runs in a container and that begins with `start`."""
     [found] = [line for line in PAGE.splitlines() if line.startswith(f"$ docker compose {prefix} {start}")]
     words = found.removeprefix(f"$ docker compose {prefix} ")
     return f"tar {words}" if "entrypoint tar" in prefix else words

@@ -20,7 +20,7 @@ from team import trial, workers
 
 pytestmark = [
     pytest.mark.team,
-    pytest.mark.filterwarnings("ignore"),  # MLflow warns about itself
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
 GRID = ["--sampler", "grid", "-S", "train_cnn.learning_rate=1e-5,0.002"]
@@ -50,7 +50,7 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     assert {row[0]: row[1] for row in rows} == {name: f"{value:.4f}" for name, value in values.items()}
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
     assert (project / "search.png").read_bytes().startswith(b"\x89PNG")
-    # A run each, of the same weights.
+    # Each trial has a run with the same weights.
     tracked = tracked_runs(project, "tags.dvc_exp_name LIKE 'trial-%'")
     assert [run.info.status for run in tracked] == ["FINISHED"] * 4
     weights = {run.data.tags["dvc_exp_name"]: [run.data.tags["weights_sha256"]] for run in tracked}
@@ -63,10 +63,10 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     assert again.returncode == 0
     assert table_of(again.stdout) == table_of(done.stdout)
     assert "done," not in again.stdout
-    # The best comes from the cache, and is what a training without a search gives.
+    # The best comes from the cache, and equals what a training without a search gives.
     best, command = re.search(r"take the best +dvc (?:exp apply (\S+)), then (.*)", done.stdout).groups()
     assert (values[best], command) == (max(values.values()), "make repro")
-    dvc(project, "exp", "apply", best, check=False)  # the other stages' results are nowhere
+    dvc(project, "exp", "apply", best, check=False)  # no cache has the other stages' results
     assert ran(dvc(project, "repro", STAGE).stdout) == []
     bytes_ = (project / WEIGHTS).read_bytes()
     dvc(project, "repro", "--force", "--single-item", STAGE)
@@ -103,7 +103,7 @@ def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_cost
     assert table_of(done.stdout)[2][1:] == ["failed", "0"]
     alone = run_module(project, "team.search", "-S", "train_cnn.batch_size=-1,0", "--trials", "1")
     assert alone.returncode == 1
-    assert alone.stderr == "error: no trial has succeeded of 1; the lines above say why\n"
+    assert alone.stderr == "error: no trial succeeded (1 failed); the lines above say why\n"
 
 
 def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
@@ -153,7 +153,7 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
     both = [search(project, number, **audit) for number in range(2)]
     assert [one.process.wait() for one in both] == [0, 0], both[0].printed() + both[1].printed()
     assert rates(project) == [1e-5, 0.002]
-    assert [len(table_of(one.printed())) for one in both] == [3, 3]  # the first is the head
+    assert [len(table_of(one.printed())) for one in both] == [3, 3]  # the first is the header
     assert "failed" not in both[0].printed().partition("trial ")[2] + both[1].printed().partition("trial ")[2]
     written = [line for line in (tmp_path / STAGE).read_text().splitlines() if line.startswith("w models/")]
     assert len(written) == 2  # each was trained once
@@ -270,10 +270,10 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
     assert done.returncode == 0, done.stderr
     assert done.stdout == "by-hand: done\n"
     assert not [path for path in (node / "clones").glob("*/*") if path.is_dir()]
-    assert [path.name for path in tmp_path.iterdir() if "@" in path.name] == [STAGE]  # the data were there
+    assert [path.name for path in tmp_path.iterdir() if "@" in path.name] == [STAGE]  # the data was there
     before = (tmp_path / STAGE).read_text()
     again = run_module(project, "team.trial", *command, **settings)
-    assert (again.returncode, again.stdout) == (0, "by-hand: there already, so it does not run again\n")
+    assert (again.returncode, again.stdout) == (0, "by-hand: already exists, so it is not rerun\n")
     assert (tmp_path / STAGE).read_text() == before  # no second training
     [run] = tracked_runs(node, store=f"sqlite:///{node / 'mlflow.db'}")
     dvc(project, "exp", "pull", "origin", "by-hand")
@@ -325,11 +325,11 @@ def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
 
 
 def test_a_trial_gets_as_many_threads_as_the_search_says(monkeypatch):
-    """A stand-in for the trial says in its last line what it finds in its environment."""
+    """A stand-in for the trial prints in its last line what it finds in its environment."""
     found = "import os, sys; sys.exit('error: threads: ' + os.environ['FASHION_CNN_THREADS'])"
     monkeypatch.setattr(workers, "connect", lambda: None)
     monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-c", found])
-    monkeypatch.setenv("FASHION_CNN_THREADS", "5")  # the user's, of this process
+    monkeypatch.setenv("FASHION_CNN_THREADS", "5")  # the user's setting, in this process
     with workers.here("commit", STAGE, jobs=1, threads=3) as pool:
         assert pool.submit("a-trial", {}).result() == "threads: 3"
 
@@ -342,7 +342,7 @@ def test_a_trial_has_one_thread_unless_asked_otherwise(monkeypatch):
 
 @pytest.mark.parametrize(("more", "jobs"), [([], 3), (["--jobs", "5"], 5), (["--threads", "8"], 1)])
 def test_trials_take_all_cores(monkeypatch, more, jobs):
-    """Seven of them, two for each trial unless said otherwise."""
+    """There are seven, two for each trial unless the arguments say otherwise."""
     monkeypatch.setattr(sys, "argv", ["search.py", "-S", "train_cnn.epochs=1,2", "--threads", "2", *more])
     arguments = search_tool.parse()
     monkeypatch.setattr(search_tool, "usable_threads", lambda: 7)

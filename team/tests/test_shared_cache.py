@@ -16,7 +16,7 @@ from team_servers import ADMIN, READER, client, free_ports, make_bucket, s3_serv
 
 pytestmark = [
     pytest.mark.team,
-    pytest.mark.filterwarnings("ignore"),  # boto warns about itself
+    pytest.mark.filterwarnings("ignore"),  # boto's own warnings
 ]
 
 EVALUATE = "evaluate_cnn@original"
@@ -37,7 +37,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory) -> Iterator[int]:
-    """The port of a server that is there for all tests."""
+    """The port of a server that all tests share."""
     [number] = free_ports(1)
     with s3_server(tmp_path_factory.mktemp("s3"), number):
         yield number
@@ -65,7 +65,7 @@ def test_what_one_machine_trained_another_evaluates(project, port, bucket, tmp_p
     [here], [there] = tracked_runs(project), tracked_runs(second)
     assert there.data.tags["weights_sha256"] == here.data.tags["weights_sha256"]
     assert there.data.metrics["test_accuracy"] == here.data.metrics["test_accuracy"]
-    # What the second evaluates and trains, the first need not.
+    # The first machine need not repeat what the second evaluates and trains.
     set_params(second, {"evaluate_cnn": {"mistakes": 3}})
     assert ran(dvc(second, "repro", EVALUATE).stdout) == [EVALUATE]
     git(second, "commit", "--quiet", "--all", "--message", "fewer mistakes")

@@ -1,4 +1,4 @@
-"""Loaded by every Python whose PYTHONPATH has this folder: writes down the files that a stage opens."""
+"""Loaded by every Python whose PYTHONPATH has this folder: logs the files that a stage opens."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A fresh Chromium, and the ways that a person takes through MLflow's UI in it."""
+"""A fresh Chromium, and the clicks of a person in MLflow's UI."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ needs_browser = needs(
 
 @contextmanager
 def open_page(width: int, height: int, **settings) -> Iterator:
-    """A page of a browser with a profile of its own; `settings` are those of Playwright's new_page."""
+    """A page of a browser with its own profile; `settings` are those of Playwright's new_page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -29,7 +29,7 @@ def open_page(width: int, height: int, **settings) -> Iterator:
 
 
 def see_table(page, address: str) -> None:
-    """The address that `fashion-cnn ui` prints, without the panel that MLflow opens beside it."""
+    """Open the address that `fashion-cnn ui` prints, and close the panel that MLflow opens next to it."""
     page.goto(address)
     page.get_by_text("val_accuracy").first.wait_for()
     close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
@@ -39,7 +39,7 @@ def see_table(page, address: str) -> None:
 
 
 def see_comparison(page) -> None:
-    """From the table: select the first two runs and press Compare."""
+    """From the table: select the first two runs and click Compare."""
     rows = page.get_by_role("checkbox", name=re.compile("toggle row selection", re.IGNORECASE))
     for place in (0, 1):
         rows.nth(place).click()
@@ -48,12 +48,12 @@ def see_comparison(page) -> None:
 
 
 def see_models(page) -> None:
-    """From the table: press Models at the left."""
+    """From the table: click Models on the left."""
     page.get_by_role("link", name="Models", exact=True).click()
     page.get_by_text("Ready", exact=True).first.wait_for()
 
 
 def see_run(page, name: str) -> None:
-    """From the table: press the name of a run."""
+    """From the table: click the name of a run."""
     page.get_by_role("link", name=name, exact=True).first.click()
     page.get_by_text("About this run").wait_for()

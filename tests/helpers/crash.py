@@ -1,4 +1,4 @@
-"""Starting a command in a copy of the project, and killing it or its stage at a moment of choice."""
+"""Starting a command in a copy of the project, and killing it or its stage at a chosen moment."""
 
 import os
 import select
@@ -16,11 +16,11 @@ from pipeline import environment
 VICTIMS = ("stage", "dvc", "both")
 STAGE_END, LOCK_WRITE = "the stage's end", "the opening of dvc.lock to write it"
 STAGE_START = "Running stage"  # as DVC prints it
-START = ""  # nothing has to be printed
+START = ""  # at once, before anything is printed
 
 
 class Started:
-    """A command at work in a session of its own, with all that it prints in a log."""
+    """A command running in its own session, with its output in a log."""
 
     def __init__(self, project: Path, log: Path, *command: str, **more: str):
         self.project, self.log = project, log
@@ -52,7 +52,7 @@ def stage_processes(project: Path) -> list[psutil.Process]:
 
 
 def wait_until_gone(processes: list[psutil.Process], timeout: float) -> bool:
-    """Whether all of them have ended within `timeout` seconds; those that nobody has waited for count."""
+    """Whether all of them have ended within `timeout` seconds; zombies count as ended."""
     deadline = time.monotonic() + timeout
     for process in processes:
         with suppress(ProcessLookupError):
@@ -65,7 +65,7 @@ def wait_until_gone(processes: list[psutil.Process], timeout: float) -> bool:
 
 
 def kill(started: Started, victim: str) -> bool:
-    """Kill "stage" (DVC where none is running), "dvc" or "both" with SIGKILL; False if all had ended."""
+    """Kill "stage" (DVC if none is running), "dvc" or "both" with SIGKILL; False if all had ended."""
     running = stage_processes(started.project)
     if started.ended():
         return False
@@ -104,12 +104,12 @@ def wait_for_lock_write(started: Started) -> None:
     before = lock.stat().st_size
     wait_for_stage_end(started)
     while lock.stat().st_size == before and not started.ended():
-        pass  # the write takes a hundredth of a second: sleep would miss it
+        pass  # the write takes a hundredth of a second, so sleep would miss it
 
 
 @dataclass(frozen=True)
 class Strike:
-    """A kill, `delay` seconds after a moment: STAGE_END, LOCK_WRITE, or when the command prints a text."""
+    """A kill `delay` seconds after a moment: STAGE_END, LOCK_WRITE, or a text that the command prints."""
 
     victim: str
     moment: str
@@ -119,7 +119,7 @@ class Strike:
         return f"{self.victim} killed {self.delay:.3f} s after {self.moment or 'the start'}"
 
     def hits(self, started: Started) -> bool:
-        """Wait and kill; False if the command had ended before."""
+        """Wait and kill; False if the command ended first."""
         if self.moment == STAGE_END:
             wait_for_stage_end(started)
         elif self.moment == LOCK_WRITE:
@@ -132,7 +132,7 @@ class Strike:
 
 
 def seconds_of(project: Path, since: str, *command: str) -> float:
-    """How long DVC takes for a command that nothing kills, from when it prints `since`."""
+    """How long DVC takes for an undisturbed command, from when it prints `since`."""
     started = Started(project, project.parent / "logs/undisturbed.log", "-m", "dvc", *command)
     wait_for_text(started, since)
     began = time.monotonic()

@@ -1,12 +1,12 @@
-"""Print what operations and trainings compute, as digests: equal for any threads, on every CPU with AVX2.
+"""Print digests of what operations and trainings compute: equal for any threads, on every CPU with AVX2.
 
 Usage: python tests/helpers/fingerprint.py CAP THREADS PART …
 
-CAP is the most that oneDNN may use: AVX2, AVX512_CORE, ALL, or EMULATED, which is ALL without what takes an
-emulator long. It reads that once, so that each cap needs a process of its own. THREADS are numbers, as
-1,2,16, for each of which all is computed, or `own`: what prepare_torch has set. A PART is one of PARTS, or
-`operations:BATCHES`, as operations:32,24, or `few:BATCHES`. The part toy comes first, if at all, and holds
-oneDNN to AVX2 for the rest.
+CAP limits oneDNN's instruction set: AVX2, AVX512_CORE, ALL, or EMULATED, which is ALL without what is slow
+in an emulator. oneDNN reads it once, so each cap needs its own process. THREADS are numbers such as 1,2,16
+(everything is computed for each), or `own`: what prepare_torch has set. A PART is one of PARTS, or
+`operations:BATCHES`, such as operations:32,24, or `few:BATCHES`. The part toy, if given, comes first, and
+limits oneDNN to AVX2 for the rest.
 
 Prints {"instructions": …, "threads": …, "digests": {THREADS: {NAME: DIGEST}}}. Inputs come from NumPy's
 generator.
@@ -31,7 +31,7 @@ start()
 
 
 def leave_out_compiler() -> None:
-    """Optimizers import torch.compile's modules, which nothing here needs: half a minute in an emulator."""
+    """Stub torch.compile, which optimizers import but nothing here needs: half a minute in an emulator."""
     sys.modules["torch._dynamo"] = MagicMock()
     sys.modules["torch._dynamo"].disable = lambda function, *_, **__: function
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     if CAP == "EMULATED":
         leave_out_compiler()
     elif CAP != "ALL":
-        os.environ["ONEDNN_MAX_CPU_ISA"] = CAP  # after start(), which removes the user's
+        os.environ["ONEDNN_MAX_CPU_ISA"] = CAP  # after start(), which removes the user's setting
     prepare_torch("cpu", **dict(threads=1, fixed_order=False) if "toy" in ASKED else {})
 
 import numpy as np
@@ -55,7 +55,7 @@ from fashion_cnn.training.loop import TrainStep
 from fashion_cnn.training.optimizer import build_optimizer, orthogonal
 
 RNG = np.random.default_rng(0)
-# Smooth images, as noise would hide an interpolation that differs.
+# Smooth images, because noise would hide an interpolation that differs.
 COARSE = RNG.integers(0, 256, (40, 7, 7), np.uint8)
 IMAGES = np.repeat(np.repeat(COARSE, 4, 1), 4, 2)  # (40, 28, 28)
 LABELS = RNG.integers(0, 10, 40).astype(np.uint8)
@@ -79,7 +79,7 @@ def digest(*values) -> str:
 
 @cache
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Between -1/2 and 1/2, the same in every process; those of four dimensions in channels_last."""
+    """Numbers from -1/2 to 1/2, the same in every process; 4-D tensors are in channels_last."""
     drawn = torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32)) - 0.5
     return drawn.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else drawn
 
@@ -95,12 +95,12 @@ def padded(images, weight):
 
 
 def by_rows(a, b):
-    """The product of transposed factors, which lie in memory column by column."""
+    """The product of transposed factors, which are stored column by column."""
     return a.T @ b.T
 
 
 N = -1  # stands for the number of images
-# Names, functions, and the shapes of what they take.
+# Names, functions, and the shapes of their arguments.
 CONVOLUTIONS = {
     "convolution 1→64": (F.conv2d, (N, 1, 28, 28), (64, 1, 3, 3), (64,)),
     "convolution 64→128": (F.conv2d, (N, 64, 13, 13), (128, 64, 3, 3), (128,)),
@@ -145,9 +145,9 @@ FEW = ("convolution 1→64", "convolution 64→128", *LINEAR, "product of 321 te
 
 
 def computed(name: str, batch: int, kind: Callable = torch.clone) -> dict[str, torch.Tensor]:
-    """The outputs of an operation, and its gradients by each argument, of a sum with weights of `numbers`.
+    """The outputs of an operation, and the gradients of their sum, weighted by `numbers`, by each argument.
 
-    `kind` makes what it takes of each argument and of these weights, as float64 or ones.
+    `kind` converts each argument and these weights, for example to float64 or to ones.
     """
     function, *shapes = OPERATIONS[name]
     filled = [[batch if side == N else side for side in shape] for shape in shapes]
@@ -162,7 +162,7 @@ def computed(name: str, batch: int, kind: Callable = torch.clone) -> dict[str, t
 
 
 def operations(names, *batches: int) -> dict[str, str]:
-    """What each operation gives for each batch."""
+    """Digests of what each operation gives for each batch size."""
     found = {}
     for name in names:
         depends = any(N in shape for shape in OPERATIONS[name][1:])
@@ -223,7 +223,7 @@ def training(name: str, steps: int, batch: int, model: str = "lesson", **options
             values = layer(values)
             found[f"layer {number} {type(layer).__name__}"] = digest(values)
     for number in range(steps):
-        count = batch if number % 2 == 0 else batch * 3 // 4  # as the last batch of an epoch
+        count = batch if number % 2 == 0 else batch * 3 // 4  # like the last batch of an epoch
         index = (torch.arange(count) + 7 * number) % len(IMAGES)
         moves = [torch.zeros_like(index), index % 2, index % 3 - 1, index % 5 - 2, index % 2 + 1]
         step(torch.stack([index, *moves], dim=1))

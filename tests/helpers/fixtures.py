@@ -15,7 +15,7 @@ prepare_torch("cpu")  # as every stage does before torch computes
 
 
 def needs(*wanted: tuple[object, str]) -> pytest.MarkDecorator:
-    """Skip a test without the first of `wanted` that is not here, each with what to do about it."""
+    """Skip a test if one of `wanted` is missing; each comes with a text that says how to get it."""
     missing = next((what for found, what in wanted if not found), "")
     return pytest.mark.skipif(bool(missing), reason=f"needs {missing}")
 
@@ -24,7 +24,7 @@ def needs(*wanted: tuple[object, str]) -> pytest.MarkDecorator:
 def workspace(tmp_path, monkeypatch) -> Path:
     """An empty folder to run stage code in, with the tests' params.yaml and an MLflow store of its own."""
     shutil.copy(ROOT / "tests/helpers/params.yaml", tmp_path)
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)  # which the command fashion-cnn looks for
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)  # the command fashion-cnn looks for it
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASHION_CNN_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -33,9 +33,9 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory) -> Path:
-    """A store of SQLite as MLflow makes it, which takes it seconds."""
+    """A SQLite store as MLflow makes it, which takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    from mlflow import MlflowClient  # takes seconds, and the fast tests do without
+    from mlflow import MlflowClient  # takes seconds; the fast tests do not need it
 
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -43,7 +43,7 @@ def new_store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(finished, tmp_path) -> Path:
-    """A copy for one test of what a file's fixture `finished` has made."""
+    """A copy, for one test, of what a file's fixture `finished` has made."""
     return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 

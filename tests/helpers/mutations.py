@@ -52,7 +52,7 @@ def params(rng: random.Random, path: Path) -> None:
 
 
 def idx(rng: random.Random, path: Path) -> None:
-    """Write a mutated IDX file beside `path` and read it."""
+    """Write a mutated IDX file next to `path` and read it."""
     content = SMALL.header + bytes(range(80))
     (path.parent / SMALL.name).write_bytes(_mutate(rng, content))
     read_idx(SMALL, path.parent)

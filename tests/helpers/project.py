@@ -1,4 +1,4 @@
-"""The project as a map: its stages, the code each runs, and copies of its tree."""
+"""The project's structure: its stages, the code each runs, and copies of its tree."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from fashion_cnn.schema import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES, PACKAGE = ROOT / "stages", ROOT / "fashion_cnn"
-BY_FILE = (STAGES, PACKAGE / "lesson")  # whose modules dvc.yaml names one by one
+BY_FILE = (STAGES, PACKAGE / "lesson")  # dvc.yaml names their modules one by one
 SCRIPTS = sorted(path.stem for path in STAGES.glob("[!_]*.py"))
 
 
@@ -23,10 +23,10 @@ def stage_definitions() -> dict[str, dict]:
 
 
 def code_deps(stage: str) -> set[str]:
-    """The stage's script and all that it imports from the package, as dvc.yaml is to declare them.
+    """The stage's script and everything that it imports from the package, as dvc.yaml must declare them.
 
-    Transitively. A folder stands for its modules, except where stages need few of them. The schema is left
-    out, because it changes no result, and so are __init__.py, which hold docstrings.
+    Imports are followed transitively. A folder stands for its modules, unless stages need few of them. The
+    schema is left out, because it changes no result, and so are __init__.py, which hold docstrings.
     """
     files = imported_files(STAGES / f"{stage}.py") - {PACKAGE / "schema.py"}
     files = {path for path in files if path.name != "__init__.py"}
@@ -62,9 +62,9 @@ def _local_imports(path: Path) -> list[Path]:
 
 
 def sections_read(stage: str) -> set[str]:
-    """The sections of params.yaml that the script reads, or of one of which it reads a single key, that."""
+    """The sections of params.yaml that the script reads; if it reads only one key of a section, that key."""
     text = (STAGES / f"{stage}.py").read_text()
-    keys: dict[str, set[str]] = {}  # of each section; "" for all
+    keys: dict[str, set[str]] = {}  # keys read of each section; "" for all
     for section, key in re.findall(r"(?:load_params\(\)|\bparams)\.(\w+)(?:\.(\w+))?", text):
         if section in Params.model_fields:
             keys.setdefault(section, set()).add(key)
@@ -75,7 +75,7 @@ def sections_read(stage: str) -> set[str]:
 
 
 def copy_of_project(folder: Path) -> Path:
-    """The working tree as git sees it, but a team's addresses, committed in a repository of its own."""
+    """Copy the working tree as git sees it, without a team's addresses, and commit it in a new repository."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -89,14 +89,14 @@ def copy_of_project(folder: Path) -> Path:
 
 
 def commit_all(folder: Path) -> None:
-    """Make a folder a repository, with all it holds in one commit."""
+    """Make a folder a repository with one commit of everything in it."""
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "start")
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in `folder` as somebody; returns what it prints."""
+    """Run git in `folder` under a test identity; returns what it prints."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
     command = ["git", *identity, *arguments]
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -26,12 +26,12 @@ NOT_IN_RUN_CACHE = "verify_manual_conv"  # so it runs again if dvc.lock has lost
 IN_EXPERIMENT = "train_cnn@original"
 IN_WORKSPACE = ("exp", "run", "-S", "train_cnn.seed=1", IN_EXPERIMENT)
 IN_COPY = (*IN_WORKSPACE, "--temp")
-EDITED = "Makefile"  # while an experiment runs: a change that is not committed, which no kill may lose
+EDITED = "Makefile"  # has an uncommitted change while an experiment runs, which no kill may lose
 
 
 @dataclass
 class Trial:
-    """What was tried, what that lost for good ("" for nothing), and how many epochs were saved."""
+    """What was tried, what it lost permanently ("" for nothing), and how many epochs were saved."""
 
     what: str
     fault: str = ""
@@ -42,12 +42,12 @@ class Trial:
         return f"{self.what}: {f'LOST: {self.fault}' if self.fault else 'recovered'}{saved}"
 
     def lose(self, fault: str) -> None:
-        """Note a fault; the first one stays, since it may be the cause of the others."""
+        """Note a fault; the first one stays, because it may be the cause of the others."""
         self.fault = self.fault or fault
 
 
 class Recovery:
-    """The kills of a command so far, and what the runs after each of them did again or lost."""
+    """The kills of a command so far, and what the runs after each of them repeated or lost."""
 
     def __init__(self, project: Path, expected: dict[str, str], stage: str = ""):
         """`expected` are the contents() after a run that is not killed.
@@ -56,15 +56,15 @@ class Recovery:
         """
         self.project, self.expected, self.stage = project, expected, stage
         self.trials: list[Trial] = []
-        self.finished = set(lock_entries(project)) - {stage}  # what may not run again
-        self.stopped: dict[str, tuple[Trial, int]] = {}  # of each training, its last kill, after which epoch
+        self.finished = set(lock_entries(project)) - {stage}  # what must not run again
+        self.stopped: dict[str, tuple[Trial, int]] = {}  # each training's last kill, and its epoch
         trainings = TRAININGS.keys() & {stage} if stage else TRAININGS
         self.runs_before = {training: len(run_statuses(project, training)) for training in trainings}
 
     def kill(
         self, strike: Strike, *command: str, is_complete: Callable[[], bool] = lambda: False
     ) -> Trial | None:
-        """Start a command and kill it; None if it had ended before, or all is there that it makes."""
+        """Start a command and kill it; None if it ended first, or everything that it makes exists."""
         log = self.project.parent / "logs" / f"{time.time_ns()}.log"
         self.started = Started(self.project, log, *command)
         hit = strike.hits(self.started)
@@ -92,7 +92,7 @@ class Recovery:
         self.stopped |= {stage: (trial, last[stage]) for stage in unfinished if stage in self.runs_before}
 
     def judge_run(self, printed: str) -> None:
-        """Find what a run did again that was done before the kills."""
+        """Find what a run repeated that was done before the kills."""
         may_run = {NOT_IN_RUN_CACHE} if REPLACED in printed else set()
         if again := self.finished.intersection(ran(printed)) - may_run:
             self.trials[-1].lose(f"stages ran again that had finished: {sorted(again)}")
@@ -180,10 +180,10 @@ def experiments(project: Path) -> list[dict]:
 def way_back(project: Path) -> str:
     """Undo what `dvc exp run` leaves in the workspace, killed or not; returns what is still wrong with it."""
     for lock in (project / ".git").glob("*.lock"):
-        lock.unlink()  # as git says, and nothing else may do
+        lock.unlink()  # as git advises; nothing else may do it
     done = try_tool(project, "back")
     if done.returncode:
-        return f"no way back: {done.stderr[-300:]}"
+        return f"`fashion-cnn back` failed: {done.stderr[-300:]}"
     kept = r"^git has changes that your files lack; to restore them: git (.+)$"
     for command in re.findall(kept, done.stdout, re.MULTILINE):
         git(project, *shlex.split(command))
@@ -265,9 +265,9 @@ def run_statuses(project: Path, training: str) -> list[str]:
 
 
 def epochs_of(printed: str) -> tuple[dict[str, int], dict[str, int]]:
-    """After which epoch each stage that ran went on, and the last one that it finished; 0 for none."""
+    """After which epoch each stage resumed, and the last one that it finished; 0 for none."""
     resumed, last = {}, {}
-    stages: dict[str, str] = {}  # which one a line is about, by the images it begins with; "" for none
+    stages: dict[str, str] = {}  # the stage that a line is about, by the images at its start; "" for none
     for line in printed.splitlines():
         if line.startswith("Running stage"):
             stage = line.split("'")[1]

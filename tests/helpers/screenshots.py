@@ -1,4 +1,4 @@
-"""Take docs/pictures/ anew from this project's page and runs. Usage: python tests/helpers/screenshots.py"""
+"""Retake docs/pictures/ from this project's page and runs. Usage: python tests/helpers/screenshots.py"""
 
 import io
 import os
@@ -18,7 +18,7 @@ DRESS = 9  # one of the page's images
 
 
 def main() -> None:
-    """Look at the page and at MLflow's UI."""
+    """Take the pictures of the page and of MLflow's UI."""
     take_page()
     take_mlflow()
 

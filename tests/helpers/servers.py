@@ -20,7 +20,7 @@ from pipeline import environment, outputs, tool, tracked_runs
 
 
 def free_port() -> int:
-    """A port of this machine that nothing uses now."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -66,7 +66,7 @@ def mlflow_server(folder: Path, port: int):
 
 
 def lose_server(project: Path, epoch: int) -> str:
-    """Kill the MLflow server of a training after `epoch`; returns what that lost for good, or ""."""
+    """Kill the MLflow server of a training after `epoch`; returns what that lost permanently, or ""."""
     port = free_port()
     store = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     before = outputs(project)
@@ -78,7 +78,7 @@ def lose_server(project: Path, epoch: int) -> str:
         wait_for_text(training, f"epoch {epoch}/")
     failed, printed = training.process.wait(), training.printed()
     if failed or "`fashion-cnn sync` writes the rest" not in printed or "Traceback" in printed:
-        return f"the training did not go on: {printed[-300:]}"
+        return f"the training did not continue: {printed[-300:]}"
     if outputs(project) != before:
         return "other outputs without the server"
     with mlflow_server(project.parent, port):

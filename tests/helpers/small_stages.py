@@ -1,6 +1,6 @@
-"""The stages in this process, on a few made images, and the plain evaluation of what they write.
+"""The stages in this process, on a few synthetic images, and a plain evaluation of what they write.
 
-Nothing here depends on the user's params.yaml or results. Of the package, it uses the lesson's model alone.
+Nothing here depends on the user's params.yaml or results. It uses only the lesson's model of the package.
 """
 
 import csv
@@ -38,7 +38,7 @@ PARAMS = {
     "evaluate_cnn": {"device": "cpu", "robustness_images": 40, "mistakes": 7},
     "plot_results": {"dpi": 50},
 }  # fmt: skip
-# Each name in fashion_cnn.data.fashion_mnist, the file's, and how many images or labels it has here.
+# Each name in fashion_cnn.data.fashion_mnist, with the file's name and its shape here.
 FILES = {
     "TRAIN_IMAGES": ("train-images-idx3-ubyte", (250, 28, 28)),
     "TRAIN_LABELS": ("train-labels-idx1-ubyte", (250,)),
@@ -62,22 +62,22 @@ PIPELINE |= {("plot_results",): [*PIPELINE], ("build_page",): [*PIPELINE]}
 
 
 class Results:
-    """A folder with small data, in which a stage has run when a test asks for its outputs."""
+    """A folder with small data, in which a stage runs when a test asks for its outputs."""
 
     def __init__(self, folder: Path):
         self.folder, self.done = folder, set()
         make_data(folder)
 
     def need(self, *stage: str) -> None:
-        """Have `stage` run once, after those that it reads from."""
+        """Run `stage` once, after the stages that it reads from."""
         if stage not in self.done:
             self.rerun(*stage)
 
     def rerun(self, *stage: str) -> Path:
-        """Run `stage`, after those that it reads from, and return the folder.
+        """Run `stage`, after the stages that it reads from, and return the folder.
 
-        A test that looks at a stage's outputs runs the stage itself, so that `make mutate` knows by
-        which tests to judge its code.
+        A test that looks at a stage's outputs runs the stage itself, so that `make mutate` knows which
+        tests cover its code.
         """
         for earlier in PIPELINE[stage]:
             self.need(*earlier)
@@ -86,7 +86,7 @@ class Results:
         return self.folder
 
     def copy(self, to: Path, *stage: str) -> Path:
-        """A copy of the folder, in which `stage` has run; the data is not copied but linked."""
+        """A copy of the folder, in which `stage` has run; the data is linked, not copied."""
         self.need(*stage)
         return Path(shutil.copytree(self.folder, to, copy_function=_link))
 
@@ -103,7 +103,7 @@ def make_data(folder: Path) -> None:
         labels = rng.integers(0, 10, FILES[f"{split}_LABELS"][1]).astype(np.uint8)
         noise = rng.integers(0, 256, FILES[f"{split}_IMAGES"][1])
         images = (0.5 * patterns[labels] + 0.5 * noise).astype(np.uint8)
-        images[0] //= 64  # dim: its rounding errors are small beside those of any other image
+        images[0] //= 64  # dim: its rounding errors are smaller than any other image's
         labels[::6] = rng.integers(0, 10, len(labels[::6]))  # wrong ones, so that each model makes mistakes
         for kind, values in (("IMAGES", images), ("LABELS", labels)):
             name, shape = FILES[f"{split}_{kind}"]
@@ -121,7 +121,7 @@ def read_data(folder: Path, name: str) -> np.ndarray:
 def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> MagicMock:
     """Run one stage in `folder`, with `changes` to PARAMS given as section__leaf=value.
 
-    Returns the stand-in for what joins stages to MLflow, a mock of the two that stages call.
+    Returns the mock that replaces the two names through which stages reach MLflow.
     """
     params = {section: dict(values) for section, values in PARAMS.items()}
     for where, value in changes.items():
@@ -141,7 +141,7 @@ def run_stage(folder: Path, stage: str, *arguments: str, **changes: object) -> M
 
 @contextmanager
 def small_data(folder: Path, *modules: ModuleType) -> Iterator[pytest.MonkeyPatch]:
-    """In `folder`, have `modules` and load_train_data read its files."""
+    """Enter `folder`, and have `modules` and load_train_data read its files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("FASHION_CNN_ROOT", str(folder))
@@ -199,7 +199,7 @@ def evaluate(weights: Path, images: np.ndarray, labels: np.ndarray) -> tuple[flo
 
 
 def train(pool: np.ndarray, labels: np.ndarray) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The training that train_cnn.py is: its last weights, and train metrics of each epoch."""
+    """Plain code for the training of train_cnn.py: its last weights, and each epoch's train metrics."""
     params, (index, _) = PARAMS["train_cnn"], split(labels)
     torch.manual_seed(params["seed"])
     model = build_cnn()
@@ -225,16 +225,16 @@ def train(pool: np.ndarray, labels: np.ndarray) -> tuple[dict[str, torch.Tensor]
 
 
 def shifted(images: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Whole pixels; black comes in."""
+    """Shift by whole pixels; black comes in."""
     padded = np.pad(images, ((0, 0), (14, 14), (14, 14)))
     return padded[:, 14 - down : 42 - down, 14 - right : 42 - right].copy()
 
 
 def rotated(images: np.ndarray, degrees: float) -> np.ndarray:
-    """Counterclockwise about the middle, each pixel from the four about the place it came from."""
+    """Rotate counterclockwise about the middle; each pixel is interpolated from the four at its source."""
     angle = np.deg2rad(degrees)
     down, right = np.mgrid[:28, :28] - 13.5
-    # The place that a counterclockwise turn (on a screen, whose rows go down) brings to each pixel.
+    # The source of each pixel in a counterclockwise rotation (on a screen, where rows go down).
     x = np.cos(angle) * right - np.sin(angle) * down + 13.5
     y = np.sin(angle) * right + np.cos(angle) * down + 13.5
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)

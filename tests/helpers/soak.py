@@ -1,7 +1,7 @@
-"""The long form of the tests on trust: prints a table of what was tried, recovered and lost.
+"""The long form of the trust tests: prints a table of what was tried, recovered and lost.
 
 Usage: make soak, or python tests/helpers/soak.py [--stage-kills 24] [--folder FOLDER] …; --help lists all
-counts. Takes about half an hour on 2 cores. Exits with code 1 if anything is lost.
+counts. It takes about half an hour on 2 cores, and exits with code 1 if anything is lost.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from project import copy_of_project, git
 from recovery import Trial
 from servers import lose_server
 
-# More epochs than the tests take, so that kills find some that are done.
+# More epochs than in the tests, so that some are done when a kill comes.
 PARAMS = SMALL | {"train_cnn": SMALL["train_cnn"] | {"epochs": 6}}
 
 
@@ -47,15 +47,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument, type=int)
-    add("--stage-kills", default=24, help="of a stage, of DVC or of both")
-    add("--window-kills", default=8, help="of DVC, between a stage's end and dvc.lock")
-    add("--lock-kills", default=6, help="of DVC, while it writes dvc.lock")
-    add("--pipeline-kills", default=10, help="of the whole first run")
-    add("--experiment-kills", default=6, help="in the workspace, and as many with --temp")
+    add("--stage-kills", default=24, help="kills of a stage, DVC or both")
+    add("--window-kills", default=8, help="kills of DVC between a stage's end and dvc.lock")
+    add("--lock-kills", default=6, help="kills of DVC while it writes dvc.lock")
+    add("--pipeline-kills", default=10, help="kills of the whole first run")
+    add("--experiment-kills", default=6, help="kills in the workspace, and as many with --temp")
     add("--servers", default=3, help="MLflow servers to kill")
     add("--mutations", default=500)
-    add("--seed", default=0, help="of the moments, the stages and the victims")
-    parser.add_argument("--folder", help="an empty folder to work in, which is kept with all logs")
+    add("--seed", default=0, help="seed for the moments, stages and victims")
+    parser.add_argument("--folder", help="an empty folder to work in; it is kept, with all logs")
     return parser.parse_args()
 
 
@@ -70,7 +70,7 @@ def table(folder: Path, counts: argparse.Namespace) -> dict[str, list[Trial]]:
     dvc(second, "exp", "remove", "--all-commits")
     rows = {
         "outputs of two clones, the same bytes": two_clones(first, second),
-        "`dvc exp run` killed, then the way back": repeat(
+        "`dvc exp run` killed, then `fashion-cnn back`": repeat(
             counts.experiment_kills, experiment_kill, second, recovery.IN_WORKSPACE, experiment_seconds, entry
         ),
         "`dvc exp run --temp` killed": repeat(
@@ -126,7 +126,7 @@ def two_clones(first: Path, second: Path) -> list[Trial]:
 
 
 def repeat(count: int, attempt: Callable[..., Trial | None], *arguments: object) -> list[Trial]:
-    """`count` kills, without those that came too early or too late to cost anything; prints each."""
+    """`count` kills, not counting those too early or too late to cost anything; prints each."""
     trials, attempts = [], 0
     while len(trials) < count:
         attempts += 1
@@ -155,7 +155,7 @@ def dvc_kill(project: Path, stages: list[str], moment: str, seconds: float) -> T
 
 
 def random_strike(moment: str, seconds: float, has_epochs: bool = False) -> Strike:
-    """Up to `seconds` after a moment, or, of half the trainings, at an epoch's end: most is their start."""
+    """Up to `seconds` after a moment; for trainings, half at an epoch's end, because start-up dominates."""
     victim = random.choice(VICTIMS)
     if has_epochs and random.random() < 0.5:
         return Strike(victim, f"epoch {random.randint(1, PARAMS['train_cnn']['epochs'])}/")
@@ -191,7 +191,7 @@ def mutated_inputs(count: int, folder: Path) -> list[Trial]:
     folder.mkdir()
     kinds = (mutations.params, mutations.idx, mutations.weights)
     told = [mutations.survives(kinds[number % 3], number, folder) for number in range(count)]
-    return [Trial(f"mutation {number}", "" if one else "not told") for number, one in enumerate(told)]
+    return [Trial(f"mutation {number}", "" if one else "not reported") for number, one in enumerate(told)]
 
 
 if __name__ == "__main__":
