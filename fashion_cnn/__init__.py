@@ -1,1 +1,1 @@
-"""A CNN lesson as a reproducible workflow: what the stages in stages/ and the commands import."""
+"""A CNN lesson as a reproducible workflow: the code that stages/ and the commands import."""

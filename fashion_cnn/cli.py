@@ -1,4 +1,4 @@
-"""The command fashion-cnn. A command imports what it needs when it runs, so help and refusals are quick."""
+"""The command fashion-cnn. A command imports what it needs when it runs, so help and errors are quick."""
 
 import re
 from pathlib import Path
@@ -9,27 +9,27 @@ from fashion_cnn.project.catalog import DEFAULT_CNN, RUN_ID
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import run_stage, start, use_own_code
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of words.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 class InProject(click.Command):
     """A command that works on the project in the current folder."""
 
     def invoke(self, ctx):
-        """Run it, unless that is another folder than this code's."""
+        """Run it if the current folder is the project that has this code."""
         here, stages, code = Path.cwd(), Path("dvc.yaml"), Path("fashion_cnn")
         if not stages.is_file() or "python -m stages." not in stages.read_text(encoding="utf-8"):
             raise StageError(f"{here}: no dvc.yaml of fashion-cnn here; run this in the project's folder")
         if code.exists() and not code.samefile(Path(__file__).parent):
             raise StageError(
-                f"{here}: this command has the code of {Path(__file__).parents[1]}; `make setup` here makes "
-                ".venv/bin/fashion-cnn with that of this folder"
+                f"{here}: this command runs the code of {Path(__file__).parents[1]}; `make setup` here makes "
+                ".venv/bin/fashion-cnn for this folder"
             )
         return super().invoke(ctx)
 
 
 class Commands(click.Group):
-    """All of them."""
+    """The group of all commands."""
 
     command_class = InProject
 
@@ -44,7 +44,7 @@ def cli() -> None:
 
 @cli.command()
 def repro() -> None:
-    """Run the pipeline, both CNNs at once: only what changed reruns. The same as `make repro`."""
+    """Run the pipeline, both CNNs at once; only what changed reruns. The same as `make repro`."""
     from fashion_cnn.commands import repro
 
     repro.main()
@@ -55,11 +55,12 @@ def repro() -> None:
 @click.argument("b", required=False)
 @as_json
 def compare(a: str | None, b: str | None, as_json: bool) -> None:
-    """Is B better than A, worse, or not to be told apart?
+    """Is B better than A, worse, or not significantly different?
 
     A and B are each one of: workspace, a DVC experiment, a git revision, the id of an MLflow run. A comma or
-    a pattern takes several, such as 'slow-*' for the seeds of a setting; @original or @augmented at the end
-    takes that training alone. One side alone is compared with HEAD. Without any: a table of all experiments.
+    a pattern selects several, such as 'slow-*' for the seeds of a setting; @original or @augmented at the end
+    selects only that training. A single side is compared with HEAD. Without arguments, this lists all
+    experiments.
     """
     from fashion_cnn.commands import compare
 
@@ -73,8 +74,8 @@ def compare(a: str | None, b: str | None, as_json: bool) -> None:
 def back() -> None:
     """Return from experiments to the committed params and results, without training again.
 
-    Restores params.yaml, dvc.lock and metrics/ from the last commit, and puts HEAD on its branch again, which
-    a killed experiment leaves on none. Code is left alone, and experiments are kept: `dvc exp apply NAME`.
+    Restores params.yaml, dvc.lock and metrics/ from the last commit, and reattaches HEAD if a killed
+    experiment left it detached. Code is not touched, and experiments are kept: `dvc exp apply NAME`.
     """
     from fashion_cnn.commands import back
 
@@ -92,7 +93,7 @@ def baseline() -> None:
 @cli.command()
 @click.argument("name", required=False, shell_complete=lambda *given: recipe_names(given[-1]))
 def recipe(name: str | None) -> None:
-    """List the recipes, or run one as a DVC experiment of its name.
+    """List the recipes, or run one as a DVC experiment named after it.
 
     A recipe is a few params that belong together. DVC writes them into params.yaml, as with every experiment;
     `fashion-cnn back` restores it.
@@ -106,14 +107,14 @@ def recipe(name: str | None) -> None:
 
 
 def recipe_names(start: str) -> list[str]:
-    """The names of recipes that start so."""
+    """The names of the recipes that begin with `start`."""
     from fashion_cnn.commands.recipe import recipes
 
     return [name for name in recipes() if name.startswith(start)]
 
 
 def check_model(model: str, names: str) -> None:
-    """Refuse weights that are not there, and are no name of a model, before torch is imported."""
+    """Raise StageError, before torch is imported, unless `model` matches `names` or is a file of weights."""
     if not re.fullmatch(names, model):
         from fashion_cnn.commands.repair import check_weights
 
@@ -122,15 +123,15 @@ def check_model(model: str, names: str) -> None:
 
 @cli.command()
 @click.argument("model", default=str(DEFAULT_CNN.weights))
-@click.option("--level", default=0.05, show_default=True, help="Of McNemar's test, between 0 and 1.")
-@click.option("--dry-run", is_flag=True, help="Decide, and change nothing.")
+@click.option("--level", default=0.05, show_default=True, help="Level of McNemar's test, between 0 and 1.")
+@click.option("--dry-run", is_flag=True, help="Print the decision, and change nothing.")
 def promote(model: str, level: float, dry_run: bool) -> None:
-    """Register a CNN in MLflow, and make it the champion if it is better beyond noise.
+    """Register a CNN in MLflow, and make it the champion if it is significantly better.
 
     MODEL is a file of weights (default: models/cnn_augmented.safetensors) or the id of an MLflow run. It
     becomes a version of the registered model fashion-cnn. It gets the alias champion if there is none yet, or
-    if it reads more val images than the champion, of those that neither was trained on, and McNemar's exact
-    test gives a p below the level. The test split is not opened.
+    if it classifies more val images correctly than the champion, among those that neither was trained on, and
+    McNemar's exact test gives a p below the level. The test split is not read.
     """
     check_model(model, RUN_ID)
     if not 0 < level < 1:
@@ -146,15 +147,15 @@ def promote(model: str, level: float, dry_run: bool) -> None:
                 type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
 @click.option("--model", help="A file of weights, the id of a run, a version, or champion (the default).")
 @click.option("--show", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
-              help="Write what the network sees there.")  # fmt: skip
+              help="Write the network's input images there.")  # fmt: skip
 @as_json
 def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_json: bool) -> None:
     """Name the garment in pictures: the three most probable classes of each.
 
-    A picture is first made what the network knows: grey, light on black, 28×28. It should show one garment,
-    upright, before a plain background; a line says what is doubtful. A missing file stops the command before
-    it starts; one that is not a picture gets a line, and the others go on. Without a champion,
-    models/cnn_augmented.safetensors answers.
+    A picture is first converted to the network's input format: grey, light on black, 28×28. It should show
+    one garment, upright, on a plain background; a line reports anything doubtful. A missing file stops the
+    command before it starts; a file that is not a picture gets an error line, and the rest are processed.
+    Without a champion, models/cnn_augmented.safetensors is used.
     """
     if model:
         check_model(model, rf"champion|\d+|{RUN_ID}")
@@ -166,7 +167,7 @@ def predict(files: tuple[Path, ...], model: str | None, show: Path | None, as_js
 
 @cli.command()
 def page() -> None:
-    """Open the page on which the trained CNNs can be looked into."""
+    """Open the page that shows what happens inside the trained CNNs."""
     from fashion_cnn.commands import page
 
     page.main()
@@ -175,7 +176,7 @@ def page() -> None:
 @cli.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(port: int) -> None:
-    """Bring MLflow's runs in line, then open its table of trainings."""
+    """Run sync, then open MLflow's table of trainings."""
     start()
     from fashion_cnn.commands import ui
 
@@ -186,8 +187,8 @@ def ui(port: int) -> None:
 def sync() -> None:
     """Bring MLflow's runs in line with dvc.lock, metrics and experiments.
 
-    Stages report as they run. But DVC restores results from its cache without running stages, and a store may
-    be new or was unreachable. A second sync changes nothing.
+    Stages report as they run. But DVC restores results from its cache without running stages, and the store
+    may be new or have been unreachable. A second sync changes nothing.
     """
     start()
     from fashion_cnn.commands import sync

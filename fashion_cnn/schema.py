@@ -1,6 +1,6 @@
 """What params.yaml may hold: each section's values, their types and ranges.
 
-No stage's cache key holds this file, since it changes no value: it lets a value pass or refuses it.
+This file is in no cache key: it only accepts or rejects values.
 """
 
 import difflib
@@ -20,11 +20,11 @@ from pydantic import (
 
 VIEWS = (1, 2, 6)
 N_TRAIN = 60_000  # images in Fashion-MNIST's train files
-LARGEST_BATCH = 2**15 - 1  # torch sums the losses of more images over threads, in another order
-SHOWN = reprlib.Repr()  # a value in a line: of nested lists and tables, only the outside
+LARGEST_BATCH = 2**15 - 1  # with more images, torch sums the losses over threads, in another order
+SHOWN = reprlib.Repr()  # shows a value in one line, deeply nested lists and tables abbreviated
 SHOWN.maxstring = SHOWN.maxother = 80  # characters
 
-# A number stays as written, 20 or 20.0, so that MLflow shows what DVC does.
+# Keep a number as written, 20 or 20.0, so that MLflow shows the same as DVC.
 AsWritten = WrapValidator(lambda value, validate: (validate(value), value)[1])
 
 
@@ -43,7 +43,7 @@ def _views(value: int) -> int:
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 LearningRate = Annotated[float, Field(gt=0, le=1), AsWritten]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
-# No Literal, which takes true for 1.
+# Not a Literal: that would accept true as 1.
 Views = Annotated[int, AfterValidator(_views), Field(json_schema_extra={"enum": list(VIEWS)})]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -61,7 +61,7 @@ class Fetch(Section):
 
 
 class Split(Section):
-    """Which train images train and which validate."""
+    """The split of Fashion-MNIST's train images into train and val."""
 
     seed: Seed
     val_size: Annotated[int, Field(ge=1, le=N_TRAIN - 1)]
@@ -137,7 +137,7 @@ class PlotResults(Section):
 
 
 class Params(Section):
-    """All of params.yaml, one section a stage; `split` is shared."""
+    """All of params.yaml, one section per stage; `split` is shared."""
 
     fetch: Fetch
     split: Split
@@ -150,10 +150,10 @@ class Params(Section):
 
 
 def explain(error: ValidationError) -> str:
-    """Say what the first fault of `error` is: the path, the value and what is allowed."""
+    """Describe the first fault of `error`: the path, the value and what is allowed."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "none"))
-    if fault["type"] == "value_error" and len(fault["loc"]) == 1:  # of a whole section, in its own words
+    if fault["type"] == "value_error" and len(fault["loc"]) == 1:  # raised by a section's own validator
         return str(fault["ctx"]["error"])
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         return f"{where} is not a known key{_suggest(fault['loc'])}"

@@ -1,1 +1,1 @@
-"""The stages of dvc.yaml, a script each."""
+"""The stages of dvc.yaml, one script each."""

@@ -1,10 +1,10 @@
-"""Write the page on which the trained CNNs can be looked into: page/fashion-cnn.html."""
+"""Write the page that shows what happens inside the trained CNNs: page/fashion-cnn.html."""
 
 from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(load_params)  # before the imports that take seconds, and read the environment
+    start(load_params)  # before the slow imports, which read the environment
 
 from pathlib import Path
 

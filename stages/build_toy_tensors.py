@@ -3,7 +3,7 @@
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start()  # before the imports that take seconds, and read the environment
+    start()  # before the slow imports, which read the environment
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Evaluate a trained CNN on the test split, as it is, shifted and rotated.
+"""Evaluate a trained CNN on the test split: unmodified, shifted and rotated.
 
 The only stage that reads the test split. Usage: python -m stages.evaluate_cnn original|augmented
 """
@@ -8,7 +8,7 @@ from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(named_cnn, load_params)  # before the imports that take seconds, and read the environment
+    start(named_cnn, load_params)  # before the slow imports, which read the environment
 
 from fashion_cnn.data.fashion_mnist import TEST_IMAGES, TEST_LABELS, read_idx
 from fashion_cnn.lesson import evaluation

@@ -4,7 +4,7 @@ from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(load_params)  # before the imports that take seconds, and read the environment
+    start(load_params)  # before the slow imports, which read the environment
 
 from fashion_cnn.data.fashion_mnist import RAW_DIR
 from fashion_cnn.sources.fetch import fetch

@@ -8,7 +8,7 @@ from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(named_cnn, load_params)  # before the imports that take seconds, and read the environment
+    start(named_cnn, load_params)  # before the slow imports, which read the environment
 
 from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
 from fashion_cnn.models.device import prepare_torch
@@ -26,7 +26,7 @@ def main() -> None:
     device = prepare_torch(params.train_cnn.device)
     data = load_train_data(training.images, params.split.val_size, params.split.train_size, params.split.seed)
 
-    # The params that made the copies, too, so that runs on other copies can be compared.
+    # Include the params that made the copies, so that runs on different copies can be compared.
     settings = leaves(params, "split", "train_cnn") | data.made_by
     data_digest = digest(data.pool, data.labels, data.train, data.val)
     key = result_key(training.stage, settings, data_digest)
@@ -37,7 +37,7 @@ def main() -> None:
         how = params.train_cnn
         model = fresh(lambda: build_cnn(how.model), how.seed)
         rows = train_cnn(model, data, how, device, checkpoint, run.log_epoch)
-        model.views = how.tta_views  # from here on: six would make each epoch's validation six times as long
+        model.views = how.tta_views  # only now: six would make each epoch's validation six times as long
         weights_sha256 = save_weights(model, training.weights)
         write_csv(training.curve, rows)
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}

@@ -1,10 +1,10 @@
-"""Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors, and how it came about."""
+"""Train the 12-parameter CNN on two 4×4 images: models/toy_cnn.safetensors, and its history."""
 
 from fashion_cnn.project.params import leaves, load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(load_params)  # before the imports that take seconds, and read the environment
+    start(load_params)  # before the slow imports, which read the environment
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def main() -> None:
         write_csv(TOY_HISTORY, history)
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
         written = write_json(TOY.metrics, metrics | {"weights_sha256": [weights_sha256]})
-        run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # that is a curve
+        run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # it is a curve
         run.log_model(TOY.weights, weights_sha256, summarize(model, TOY_SHAPE), images)
 
 

@@ -1,10 +1,10 @@
-"""Recompute both CNNs by explicit loops, and compare with torch: values, gradients, counts."""
+"""Recompute both CNNs by explicit loops and compare with torch: values, gradients, counts."""
 
 from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(load_params)  # before the imports that take seconds, and read the environment
+    start(load_params)  # before the slow imports, which read the environment
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def main() -> None:
     params = load_params()
     how, name = params.verify_manual_conv, params.train_cnn.model
     records = StageRecords()
-    prepare_torch("cpu", threads=1)  # its float64 sums have no fixed order on more
+    prepare_torch("cpu", threads=1)  # on more, its float64 sums have no fixed order
     toy = read_tensors(Path("data/toy.safetensors"), "images", "labels")
     toy_model = load_weights(build_toy_cnn(), TOY.weights)
     cnn = fresh(lambda: build_cnn(name), how.seed).eval()
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _check(errors: dict, counts: dict, tolerance: float) -> None:
     for name, (error, where) in errors.items():
-        if not error <= tolerance:  # true for NaN, too
+        if not error <= tolerance:  # also true for NaN
             raise StageError(f"{name} is {error:.3g} at {where}, expected at most {tolerance:g}")
     for name, rows in counts.items():
         for row in rows:

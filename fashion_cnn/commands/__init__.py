@@ -1,1 +1,1 @@
-"""What the commands of fashion-cnn do."""
+"""The implementations of the commands of fashion-cnn."""

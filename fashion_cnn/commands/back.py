@@ -1,8 +1,8 @@
 """Return from experiments to the committed params and results, without training again.
 
-Restores params.yaml, dvc.lock and metrics/ from the last commit, also what `dvc exp run` has staged, and
-puts HEAD on its branch again, which a killed one leaves on none. Code is left alone. Results stay in DVC's
-cache, so the way to an experiment is as short: `dvc exp apply NAME`.
+Restores params.yaml, dvc.lock and metrics/ from the last commit, including what `dvc exp run` has staged, and
+reattaches HEAD if a killed experiment left it detached. Code is not touched. Results stay in DVC's cache, so
+going back to an experiment is just as quick: `dvc exp apply NAME`.
 """
 
 import subprocess
@@ -23,21 +23,21 @@ def main() -> None:
     repair.refuse_while_dvc_works()
     try:
         repair.return_to_branch()
-        git("update-ref", "-d", QUEUED)  # else DVC runs it before the next experiment
-        git("rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", ".dvc/tmp")  # DVC's own, staged
+        git("update-ref", "-d", QUEUED)  # otherwise DVC runs it before the next experiment
+        git("rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", ".dvc/tmp")  # DVC's own files
         git("restore", "--source=HEAD", "--staged", "--worktree", "--", *SETTINGS_AND_RESULTS)
     except GitError as error:
         raise StageError(f"params, dvc.lock and metrics cannot be restored: {error}") from None
     print(f"restored from the last commit: {', '.join(SETTINGS_AND_RESULTS)}", flush=True)
     repair.drop_unknown_results()
-    # Stages that DVC has seen with these params come from its cache; it runs what it has never seen.
+    # DVC restores stages that it has seen with these params from its cache, and runs the rest.
     if subprocess.run([*DVC, "repro"], check=False).returncode:
         raise StageError("`dvc repro` failed, expected it to restore the outputs; its message is above")
     repair.say_where_changes_are()
 
 
 def commit_results() -> None:
-    """Make the results of this tree the ones that later ones are compared with."""
+    """Commit the results of this tree, so that later ones are compared with them."""
     message = "Take this machine's results as the baseline"
     commit = ["git", "commit", "--message", message, "--", *SETTINGS_AND_RESULTS]
     sys.exit(subprocess.run(commit, check=False).returncode)

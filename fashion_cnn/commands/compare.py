@@ -1,4 +1,4 @@
-"""Compare trained models or settings: is B better than A, worse, or not to be told apart?"""
+"""Compare trained models or settings: is B better than A, worse, or not significantly different?"""
 
 import json
 import textwrap
@@ -46,7 +46,7 @@ def list_all(as_json: bool) -> None:
 
 
 def pairs(a: str, b: str) -> list[tuple[list[Result], list[Result]]]:
-    """The results to compare: of each training, or, if each side has a single one, of those two."""
+    """The results to compare: those of each common training, or of the only training of each side."""
     left, right = read_side(a), read_side(b)
     if len(left) == len(right) == 1:
         return [(*left.values(), *right.values())]  # type: ignore[list-item]
@@ -59,7 +59,7 @@ def pairs(a: str, b: str) -> list[tuple[list[Result], list[Result]]]:
 
 
 def compare(a: list[Result], b: list[Result]) -> dict:
-    """All that is said about the results of two sides, those of one training on each."""
+    """All that is reported about the results of two sides, those of one training on each."""
     names = [name for name in a[0].metrics if all(name in result.metrics for result in a + b)]
     return {
         "training": [a[0].training, b[0].training],
@@ -71,18 +71,18 @@ def compare(a: list[Result], b: list[Result]) -> dict:
 
 
 def mean_and_deviation(name: str, results: list[Result]) -> dict:
-    """Of a metric; one value has no deviation."""
+    """The mean and standard deviation of a metric; a single value has no deviation."""
     values = [result.metrics[name] for result in results]
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "deviation": deviation, "n": len(values)}
 
 
 def judgements(a: list[Result], b: list[Result]) -> list[Judgement]:
-    """On test accuracy: over seeds if both sides have several, else over images."""
+    """Judge test accuracy: over seeds if both sides have several, otherwise over images."""
     if not all("test_accuracy" in result.metrics for result in a + b):
         return []  # the toy, or a training that is not evaluated
     if min(len(a), len(b)) > 1:
-        names = {"test_accuracy": "as they are"} | moved_in(a + b)
+        names = {"test_accuracy": "unmodified"} | moved_in(a + b)
         return [judgement.seeds(words, by_seed(name, a), by_seed(name, b)) for name, words in names.items()]
     if len(a) != len(b):
         raise StageError(
@@ -96,24 +96,24 @@ def judgements(a: list[Result], b: list[Result]) -> list[Judgement]:
         )
     labels, n = np.array(left.labels), min(left.moved_images, right.moved_images)
     rights = [np.array(side.predictions) == labels for side in (left, right)]
-    return [judgement.same_images("as they are", *rights)] + [
+    return [judgement.same_images("unmodified", *rights)] + [
         judgement.accuracies(words, left.metrics[name], right.metrics[name], n)
         for name, words in moved_in([left, right]).items()
     ]
 
 
 def moved_in(results: list[Result]) -> dict[str, str]:
-    """What all the results have of MOVED; those of early versions have nothing."""
+    """The entries of MOVED that all the results have; those of early versions have none."""
     has = [result.metrics for result in results if result.moved_images]
     return {name: words for name, words in MOVED.items() if sum(name in one for one in has) == len(results)}
 
 
 def by_seed(name: str, results: list[Result]) -> dict[int, float]:
-    """A metric of each seed. Raises StageError if two results have the same, or one has none."""
+    """A metric by seed. Raises StageError if two results have the same seed, or one has none."""
     found = {result.seed: result.metrics[name] for result in results if result.seed is not None}
     if len(found) < len(results):
         told = ", ".join(f"{result.source} has {result.seed}" for result in results)
-        raise StageError(f"{results[0].training}: {told}; expected another seed in each")
+        raise StageError(f"{results[0].training}: {told}; expected a different seed in each")
     return found
 
 
@@ -122,7 +122,7 @@ def in_words(compared: dict) -> str:
     names, several = compared["training"], len(compared["sources"][0]) > 1
     title = names[0] if names[0] == names[1] else f"A: {names[0]}, B: {names[1]}"
     if compared["same_weights"]:
-        return f"{title}: the same weights on both sides, so A and B are {ALIKE}"
+        return f"{title}: the same weights on both sides, so A and B are identical"
     rows = [("", "A", "B", "B − A")]
     for name, (a, b) in compared["metrics"].items():
         rows.append((name, spread(a), spread(b), signed(b["mean"] - a["mean"])))
@@ -131,7 +131,7 @@ def in_words(compared: dict) -> str:
         sentences.append("These weights are not evaluated on both sides, so test accuracy is not compared.")
     elif sentences and not several:
         sentences.append(
-            "This is about two trained models. To compare their settings, train each with several seeds: see "
+            "This compares two trained models. To compare their settings, train each with several seeds: see "
             "docs/experiments.md."
         )
     wrapped = [textwrap.fill(words, 100, subsequent_indent="  ") for words in sentences]
@@ -150,18 +150,18 @@ def signed(value: float) -> str:
 
 
 def round_off(count: int) -> int:
-    """To two digits: it is estimated from a difference that is itself uncertain."""
+    """Round to two digits: the estimate rests on an uncertain difference."""
     return int(float(f"{count:.2g}"))
 
 
 def sentence(one: dict) -> str:
-    """Better, worse, or not to be told apart: by how much, and how many images or seeds would tell."""
+    """One sentence: better, worse or neither, by how much, and the sample size that would decide."""
     difference, low, high = (
         f"{100 * one[name]:+.2f}".replace("-", "−") for name in ("difference", "low", "high")
     )
     n, told = f"{one['n']:,} {one['unit']}", one["verdict"] != ALIKE
-    start = f"B is {one['verdict']} than A" if told else f"A and B are {ALIKE} by {n}"
-    more = f"; about {round_off(one['needed']):,} {one['unit']} would tell" if one["needed"] else ""
+    start = f"B is {one['verdict']} than A" if told else f"A and B are {ALIKE} over {n}"
+    more = f"; about {round_off(one['needed']):,} {one['unit']} would decide" if one["needed"] else ""
     return (
         f"Test images {one['what']}: {start}{more}. Difference {difference} points, 95 % interval {low} to "
         f"{high} ({n}, {one['how']})."
@@ -169,12 +169,12 @@ def sentence(one: dict) -> str:
 
 
 def row_of_workspace() -> dict:
-    """What the list says about the working tree; `changed` is what differs from HEAD."""
+    """The working tree's row in the list; `changed` has the params that differ from HEAD."""
     return {"name": WORKSPACE, "changed": changed_params("HEAD"), "when": "", **accuracies(WORKSPACE)}
 
 
 def row_of(experiment: Experiment) -> dict:
-    """What the list says about an experiment; `changed` is what differs from the commit it began from."""
+    """An experiment's row in the list; `changed` has the params that differ from the commit it began from."""
     changed = changed_params(experiment.baseline, experiment.reference)
     when = time.strftime("%m-%d %H:%M", time.localtime(experiment.time))
     return {"name": experiment.name, "changed": changed, "when": when, **accuracies(experiment.reference)}
@@ -200,7 +200,7 @@ def accuracies(source: str) -> dict:
 def listed(rows: list[dict]) -> str:
     """The experiments in at most 100 columns, and what can be done with them."""
     cells = [("", "", "original", "", "augmented", "", ""), ("name", "changed", *["val", "test"] * 2, "when")]
-    room = 50 - min(20, max(len(row["name"]) for row in rows))  # for what was changed
+    room = 50 - min(20, max(len(row["name"]) for row in rows))  # for the changed params
     for row in rows:
         percent = [
             "" if row[name] is None else f"{100 * row[name]:.2f}"
@@ -217,7 +217,7 @@ def cut(text: str, width: int) -> str:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as they must be: words to the left, numbers to the right."""
+    """Columns of minimal width: words are left-aligned, numbers right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numbers = [
         any(cell[:1].isdigit() for cell in column) and column[0] != "when"

@@ -38,7 +38,7 @@ def experiments() -> list[Experiment]:
 
 @contextmanager
 def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
-    """Name an experiment that is damaged instead of stopping; a fault of the store stops."""
+    """Report a damaged experiment instead of stopping; a fault of the store still stops."""
     try:
         yield
     except StoreError:
@@ -52,7 +52,7 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
 def weights_at(reference: str) -> dict[str, str]:
     """The SHA-256 of the weights of each training that a commit or an experiment has results of.
 
-    Raises StageError if it has a damaged file.
+    Raises StageError if a file of metrics is damaged.
     """
     found = {}
     for name, training in TRAININGS.items():
@@ -72,19 +72,19 @@ def weights_at(reference: str) -> dict[str, str]:
 
 
 def read_lock() -> dict:
-    """What dvc.lock holds. Raises StageError if it is not what DVC writes."""
+    """The content of dvc.lock. Raises StageError if it is not what DVC writes."""
     if lock := parse_lock(LOCK.read_bytes()):
         return lock
-    raise StageError(f"{LOCK}: not what DVC writes; `git restore {LOCK}` brings back the committed one")
+    raise StageError(f"{LOCK}: not what DVC writes; `git restore {LOCK}` restores the committed one")
 
 
 def parse_lock(content: bytes) -> dict | None:
-    """What a dvc.lock of this content holds; None if it is not what DVC writes."""
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # a third of a second, which most commands need not spend
+    """Parse the content of a dvc.lock; None if it is not what DVC writes."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # takes a third of a second, and few commands need it
 
     try:
         lock = YAML(typ="safe").load(content.decode())  # as DVC does
         COMPILED_LOCKFILE_SCHEMA(lock)
     except (YAMLError, UnicodeDecodeError, Invalid):
         return None
-    return lock if "stages" in lock else None  # which DVC would take, too
+    return lock if "stages" in lock else None  # DVC accepts a file without them

@@ -1,43 +1,43 @@
-"""Whether one model or setting is better than another beyond noise: tests, intervals, and what would tell."""
+"""Whether one model or setting is significantly better than another: tests, intervals, sample sizes."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.05  # of every test; that of every interval is 1 − LEVEL
-POWER = 0.8  # of a comparison of as many images or seeds as "would tell"
+LEVEL = 0.05  # significance level of every test; every interval has the confidence level 1 − LEVEL
+POWER = 0.8  # of a comparison with the number of images or seeds that "would decide"
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One question and its answer: is B better than A in an accuracy, beyond noise?"""
+    """One question and its answer: is an accuracy of B significantly better than that of A?"""
 
     what: str  # which test images
     difference: float  # B − A
-    low: float  # of the interval of the difference
+    low: float  # lower bound of the interval of the difference
     high: float
-    p: float | None  # of the test, if there is one beside the interval
+    p: float | None  # p-value of the test; None without a test
     n: int
     unit: str  # what n counts: images or seeds
-    needed: int | None  # how many would tell this difference, if these n do not
+    needed: int | None  # how many would detect this difference, if these n do not
     how: str
-    verdict: str  # better, worse or not to be told apart
+    verdict: str  # better, worse or ALIKE
 
 
-ALIKE = "not to be told apart"
+ALIKE = "not significantly different"
 
 
 def verdict(told: bool, difference: float) -> str:
-    """What is said about a difference that is told, or is not."""
+    """The verdict, given whether the difference is significant."""
     return ("better" if difference > 0 else "worse") if told else ALIKE
 
 
 def same_images(what: str, a: np.ndarray, b: np.ndarray, names: tuple[str, str] = ("A", "B")) -> Judgement:
-    """Two models on the same images: McNemar's exact test, and the interval that belongs to it.
+    """Two models on the same images: McNemar's exact test, and the matching interval.
 
-    a, b (N,) bool: which images each model reads right. The interval is Clopper and Pearson's of the share
-    of B among those images that one model alone reads right.
+    a, b (N,) bool: which images each model classifies correctly. The interval is Clopper and Pearson's of the
+    share of B among the images that only one model classifies correctly.
     """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     one_alone, difference = only_a + only_b, (only_b - only_a) / n
@@ -60,10 +60,10 @@ def same_images(what: str, a: np.ndarray, b: np.ndarray, names: tuple[str, str] 
 
 
 def accuracies(what: str, a: float, b: float, n: int) -> Judgement:
-    """Two accuracies on n images, of which nothing is known by image: an interval that ignores the pairs."""
+    """Two accuracies on n images without results for each image: an interval that ignores the pairs."""
     difference, variance = b - a, a * (1 - a) + b * (1 - b)
     reach = float(stats.norm.isf(LEVEL / 2)) * (variance / n) ** 0.5
-    how = "from the accuracies alone, as if on different images, so the interval is rather too wide"
+    how = "from the accuracies alone, as if on different images, so the interval is, if anything, too wide"
     told = abs(difference) > reach
     needed = None if told else images_needed(difference, variance)
     return Judgement(
@@ -73,7 +73,7 @@ def accuracies(what: str, a: float, b: float, n: int) -> Judgement:
 
 
 def seeds(what: str, a: dict[int, float], b: dict[int, float]) -> Judgement:
-    """Two settings, an accuracy for each seed: Student's t over the seeds of both, else Welch's t.
+    """Two settings, one accuracy per seed: Student's t over common seeds, or Welch's t without them.
 
     Needs two or more seeds on each side.
     """
@@ -92,10 +92,10 @@ def seeds(what: str, a: dict[int, float], b: dict[int, float]) -> Judgement:
         test = (
             None if max(np.ptp(left), np.ptp(right)) < 1e-9 else stats.ttest_ind(right, left, equal_var=False)
         )
-        how = "other seeds on each side, Welch's t"
+        how = "different seeds on each side, Welch's t"
     difference = float(difference)
     if test is None:
-        how = "the seeds do not differ, so they say nothing about chance"
+        how = "there is no variation between seeds, so they say nothing about chance"
         return Judgement(what, difference, difference, difference, None, n, "seeds", None, how, ALIKE)
     p, (low, high) = float(test.pvalue), test.confidence_interval(1 - LEVEL)
     needed = None if p < LEVEL else seeds_needed(difference, float(variance), per_seed)
@@ -106,9 +106,9 @@ def seeds(what: str, a: dict[int, float], b: dict[int, float]) -> Judgement:
 
 
 def images_needed(difference: float, variance: float) -> int | None:
-    """How many images would tell `difference` in POWER of all cases; None if it is 0.
+    """How many images would detect `difference` with probability POWER; None if it is 0.
 
-    `variance` is that of the difference in one image.
+    `variance` is that of the difference on one image.
     """
     if difference == 0:
         return None
@@ -117,7 +117,7 @@ def images_needed(difference: float, variance: float) -> int | None:
 
 
 def seeds_needed(difference: float, variance: float, sides: int) -> int | None:
-    """The same for seeds, where Student's t must be surer with few; `sides` is 1 for pairs of a seed."""
+    """The same for seeds, with Student's t, which is stricter for few; `sides` is 1 if paired by seed."""
     n = images_needed(difference, variance)
     while n is not None:
         n = max(n, 2)

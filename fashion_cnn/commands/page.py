@@ -1,4 +1,4 @@
-"""Open the page of the trained CNNs, or print its path where there is no screen."""
+"""Open the page of the trained CNNs, or only print its path if there is no screen."""
 
 import webbrowser
 
@@ -13,4 +13,4 @@ def main() -> None:
         raise StageError(f"{PAGE}: not found, expected the page that `make repro` writes")
     print(f"{PAGE}: open it in a browser")
     if can_show():
-        webbrowser.open(PAGE.absolute().as_uri())  # DVC may have made it a link to a file without .html
+        webbrowser.open(PAGE.absolute().as_uri())  # not resolve(): DVC may have linked a file without .html

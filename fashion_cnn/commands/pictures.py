@@ -1,4 +1,4 @@
-"""Making a picture what the network knows: the recipe by which Fashion-MNIST was made (arXiv:1708.07747)."""
+"""Convert a picture to the network's input, by the recipe that made Fashion-MNIST (arXiv:1708.07747)."""
 
 import math
 import warnings
@@ -13,29 +13,29 @@ from fashion_cnn.project.errors import StageError
 
 SIZE = 28
 MOST = 100_000_000  # pixels; a larger picture is refused
-ENOUGH = 4_000_000  # pixels; a larger picture is reduced to these
+ENOUGH = 4_000_000  # pixels; a larger picture is reduced to about this many
 NOISE = 13  # of 255: a picture that differs less from its background is blank
 NEAR = 0.05  # of the strongest difference: pixels this near the background are background, as in the recipe
 LEAST = 3  # of 255: the same for a pale garment
-SURE = 5  # standard deviations of noise, beyond which a pixel is garment
-# Beyond these, a picture gets a line: it is hardly one of those that the network knows.
+SURE = 5  # standard deviations of noise; a pixel beyond them is garment
+# Beyond these, a picture gets a line, because it hardly resembles the training images.
 FAINT = 40  # of 255: the garment differs by less from its background
-BUSY = 0.25  # of the border is far from a plain background
-MIXED = 0.2  # of the garment is lighter where the rest is darker, or the other way round
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound speaks of attacks
+BUSY = 0.25  # share of the border that is far from a plain background
+MIXED = 0.2  # ratio of the garment's parts lighter and darker than the background, lesser to greater
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns of attacks
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the network sees of a picture, and what is doubtful about it."""
+    """The network's input made from a picture, and the doubts about it."""
 
     image: np.ndarray  # (28, 28) uint8, light on black
-    inverted: bool  # whether the garment was darker than its background, or a 28×28 background light
+    inverted: bool  # whether the garment was darker than its background, or a 28×28 background was light
     doubts: list[str]
 
 
 def read_picture(path: Path) -> Prepared:
-    """A garment as the network knows it. Raises StageError if the file is no picture, or a blank one."""
+    """Read a picture as network input. Raises StageError if the file is not a picture, or a blank one."""
     try:
         return prepare(to_grey(path))
     except ValueError as error:
@@ -45,10 +45,10 @@ def read_picture(path: Path) -> Prepared:
 
 
 def prepare(grey: np.ndarray) -> Prepared:
-    """Make a picture's brightness (H, W), from 0 to 255, what the network knows.
+    """Convert a picture's brightness (H, W), from 0 to 255, to the network's input.
 
-    A picture of 28×28 keeps its place; any other is trimmed to the garment, which then fills the square by
-    its longer side, in the middle. Raises ValueError if it is blank.
+    A 28×28 picture is not moved or scaled; any other is trimmed to the garment, which is scaled until its
+    longer side fills the square, and centred. Raises ValueError if it is blank.
     """
     background, noise, busy = background_of(grey)
     garment = grey - background
@@ -79,8 +79,8 @@ def prepare(grey: np.ndarray) -> Prepared:
 def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
     """The brightness of the background (H, W), its noise, and the share of the border that is far from it.
 
-    A plane through the border's pixels, without those that are far from it. The noise is a standard
-    deviation, estimated from the median deviation.
+    The background is a plane fitted to the border's pixels, without those that are far from it. The noise is
+    a standard deviation, estimated from the median deviation.
     """
     edge = np.ones(grey.shape, bool)
     edge[1:-1, 1:-1] = False
@@ -98,8 +98,8 @@ def background_of(grey: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
-    """Which pixels of the difference from the background are the garment (H, W): its large parts."""
-    # The window grows with the noise, so that its mean differs by less than NOISE from the background.
+    """The garment's mask (H, W): the large connected parts that differ from the background."""
+    # The window grows with the noise, so that noise changes a window's mean by less than NOISE.
     window = min(max(1, math.ceil(SURE * noise / NOISE)), max(1, min(garment.shape) // 10))
     differs = np.abs(ndimage.uniform_filter(garment, window))
     if (strongest := differs.max()) <= NOISE:
@@ -114,8 +114,8 @@ def garment_in(garment: np.ndarray, noise: float) -> np.ndarray:
 def to_grey(path: Path) -> np.ndarray:
     """The picture's brightness (H, W), float from 0 to 255, upright; a large picture is reduced first.
 
-    What is transparent becomes black behind a light garment, and white behind a dark one. Numbers of 32
-    bits have no scale of their own: the least becomes 0, the greatest 255.
+    Transparent areas become black behind a light garment, and white behind a dark one. 32-bit values have no
+    fixed scale: the lowest becomes 0, the highest 255.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
@@ -135,22 +135,22 @@ def to_grey(path: Path) -> np.ndarray:
             is_dark = (grey * opacity).sum() < 127 * opacity.sum()
             return grey * opacity + (255 if is_dark else 0) * (1 - opacity)
     except UnidentifiedImageError:
-        raise StageError(f"{path}: no picture that Pillow reads, expected PNG, JPEG or the like") from None
+        raise StageError(f"{path}: not a picture that Pillow reads, expected PNG, JPEG or the like") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise StageError(f"{path}: {reason}; expected a picture such as PNG or JPEG") from None
 
 
 def reduced(picture: Image.Image, factor: int) -> Image.Image:
-    """The picture, or a smaller one: of factor × factor pixels, the mean."""
+    """The picture, reduced to the means of factor × factor pixels."""
     if factor == 1:
         return picture
-    has_means = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;": "I"}  # a mode to compute in, for those without
+    has_means = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;": "I"}  # for modes that reduce() cannot average
     return picture.convert(has_means.get(picture.mode[:2], picture.mode)).reduce(factor)
 
 
 def over_its_range(values: np.ndarray) -> np.ndarray:
-    """Values from 0 for the least to 255 for the greatest."""
+    """Scale values so that the lowest is 0 and the highest 255."""
     if not np.isfinite(values).all():
         raise ValueError("some of its values are not finite")
     return (values - values.min()) * 255 / max(float(np.ptp(values)), np.finfo(float).tiny)

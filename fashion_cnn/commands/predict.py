@@ -19,7 +19,7 @@ TOP = 3
 
 
 def main(pictures: Sequence[Path], model: str | None, show: Path | None, as_json: bool) -> None:
-    """Classify each picture; a file that is none gets a line, and the others go on."""
+    """Classify each picture; a file that is not one gets an error line, and the rest are processed."""
     names = [path.name for path in pictures]
     if show and (twice := {name for name in names if names.count(name) > 1}):
         raise StageError(f"--show: several pictures are called {min(twice)}, expected each name once")
@@ -35,7 +35,7 @@ def main(pictures: Sequence[Path], model: str | None, show: Path | None, as_json
 
 
 def load_default() -> Classify:
-    """The champion's classifier if there is one, else that of the weights in models/."""
+    """The champion's classifier if there is a champion, otherwise that of the weights in models/."""
     try:
         return load_classifier(CHAMPION)
     except StageError as error:
@@ -45,7 +45,7 @@ def load_default() -> Classify:
 
 
 def answer(path: Path, classify: Classify, show: Path | None) -> dict:
-    """What is said about one file: its most probable classes, or why it cannot be read."""
+    """The answer for one file: its most probable classes, or why it cannot be read."""
     try:
         seen = read_picture(path)
     except StageError as error:

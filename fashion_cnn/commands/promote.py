@@ -1,4 +1,4 @@
-"""Register a trained CNN, and make it the champion if it is better beyond noise."""
+"""Register a trained CNN, and make it the champion if it is significantly better."""
 
 import re
 import sys
@@ -32,8 +32,8 @@ def main(model: str, level: float, dry_run: bool) -> None:
     """Compare, decide, register, and print the decision."""
     prepare_torch("cpu")
     if not re.fullmatch(RUN_ID, model):
-        load_cnn(Path(model))  # a fault of the file, not of the store
-    # Two at once would each compare with a champion that the other may replace.
+        load_cnn(Path(model))  # a fault here is of the file, not of the store
+    # Two processes at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
         store = connect()
         client, run = store.client, find_cnn_run(store, model)
@@ -72,7 +72,7 @@ def decide(client, run, before, level: float) -> Decision:
     judged = same_images("val", a, b, names=("the champion", "this model"))
     promote = judged.p is not None and judged.p < level and judged.difference > 0
     words = (
-        f"{'better' if promote else 'not better beyond noise'} than version {before.version}, the champion: "
+        f"{'' if promote else 'not '}significantly better than version {before.version}, the champion: "
         f"{100 * b.mean():.2f} % against {100 * a.mean():.2f} % of {judged.n:,} val images that neither "
         f"was trained on ({judged.how}, level {level:g})"
     )
@@ -88,12 +88,12 @@ def decide(client, run, before, level: float) -> Decision:
 
 
 def reads(classify, images: np.ndarray) -> np.ndarray:
-    """The class that a classifier finds in each image."""
+    """The class that a classifier assigns to each image."""
     return classify(images).argmax(1)
 
 
 def val_images(*runs) -> tuple[np.ndarray, np.ndarray]:
-    """The val images of the runs, and their labels, without those that another of them was trained on."""
+    """The val images of the runs and their labels, without images that another of the runs was trained on."""
     images, labels = read_idx(TRAIN_IMAGES), read_idx(TRAIN_LABELS)
     in_val, in_train = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
     for run in runs:
@@ -134,9 +134,9 @@ def card(run, decision: Decision) -> str:
 
 
 def carry_out(client, run, decision: Decision) -> None:
-    """Register the model, note the decision on its version, and move the alias if it is to be moved.
+    """Register the model, note the decision on its version, and move the alias if that was decided.
 
-    A version that was promoted once keeps the numbers of that.
+    A version that was promoted once keeps the numbers of its promotion.
     """
     version = register(client, run)
     if decision.promote or version.tags.get("promoted") != "true":

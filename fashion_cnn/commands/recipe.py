@@ -1,4 +1,4 @@
-"""Run a recipe, a few params that belong together, as a DVC experiment of its name."""
+"""Run a recipe, a few params that belong together, as a DVC experiment named after it."""
 
 import shlex
 import subprocess
@@ -16,7 +16,7 @@ RECIPES = Path("recipes")
 
 
 def recipes() -> dict[str, Path]:
-    """The files of the recipes, by their names."""
+    """The files of the recipes, by name."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
@@ -48,7 +48,7 @@ def command(name: str, settings: dict[str, object]) -> list[str]:
 
 
 def read_recipe(name: str) -> dict[str, object]:
-    """The params of a recipe, {"train_cnn.epochs": 4, …}. Raises StageError if it is none."""
+    """The params of a recipe, {"train_cnn.epochs": 4, …}. Raises StageError if it is not a recipe."""
     if not (path := recipes().get(name)):
         names = ", ".join(recipes()) or "it is empty"
         raise StageError(f"{name}: no recipe of this name, expected one of {RECIPES}/: {names}")

@@ -1,4 +1,4 @@
-"""The registered model fashion-cnn: its versions and its champion, and loading a model by any name it has."""
+"""The registered model fashion-cnn: its versions, its champion, and loading a model by any of its names."""
 
 import re
 import tempfile
@@ -25,14 +25,14 @@ from fashion_cnn.tracking.runs import (
 )
 from fashion_cnn.tracking.store import Store, as_store_error, connect
 
-SERVED = "_served"  # ends the name of a model that takes pixels and gives probabilities
+SERVED = "_served"  # suffix of the names of models from pixels to probabilities
 NAME, CHAMPION = "fashion-cnn", "champion"
 # (N, 28, 28) uint8 to probabilities (N, 10).
 Classify = Callable[[np.ndarray], np.ndarray]
 
 
 def load_classifier(model: str) -> Classify:
-    """The classifier in a file of weights, of a run or a version, or the champion.
+    """The classifier of a file of weights, a run, a version, or the champion.
 
     Raises StageError if there is none.
     """
@@ -60,13 +60,13 @@ def of_network(network: Callable) -> Classify:
 
 
 def of_run(client, run) -> Classify:
-    """The classifier of a run: its weights, in the code of this project. Raises StageError if it has none."""
+    """A run's classifier: its weights, with the code of this project. Raises StageError if it has none."""
     with tempfile.TemporaryDirectory() as scratch:
         return of_network(load_cnn(weights_of(client, run, scratch)))
 
 
 def of_version(client, version) -> Classify:
-    """The same of a version, of which no code runs here: whoever may register one could run any code."""
+    """The classifier of a version, whose own code does not run: whoever registers one could run any code."""
     run = client.get_run(version.run_id)
     with tempfile.TemporaryDirectory() as scratch:
         weights = _download(f"models:/{NAME}/{version.version}/artifacts", run, scratch)
@@ -79,8 +79,8 @@ def of_version(client, version) -> Classify:
 
 
 def weights_of(client, run, scratch: str) -> Path:
-    """The weights of the model that a run has in MLflow, in a folder. Raises StageError if it has none."""
-    run_id, served = run.info.run_id, (SERVED, "classifier")  # the second: as earlier versions named it
+    """Download the weights of a run's model in MLflow to a folder. Raises StageError if it has none."""
+    run_id, served = run.info.run_id, (SERVED, "classifier")  # "classifier": earlier versions' name
     ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
     if not ready:
         raise StageError(
@@ -96,7 +96,7 @@ def weights_of(client, run, scratch: str) -> Path:
 
 
 def _download(uri: str, run, scratch: str) -> Path | None:
-    """The file of weights in a folder of artifacts; None if there is none, or not that of the run."""
+    """Download the file of weights in a folder of artifacts; None if it is missing or not that of the run."""
     from mlflow.artifacts import download_artifacts, list_artifacts
 
     if not list_artifacts(uri):
@@ -107,7 +107,7 @@ def _download(uri: str, run, scratch: str) -> Path | None:
 
 
 def find_version(client, name: str):
-    """The version of a number, or the champion. Raises StageError if there is none."""
+    """The version with a number, or the champion. Raises StageError if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -146,7 +146,7 @@ def find_cnn_run(store: Store, model: str):
 
 
 def register(client, run):
-    """The version of a run's model, which is registered if it has none."""
+    """The version of a run's model, which is registered if it has no version yet."""
     for version in client.search_model_versions(f"name = '{NAME}'"):
         if version.run_id == run.info.run_id:
             return version
@@ -165,7 +165,7 @@ DESCRIPTION = (
 
 
 def log_served_model(client, run):
-    """Log what is served: the run's weights with the code that makes probabilities of pixels."""
+    """Log the model to serve: the run's weights, with the code from pixels to probabilities."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
@@ -181,8 +181,8 @@ def log_served_model(client, run):
             artifacts={"weights": str(weights_of(client, run, scratch))},
             code_paths=[str(here.parent)],
             signature=ModelSignature(
-                # An object may be anything: of uint8, MLflow would convert 0.5 and "7" before serving.py
-                # could refuse them.
+                # Objects pass unchanged; for uint8, MLflow would convert 0.5 and "7" before serving.py could
+                # reject them.
                 Schema([TensorSpec(np.dtype("O"), (-1,), "images")]),
                 Schema([ColSpec("double", name) for name in CLASSES]),
             ),

@@ -1,4 +1,4 @@
-"""Putting DVC's and git's files right, as after a kill; `make repro` and `fashion-cnn back` use it."""
+"""Repair DVC's and git's files, as after a kill; `make repro` and `fashion-cnn back` use it."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from fashion_cnn.project.process import DVC
 from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, file_at, git
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's list of who reads and writes what
-# Where `dvc exp run` puts what is not committed, until it has put it back.
+# Where `dvc exp run` keeps uncommitted changes until it has restored them.
 KEPT_CHANGES = ("refs/stash", "refs/exps/exec/EXEC_MERGE")
 
 
 def mend_lock() -> bool:
-    """Replace a dvc.lock that is cut short; whether that was needed.
+    """Replace a truncated dvc.lock; returns whether that was needed.
 
-    DVC writes it in place, so a kill in that moment leaves a part of it, which DVC then refuses to read. The
-    committed one takes its place, as by `git restore`, or none if git has none: DVC finds stages that
-    finished since in its run cache. A merge conflict is left: a person must settle it.
+    DVC writes it in place, so a kill at that moment leaves a part of it, which DVC then refuses to read. The
+    committed one replaces it, as with `git restore`; if git has none, it is deleted. DVC finds stages that
+    finished since in its run cache. A merge conflict is not touched, because a person must resolve it.
     """
     if not LOCK.exists() or parse_lock(LOCK.read_bytes()) or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         return False
@@ -45,9 +45,9 @@ def mend_lock() -> bool:
 
 
 def mend_rwlock() -> bool:
-    """Remove DVC's list of who reads and writes what if it is cut short, or all in it have ended.
+    """Delete DVC's list of readers and writers if it is truncated, or all its processes have ended.
 
-    Returns whether it was cut short.
+    Returns whether it was truncated.
     """
     try:
         users = rwlock_users()
@@ -55,32 +55,32 @@ def mend_rwlock() -> bool:
         RWLOCK.unlink()
         print(f"{RWLOCK} was cut short by a kill and is deleted")
         return True
-    # DVC takes a killed process to be at work until its parent has waited for it, which can take seconds.
+    # DVC considers a killed process alive until its parent has waited for it, which can take seconds.
     if users and not any(is_at_work(user) for user in users):
         RWLOCK.unlink()
     return False
 
 
 def rwlock() -> dict[str, dict]:
-    """DVC's list: by path, the `pid` and `cmd` of who writes it, and of all who read it.
+    """DVC's list: by path, the `pid` and `cmd` of its writer, and of all its readers.
 
-    Raises ValueError if it is cut short.
+    Raises ValueError if it is truncated.
     """
     held = json.loads(RWLOCK.read_text(encoding="utf-8")) if RWLOCK.exists() else {}
     return {"write": {}, "read": {}} | held
 
 
 def rwlock_users() -> list[dict]:
-    """Each process that DVC's list names. Raises ValueError if it is cut short."""
+    """Each process that DVC's list names. Raises ValueError if it is truncated."""
     held = rwlock()
     return [*held["write"].values(), *chain(*held["read"].values())]
 
 
 def is_at_work(user: dict) -> bool:
-    """Whether a process of DVC's list exists; its number may be another process's by now."""
+    """Whether a process in DVC's list still exists; its id may belong to another process by now."""
     try:
         process = psutil.Process(user["pid"])
-        arguments = user["cmd"].partition(" ")[2]  # behind `dvc`, which the kernel may show in another way
+        arguments = user["cmd"].partition(" ")[2]  # without `dvc`, which the kernel may show differently
         ended = process.status() == psutil.STATUS_ZOMBIE
         return not ended and " ".join(process.cmdline()).endswith(arguments)
     except psutil.Error:
@@ -94,18 +94,18 @@ def refuse_while_dvc_works() -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise StageError if there is no such file of weights, and say so if DVC is making it."""
+    """Raise StageError if a file of weights is missing; the message says if DVC is making it."""
     if path.is_file():
         return
     with suppress(ValueError):  # DVC is writing its list
-        for written, user in rwlock()["write"].items():  # it removes a model before it trains it anew
+        for written, user in rwlock()["write"].items():  # it deletes a model before training it again
             if Path(written).resolve() == path.resolve() and is_at_work(user):
-                raise StageError(f"{path}: `{user['cmd']}` makes it anew; wait until that ends")
+                raise StageError(f"{path}: `{user['cmd']}` is remaking it; wait until that ends")
     raise StageError(f"{path}: not found; expected weights, as `make repro` makes them, or a model's name")
 
 
 def return_to_branch() -> None:
-    """Put HEAD on the branch it was on before it was detached, if it is still at that branch's commit."""
+    """Reattach a detached HEAD to the branch it was on, if it is still at that branch's commit."""
     if git("rev-parse", "--symbolic-full-name", "HEAD").strip() != b"HEAD":
         return
     at_head = git("for-each-ref", "--points-at=HEAD", "--format=%(refname)", "refs/heads").decode().split()
@@ -116,9 +116,9 @@ def return_to_branch() -> None:
 
 
 def say_where_changes_are() -> None:
-    """Say which changes of code git keeps for this commit, if the files have none.
+    """Print which code changes git holds for this commit, if the files have none.
 
-    `dvc exp run` takes what is not committed out of the files for a moment; a kill in it leaves it there.
+    `dvc exp run` takes uncommitted changes out of the files for a moment; a kill then leaves them in git.
     """
     if git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE):
         return
@@ -134,12 +134,12 @@ def say_where_changes_are() -> None:
 
 
 def drop_unknown_results() -> None:
-    """Remove those stages from dvc.lock whose outputs DVC's cache lacks.
+    """Remove the stages from dvc.lock whose outputs are not in DVC's cache.
 
     They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
     its entry, DVC looks for this machine's own results in its run cache.
     """
-    from dvc.utils.serialize import dump_yaml  # here, since `make repro` starts without it
+    from dvc.utils.serialize import dump_yaml  # here, because `make repro` does not need it
 
     done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
 """Run the pipeline, both CNNs at once.
 
-`dvc repro` alone makes the same, one stage after the other. Both CNNs at once, with half the cores each, take
-two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation proposes, and
-then one for all that is left: whatever stops this half-way, the next run of it or of `dvc repro` goes on.
+A single `dvc repro` gives the same results, one stage after the other. Both CNNs at once, with half the cores
+each, take two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation
+proposes, and then one for the rest. If it is stopped half-way, the next run of it or of `dvc repro` resumes.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import DVC, die_with_parent, usable_threads
 
-BEFORE = "augment_images"  # with what it reads, all that the trainings read
+BEFORE = "augment_images"  # the trainings read only this stage's inputs and outputs
 
 
 def main() -> None:
-    """Bring everything up to date, and say what came of it."""
+    """Bring everything up to date, and print a summary."""
     mend_rwlock()
     mend_lock()
     cores = usable_threads()
@@ -45,16 +45,16 @@ def main() -> None:
 
 def sync_runs() -> None:
     """Bring MLflow's runs in line: DVC may have restored results without running their stages."""
-    from fashion_cnn.commands import sync  # here, since it takes a second that DVC's start need not wait for
+    from fashion_cnn.commands import sync  # here: it takes a second, which would delay DVC
 
     try:
         sync.main_if_new()
-    except (StageError, OSError) as error:  # which costs no result
+    except (StageError, OSError) as error:  # no result is lost
         print(f"MLflow: {error}; `fashion-cnn sync` tries again")
 
 
 def dvc(*arguments: str) -> None:
-    """Run DVC; exit with its code if it fails, as it has said why."""
+    """Run DVC; exit with its code if it fails, because DVC has printed why."""
     if code := subprocess.run([*DVC, *arguments], check=False).returncode:
         sys.exit(code)
 
@@ -72,7 +72,7 @@ def both_change() -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether there is NVIDIA's driver: one training fills a GPU, and evaluates on it, too."""
+    """Whether NVIDIA's driver is installed: one training fills a GPU, and its evaluation uses it, too."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -117,7 +117,7 @@ def follow(chains: list["Chain"]) -> int:
 
 
 class Chain:
-    """A `dvc repro` that trains and evaluates one CNN; its progress has a line of its own on a terminal."""
+    """A `dvc repro` that trains and evaluates one CNN; its progress has its own line on a terminal."""
 
     def __init__(self, position: int, images: str, threads: int):
         training = CNNS[images]
@@ -125,7 +125,7 @@ class Chain:
         self.advice = self.ended = self.stopped = False
         self.bar = tqdm(position=position, bar_format="{desc}", leave=False, disable=None)
         self.output, theirs = os.pipe() if self.bar.disable else terminal(len(self.prefix))
-        # In a group of its own, since Ctrl-C on the terminal would reach it twice, from there and from here.
+        # It gets its own process group, or Ctrl-C would reach it twice: from the terminal and from here.
         self.process = subprocess.Popen(
             [*DVC, "--wait-for-lock", "repro", "--single-item", training.stage, training.evaluation],
             stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, process_group=0,
@@ -134,9 +134,9 @@ class Chain:
         os.close(theirs)
 
     def show(self) -> None:
-        """Show what it has printed since; note its end."""
+        """Show what it has printed since the last call, and note its end."""
         new = b""
-        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+        with suppress(OSError):  # a terminal raises it when its last writer is gone
             new = os.read(self.output, 1 << 16)
         self.ended = not new
         *lines, self.text = (self.text + new.decode(errors="replace")).split("\n")
@@ -145,7 +145,7 @@ class Chain:
         self.bar.set_description_str(self.prefix + self.text.rpartition("\r")[2])
 
     def show_line(self, line: str) -> None:
-        """Show a line, unless it is DVC's advice at its end, or says once more that the stage has failed."""
+        """Show a line, unless it is DVC's final advice, or repeats that the stage has failed."""
         self.advice = self.advice or line.startswith("To track the changes with git")
         again = self.last.startswith(("error: ", "stopped on request")) and "failed to reproduce" in line
         if line and not self.advice and not again:
@@ -153,7 +153,7 @@ class Chain:
             self.last = line
 
     def stop(self) -> None:
-        """Stop the stage at work, once: DVC itself waits for it, and says how it ended."""
+        """Stop the running stage, once; DVC itself waits for it, and prints how it ended."""
         if not self.ended and not self.stopped:
             self.stopped = True
             with suppress(ProcessLookupError):
@@ -161,13 +161,13 @@ class Chain:
 
 
 def begin() -> None:
-    """What a chain's process does first: it ends with this one, and heeds a stop, also in the background."""
+    """Set up a chain's process: it ends with this one, and can be stopped, also in the background."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's & makes ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's & makes it ignored
 
 
 def terminal(margin: int) -> tuple[int, int]:
-    """A terminal's two ends, narrower by `margin` columns than the one this runs in."""
+    """The two ends of a terminal, `margin` columns narrower than the one this runs in."""
     ours, theirs = pty.openpty()
     columns, rows = shutil.get_terminal_size()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, max(20, columns - margin), 0, 0))

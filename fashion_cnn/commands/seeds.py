@@ -20,7 +20,7 @@ from fashion_cnn.project.process import DVC, run_stage
 
 RUNS = Path(__file__).resolve().parents[2] / "benchmarks/seeds.csv"
 ROWS = {
-    "as they are": "test_accuracy",
+    "unmodified": "test_accuracy",
     "shifted by ±3 px": "test_accuracy_shift_3px",
     "rotated by ±15°": "test_accuracy_rotation_15deg",
 }
@@ -29,7 +29,7 @@ ROWS = {
 def main() -> None:
     """Run the experiments, write their results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="train_cnn.seed from 0 to this, not included")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds; train_cnn.seed counts from 0")
     seeds = range(parser.parse_args().seeds)
     if not seeds:
         raise StageError(f"--seeds is {seeds.stop}, expected 1 or more")
@@ -42,7 +42,7 @@ def main() -> None:
 def run_experiment(seed: int) -> None:
     """Run the pipeline with train_cnn.seed, in a copy. Raises StageError if it fails."""
     name = f"seed-{seed}"
-    # An earlier one of that name would be in the way; `dvc exp run --force` would rerun every stage.
+    # Remove an earlier one of that name, because `dvc exp run --force` would rerun every stage.
     subprocess.run([*DVC, "exp", "remove", "--quiet", name], check=False, capture_output=True)
     command = [*DVC, "exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}"]
     if subprocess.run(command, check=False).returncode:
@@ -50,7 +50,7 @@ def run_experiment(seed: int) -> None:
 
 
 def results(seed: int, images: str) -> dict:
-    """One row: the seed, the train images, and the last val and all test metrics."""
+    """One row: the seed, the training images, and the last val and all test metrics."""
     training = CNNS[images]
     metrics: dict = {}
     for file in (training.metrics, training.evaluated):

@@ -11,7 +11,7 @@ import torch
 def pixels(images: np.ndarray) -> np.ndarray:
     """Images as (N, 28, 28) uint8. Raises MlflowException, code 400, if they are anything but such integers.
 
-    Without this, what is between 0 and 1 would be taken for black, and "7" and true for numbers.
+    Without this check, values between 0 and 1 would pass as black, and "7" and true as numbers.
     """
     kinds = {type(value) for value in images.flat} if images.dtype == object else {images.dtype.type}
     if images.ndim != 3 or images.shape[1:] != (28, 28):
@@ -28,7 +28,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 class Prediction:
-    """From pixels to probabilities. A class of its own, or MLflow asks for type hints, and refuses them."""
+    """From pixels to probabilities. In Classifier, MLflow would ask for type hints, and then reject them."""
 
     model: torch.nn.Module
 
@@ -44,10 +44,10 @@ class Prediction:
 
 
 class Classifier(Prediction, mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-    """A CNN of `train_cnn`, with what must come before and after it."""
+    """A CNN of `train_cnn`, with its pre- and postprocessing."""
 
     def load_context(self, context) -> None:
-        """Read the weights; the package is at hand, because MLflow keeps it with the model."""
+        """Read the weights; the package can be imported, because MLflow keeps it with the model."""
         from fashion_cnn.models.cnns import load_cnn
 
         self.model = load_cnn(Path(context.artifacts["weights"]))

@@ -15,15 +15,15 @@ from fashion_cnn.project.files import md5_of, numbers
 from fashion_cnn.project.repository import LOCK, GitError, file_at, git
 
 WORKSPACE = "workspace"
-# Gives the content of a file of the project, or None if there is no such file.
+# Returns the content of a file of the project, or None if there is no such file.
 Reader = Callable[[Path], bytes | None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to."""
+    """The results of one training."""
 
-    source: str  # what it was named by
+    source: str  # the name that selected it
     training: str
     weights_sha256: str
     seed: int | None
@@ -62,7 +62,7 @@ def is_a_name(side: str) -> bool:
 
 
 def sources(name: str) -> list[str]:
-    """The experiments that a pattern matches; any other name as it is."""
+    """The experiments that a pattern matches; any other name unchanged."""
     if not re.search(r"[*?\[]", name):
         return [name]
     if found := sorted({one.name for one in experiments() if fnmatchcase(one.name, name)}):
@@ -84,7 +84,7 @@ def commit_of(name: str) -> str:
     """The commit of an experiment (of HEAD's or the newest, if several have the name) or of a revision."""
     try:
         head = git("rev-parse", "HEAD").decode().strip()
-        named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]  # that is git's
+        named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]  # HEAD is git's
         named.sort(key=lambda one: one.baseline != head)  # HEAD's first, then the newest
         if named:
             return named[0].reference
@@ -107,7 +107,7 @@ def results_in(source: str, read: Reader) -> list[Result]:
             raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
         params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
         seed = params.get(training.section, {}).get("seed", params.get(f"{training.section}.seed"))
-        # A training may have run alone, by an experiment or by hand: the evaluation is then of other weights.
+        # If a training ran without its evaluation, in an experiment or by hand, this is of other weights.
         outs = stages.get(training.stage, {}).get("outs", [])
         evaluated = digest_of(training.weights, stages.get(training.evaluation, {}).get("deps", []))
         is_evaluated = digest_of(training.weights, outs) == evaluated and digest_of(
@@ -132,7 +132,7 @@ def digest_of(path: Path, entries: list[dict]) -> str | None:
 
 
 def result_of_run(run_id: str) -> Result:
-    """The result of a run of MLflow, which sync completes. Raises StageError if there is none."""
+    """The result of an MLflow run, which sync completes. Raises StageError if there is none."""
     from fashion_cnn.tracking import runs
     from fashion_cnn.tracking.store import as_store_error, connect
 
@@ -145,9 +145,7 @@ def result_of_run(run_id: str) -> Result:
         client = store.client
         training = TRAININGS.get(run.data.tags.get("dvc_stage", ""))
         if training is None or "weights_sha256" not in run.data.tags:
-            raise StageError(
-                f"{run_id}: a run in state {run.info.status}, expected a training that is finished"
-            )
+            raise StageError(f"{run_id}: a run in state {run.info.status}, expected a finished training")
         folder = training.evaluation.partition("@")[0]
         has = {Path(file.path).name for file in client.list_artifacts(run_id, folder)}
 
@@ -164,7 +162,7 @@ def result_of_run(run_id: str) -> Result:
 def with_evaluation(
     source: str, training: Training, weights_sha256: str, seed: int | None, metrics: dict, read: Reader
 ) -> Result:
-    """The result of a training, with what its evaluation says if there is one."""
+    """The result of a training, with its evaluation's results if there are any."""
     evaluation = load(source, training.evaluated, read, json.loads, {})
     rows = load(source, training.confusion, read, confusion_rows, [])
     return Result(

@@ -1,4 +1,4 @@
-"""Say what `make repro` has made, and what can be done next."""
+"""Print what `make repro` has made, and what to do next."""
 
 from ruamel.yaml import YAML
 
@@ -9,7 +9,7 @@ from fashion_cnn.project.repository import LOCK, GitError, git
 NEXT = """After `. .venv/bin/activate`:
   look         fashion-cnn page opens the CNNs of this run; metrics/figures/ has the pictures
   compare      fashion-cnn compare HEAD workspace, or fashion-cnn ui
-  experiment   edit params.yaml and run `make repro`: only what the change reaches runs again
+  experiment   edit params.yaml and run `make repro`: only what the change affects reruns
   return       fashion-cnn back restores the committed params and results
   use          fashion-cnn predict docs/boot.png"""
 
@@ -29,7 +29,7 @@ def committed_lock() -> dict | None:
 
 
 def compared(lock: dict, committed: dict | None) -> str:
-    """One line: the same bytes, results of other inputs, or other results of the same inputs."""
+    """One line: the same bytes, results of different inputs, or different results of the same inputs."""
     if committed is None:
         return "The pipeline is up to date."
     now, then = lock["stages"], committed["stages"]
@@ -42,7 +42,7 @@ def compared(lock: dict, committed: dict | None) -> str:
     if not different:
         return "The results are the committed ones, byte for byte."
     reason = why_not_portable()
-    expected = f"expected, as {reason}" if reason else "not expected on this CPU: please report it"
+    expected = f"expected, because {reason}" if reason else "not expected on this CPU: please report it"
     return (
         f"{len(different)} of {len(outs)} outputs differ from the committed ones, the first of them "
         f"{different[0]}; that is {expected}.\n"
@@ -51,6 +51,6 @@ def compared(lock: dict, committed: dict | None) -> str:
 
 
 def inputs(stage: dict, made: set[str]) -> list:
-    """What a stage was given: its command, params and those deps that no stage has made."""
+    """A stage's inputs: its command, its params and the deps that no stage has made."""
     deps = [(dep["path"], dep["md5"]) for dep in stage.get("deps", []) if dep["path"] not in made]
     return [stage["cmd"], stage.get("params"), deps]

@@ -1,8 +1,8 @@
 """Bring the tracked runs in line with dvc.lock, metrics and experiments.
 
-Stages record what they do. But DVC restores results from its cache without running stages, a store may be
-new or was unreachable, and the evaluation of a training repeated to the same bytes is skipped. So this makes
-the same records of what DVC and git have. A second sync changes nothing.
+Stages record what they do. But DVC restores results from its cache without running stages, the store may be
+new or have been unreachable, and DVC skips the evaluation of a training that gave the same bytes again. So
+this makes the same records from what DVC and git have. A second sync changes nothing.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ SEEN = Path(".dvc/tmp/synced")
 
 
 def main(is_quiet: bool = False) -> None:
-    """Bring in line what stages left, then the runs of experiments, then those of dvc.lock.
+    """Send the records that stages left, then bring in line the runs of experiments and of dvc.lock.
 
-    `is_quiet`: say nothing of runs that are up to date.
+    `is_quiet`: print nothing about runs that are up to date.
     """
     with as_store_error():
         store = connect()
@@ -54,7 +54,7 @@ def main(is_quiet: bool = False) -> None:
         for name in [name for name in TRAININGS if name in entries]:
             origin = here if _is_code_of(entries[name]) else ({}, b"")
             found[name] = records_of(TRAININGS[name], entries, Path(), Path(scratch), origin, now)
-        sync_experiments(store)  # first: runs of an experiment that is checked out are the experiment's
+        sync_experiments(store)  # goes first: runs of a checked-out experiment are the experiment's
         for name, records in found.items():
             changes = write(store, records)
             new = {run_id: added for run_id, added in changes.items() if added}
@@ -65,7 +65,7 @@ def main(is_quiet: bool = False) -> None:
 
 
 def main_if_new() -> None:
-    """The same, unless results, experiments and store are those of the last time: it takes seconds."""
+    """The same, but only if results, experiments or store have changed: it takes seconds."""
     left = any(records_folder().glob("[!.]*"))
     if left or not SEEN.exists() or SEEN.read_text(encoding="utf-8") != _seen():
         main(is_quiet=True)
@@ -73,9 +73,9 @@ def main_if_new() -> None:
 
 
 def _seen() -> str:
-    """A digest of dvc.lock, of DVC's experiments, and of which store it is."""
+    """A digest of dvc.lock, of DVC's experiments, and of the store's identity."""
     url = store_url()
-    path = Path(shown(url))  # of a server, it does not exist
+    path = Path(shown(url))  # for a server, it does not exist
     store = f"{url} {path.stat().st_ino if path.exists() else 0}"
     try:
         references = git("for-each-ref", "refs/exps")
@@ -99,7 +99,7 @@ def read_entries(content: bytes) -> dict:
     lock = parse_lock(content)
     if lock is None:
         raise StageError(f"{LOCK}: damaged, expected it as DVC writes it; `dvc status` says where")
-    for name, stage in lock["stages"].items():  # a file cut between two entries is one that DVC still reads
+    for name, stage in lock["stages"].items():  # DVC still reads a file cut between two entries
         expected = {str(path) for path in TRAININGS[name].outputs} if name in TRAININGS else set()
         found = {out["path"]: out.get("md5") for out in stage.get("outs", [])}
         if not found or not all(found.values()) or not expected <= found.keys():
@@ -112,8 +112,8 @@ def records_of(
 ) -> list[Record]:
     """Records of a training in dvc.lock and of the later stages that read it; its files are below `root`.
 
-    `origin` is the code that made it, as code_state has it. Raises StageError if a file is missing, or is
-    another one.
+    `origin` is the code that made it, as code_state returns it. Raises StageError if a file is missing, or
+    differs from dvc.lock.
     """
     for out in entries[training.stage]["outs"]:
         _check(root, out)
@@ -142,7 +142,7 @@ def records_of(
 
 
 def _report(own: Record, name: str, entry: dict, root: Path) -> Record:
-    """What a later stage says about the training of a record."""
+    """What a later stage reports about the training of a record."""
     paths = [path for out in entry["outs"] for path in _files(_check(root, out))]
     if name == PLOT_STAGE:
         paths = [path for path in paths if path.stem in TRAININGS[own.training].figures]
@@ -156,12 +156,12 @@ def _report(own: Record, name: str, entry: dict, root: Path) -> Record:
         metrics=metrics,
         begun=own.begun,
         ended=own.ended,
-        files=files if all(path.exists() for path in paths) else {},  # the page may be in DVC's cache alone
+        files=files if all(path.exists() for path in paths) else {},  # the page may be only in DVC's cache
     )
 
 
 def sync_experiments(store: Store) -> None:
-    """Complete the runs of DVC's experiments by what git has: they may never be checked out here."""
+    """Complete the runs of DVC's experiments from git, because they may never be checked out here."""
     try:
         found = experiments()
     except GitError as error:
@@ -190,7 +190,7 @@ def sync_experiments(store: Store) -> None:
 
 
 def _weights_before(baseline: str) -> dict[str, str]:
-    """Those of the commit of an experiment, or of HEAD if this clone does not have it, or it is damaged."""
+    """The weights at an experiment's commit, or at HEAD if this clone lacks it, or it is damaged."""
     for reference in (baseline, "HEAD"):
         with suppress(StageError):
             return weights_at(reference)
@@ -200,7 +200,7 @@ def _weights_before(baseline: str) -> dict[str, str]:
 def _sync_experiment(store: Store, experiment: Experiment, left: list[Training]) -> None:
     lock = file_at(experiment.reference, LOCK)
     if lock is None:
-        raise StageError(f"{LOCK}: not in the experiment, expected beside its metrics")
+        raise StageError(f"{LOCK}: not in the experiment, expected next to its metrics")
     entries, origin = read_entries(lock), _origin_of(experiment)
     archive = git("archive", "--format=zip", experiment.reference, "--", "metrics")
     with tempfile.TemporaryDirectory() as folder:
@@ -217,12 +217,12 @@ def _sync_experiment(store: Store, experiment: Experiment, left: list[Training])
 
 
 def _origin_of(experiment: Experiment) -> tuple[dict, bytes]:
-    """Tags of the runs of an experiment, and the changes of code that it was made with."""
+    """Tags for the runs of an experiment, and the code changes that it ran with."""
     name, baseline = {"dvc_exp_name": experiment.name}, experiment.baseline
-    try:  # diff-tree, since the user's settings colour what `git diff` prints, or change its paths
+    try:  # diff-tree, because the user's settings may colour what `git diff` prints, or change its paths
         options = ("-p", "--binary", "--no-ext-diff")
         diff = git("diff-tree", *options, baseline, experiment.reference, "--", ".", *NOT_CODE)
-    except GitError:  # again a clone of few commits
+    except GitError:  # again, a shallow clone
         return name, b""
     return name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}, diff
 
@@ -234,20 +234,20 @@ def _is_code_of(entry: dict) -> bool:
 
 
 def _reports(training: Training, entries: dict) -> list[str]:
-    """The stages of dvc.lock that say something about a training, and not about an earlier one."""
+    """The stages of dvc.lock that report on this training, and not on an earlier one."""
     about_it = [training.evaluation, PLOT_STAGE, *([] if training is TOY else [PAGE_STAGE])]
     makers = [entries[name] for name in (training.stage, training.evaluation) if name in entries]
     return [name for name in about_it if name in entries and _has_read(entries[name], makers)]
 
 
 def _has_read(entry: dict, makers: list[dict]) -> bool:
-    """Whether a stage ran with what others have made by now: dvc.lock keeps it until it runs again."""
+    """Whether a stage ran with the makers' current outputs; its entry in dvc.lock stays until it reruns."""
     made = {out["path"]: out.get("md5") for maker in makers for out in maker.get("outs", [])}
     return all(made.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in entry.get("deps", []))
 
 
 def _params(training: Training, entries: dict) -> dict:
-    """The params in dvc.lock under their paths; of a training on copies, those that made the copies, too."""
+    """A training's params in dvc.lock, by path; with augmented images, also the params that made them."""
     entry, copies = entries[training.stage], entries.get("augment_images")
     readers = [entry]
     if training.images == "augmented" and copies and _has_read(entry, [copies]):
@@ -263,7 +263,7 @@ def _params(training: Training, entries: dict) -> dict:
 
 
 def _md5(path: Path, ends: str | tuple[str, ...] = "") -> str:
-    """DVC's digest of a file, or of the files in a folder whose names end so."""
+    """DVC's digest of a file, or of the files in a folder whose names end in `ends`."""
     if path.is_file():
         return md5_of(path.read_bytes())
     files = sorted(file for file in path.rglob("*") if file.name.endswith(ends) and file.is_file())
@@ -276,7 +276,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _check(root: Path, out: dict) -> Path:
-    """The path of an output in dvc.lock. Raises StageError if its content is not the one named there."""
+    """The path of an output in dvc.lock. Raises StageError if its content differs from the digest there."""
     path = root / out["path"]
     if path.exists() and _md5(path) != out["md5"]:
         raise StageError(f"{out['path']}: differs from dvc.lock; `dvc repro` writes both again")

@@ -30,7 +30,7 @@ def main(what: str, as_json: bool) -> None:
 
 
 def queries(what: str) -> list[str]:
-    """The MLflow searches for the runs of `what`. Raises StageError if it is nothing known."""
+    """The MLflow searches for the runs of `what`. Raises StageError if `what` is not recognized."""
     if Path(what).is_file():
         return [f"tags.weights_sha256 = '{sha256_of(Path(what))}'"]
     if re.fullmatch("[0-9a-f]{64}", what):
@@ -41,7 +41,7 @@ def queries(what: str) -> list[str]:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()
     except GitError as error:
         raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
-    # Runs of its code, and those whose results it holds: a kept experiment ran on the commit before.
+    # Runs of its code, and runs whose results it holds: a kept experiment ran on the commit before.
     held = set(weights_at(commit).values())
     return [
         f"tags.git_commit = '{commit}'",
@@ -70,10 +70,10 @@ def trace(client, run) -> dict:
 
 
 def restore(run, tags: dict, has_diff: bool) -> list[str]:
-    """The commands that make the run's results again, from the DVC cache where it has them.
+    """The commands that restore the run's results, from the DVC cache if it has them.
 
-    Params and tags come from a store that others may write to: hence values are quoted, and what no stage
-    writes is left out, with a line.
+    Params and tags come from a store that others may write to, so values are quoted, and what no stage writes
+    is left out, with a comment.
     """
     if tags.get("dvc_stage") not in TRAININGS:
         return [f"# no command: dvc_stage is {one_line(tags.get('dvc_stage'))}, expected a training"]
@@ -82,7 +82,7 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
         commands.append(f"git checkout {commit}")
     elif commit:
         commands.append(f"# left out: the commit {one_line(commit)}, expected 40 hexadecimal digits")
-    # A run that was dirty when it began, and resumed after a commit, is clean and keeps its first diff.
+    # A run that began dirty and was resumed after a commit is clean, and keeps its first diff.
     if tags.get("git_dirty") == "true" and has_diff:
         commands.append(f"mlflow artifacts download -r {run.info.run_id} -a uncommitted.diff -d .")
         commands.append("git apply uncommitted.diff")
@@ -98,13 +98,13 @@ def restore(run, tags: dict, has_diff: bool) -> list[str]:
 
 
 def one_line(value: object) -> str:
-    """A value in one line, without escape sequences, which could make a terminal show other words."""
+    """A value in one line, without escape sequences, which could make a terminal show something else."""
     text = str(value)
     return text if text.isprintable() else json.dumps(text)
 
 
 def words(trace: dict) -> str:
-    """The trace for people."""
+    """The trace as text."""
     dirty = {"true": ", with uncommitted changes", "false": ", clean"}.get(trace.get("git_dirty", ""), "")
     machine = ", ".join(trace[name] for name in ("torch", "cpu_capability", "gpu") if name in trace)
     lines = [

@@ -19,9 +19,9 @@ from fashion_cnn.project.errors import StageError
 from fashion_cnn.tracking.runs import NOTE_TAG
 from fashion_cnn.tracking.store import CNN_RUNS, TOY_RUNS, as_store_error, connect, shown, store_url
 
-HOST, START = "127.0.0.1", 180  # seconds in which the UI must answer
-# Runs a command, and kills it and all that it has started when this process ends, however it ends: the pipe
-# that it reads from is closed then.
+HOST, START = "127.0.0.1", 180  # START: seconds in which the UI must answer
+# Runs a command, and kills it and all that it has started when this process ends, however it ends, because
+# that closes the pipe that it reads from.
 KEEPER = '{ "$@"; kill -KILL 0; } & read -r _; kill -KILL 0'
 VIEW = "trainings"
 COLUMNS = [
@@ -41,7 +41,7 @@ DESCRIPTION = """{}
 
 - **Compare:** select two runs and press *Compare*, or run `fashion-cnn compare` in the project.
 - **Restore a run:** `fashion-cnn trace RUN_ID` prints the commands.
-- **Figures:** a run's artifacts have them, under `plot_results`.
+- **Figures:** they are among a run's artifacts, under `plot_results`.
 """
 ABOUT = {
     CNN_RUNS: "One run for each training of the CNN: `train_cnn@original` and `train_cnn@augmented`.",
@@ -50,11 +50,11 @@ ABOUT = {
 
 
 def main(port: int) -> None:
-    """Bring the runs in line, save the view, start the UI, and print its address; ends with the UI."""
+    """Bring the runs in line, save the view, start the UI, and print its address; runs until the UI ends."""
     check_free(port)
     try:
         sync.main()
-    except StageError as error:  # what there is can be shown
+    except StageError as error:  # existing runs can still be shown
         print(f"error: {error}", file=sys.stderr)
     with as_store_error():
         store = connect()
@@ -65,11 +65,11 @@ def main(port: int) -> None:
         store.client.set_experiment_tag(cnns, f"mlflow.sharedViewState.{VIEW}", view)
     path = f"/#/experiments/{cnns}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     url = store_url()
-    if url.startswith("http"):  # a server has a UI of its own
+    if url.startswith("http"):  # a server has its own UI
         print(f"MLflow: {shown(url).rstrip('/')}{path}")
         return
-    # One worker serves one person. Of several, those that do not answer a ping within 5 s are killed, so that
-    # on a busy machine the UI would never open; and another process would wait for jobs that nobody sends.
+    # One worker is enough for one person. MLflow kills those of several that do not answer a ping within 5 s,
+    # so on a busy machine the UI would never open. Job execution would only add an idle process.
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port),
         "--workers", "1",
@@ -107,10 +107,10 @@ def check_free(port: int) -> None:
 
 
 def wait_until_ready(server: subprocess.Popen, port: int) -> None:
-    """Wait until the UI answers. Raises StageError if it ends, or does not in time."""
+    """Wait until the UI answers. Raises StageError if it ends, or does not answer in time."""
     deadline = time.monotonic() + START
     with requests.Session() as session:
-        session.trust_env = False  # no proxy leads to this machine
+        session.trust_env = False  # a proxy could not reach this machine
         while server.poll() is None and time.monotonic() < deadline:
             with suppress(requests.ConnectionError, requests.Timeout):
                 if session.get(f"http://{HOST}:{port}/health", timeout=5).ok:

@@ -15,20 +15,22 @@ AUGMENTED_DIR = Path("data/augmented")
 def save_copies(
     copies: Iterable[np.ndarray], labels: np.ndarray, params: dict, folder: Path = AUGMENTED_DIR
 ) -> None:
-    """Write each array of `copies` as copy_01.npy, …, `labels` (N,) of their rows as labels.npy, and
-    `params`, by which the copies were made, as params.json."""
+    """Write `copies` as copy_01.npy, …, the `labels` (N,) of their rows as labels.npy, and params.json.
+
+    `params` are those that made the copies.
+    """
     written = {folder / "labels.npy"}
     write_array(folder / "labels.npy", labels)
-    write_text(folder / "params.json", json.dumps(params, indent=2) + "\n")  # unrounded: no metrics
+    write_text(folder / "params.json", json.dumps(params, indent=2) + "\n")  # unrounded: not metrics
     for number, copy in enumerate(copies, start=1):
         written.add(path := folder / f"copy_{number:02d}.npy")
         write_array(path, copy)
-    for stale in set(folder.glob("*.npy")) - written:  # of an earlier run with more copies
+    for stale in set(folder.glob("*.npy")) - written:  # left by an earlier run with more copies
         stale.unlink()
 
 
 def load_copies(folder: Path = AUGMENTED_DIR) -> tuple[list[np.ndarray], np.ndarray, dict]:
-    """What save_copies wrote: the copies, memory-mapped, the labels, and the params."""
+    """Read what save_copies wrote: memory-mapped copies, labels and params."""
     paths = sorted(folder.glob("copy_*.npy"))
     if not paths:
         raise StageError(f"{folder}: no copies found; `dvc repro augment_images` makes them")

@@ -1,4 +1,4 @@
-"""Fashion-MNIST's four IDX files: what they must be, and reading them.
+"""Fashion-MNIST's four IDX files: what they must hold, and how to read them.
 
 Format: http://yann.lecun.com/exdb/mnist, big-endian: two zero bytes, the type (8 = uint8),
 the number of dimensions, each dimension as uint32, then the values.
@@ -69,7 +69,7 @@ def read_idx(file: IdxFile, folder: Path = RAW_DIR) -> np.ndarray:
     path = folder / file.name
     if not path.is_file():
         raise StageError(f"{path}: not found; `dvc repro fetch_fashion_mnist` fetches it")
-    content = np.fromfile(path, np.uint8)  # writable, as torch wants it, without a copy
+    content = np.fromfile(path, np.uint8)  # writable, as torch expects, without a copy
     check_header(file, content[: len(file.header)].tobytes(), path)
     if len(content) != file.size:
         raise StageError(f"{path}: {len(content)} bytes, expected {file.size}")

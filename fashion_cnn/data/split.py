@@ -1,4 +1,4 @@
-"""Which of the train images train and which validate."""
+"""The split of Fashion-MNIST's train images into train and val."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ def split_indices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (train, val), two disjoint ascending arrays of image indices.
 
-    The first `val_size` of a seeded permutation validate, whatever `train_size` is; the next
-    `train_size` (None: all that remain) train.
+    The first `val_size` of a seeded permutation are val, whatever `train_size` is; the next
+    `train_size` (None: all that remain) are train.
     """
     order = np.random.default_rng(seed).permutation(n_images)
     val, rest = order[:val_size], order[val_size:]

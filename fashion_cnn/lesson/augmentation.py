@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.process import die_with_parent, usable_threads
 
-BLOCK = 1000  # images a task; each block has its own seed, so that the number of workers changes no byte
+BLOCK = 1000  # images per task; each block has its own seed, so the number of workers changes no byte
 
 
 def augment(
@@ -28,11 +28,11 @@ def augment(
     """Yield `copies` arrays like `images` (N, 28, 28) uint8; row i of each is made from image i.
 
     Each image is shifted by up to `max_shift` pixels along each axis and rotated by up to
-    `max_rotation` degrees, uniformly; what comes into view is black. The result depends on the
-    seed alone, not on `workers` (None: one for each core this process may use).
+    `max_rotation` degrees, uniformly; uncovered pixels are black. The result depends only on the
+    seed, not on `workers` (None: one for each core this process may use).
     """
-    imgaug_augmenters()  # once, before the workers are forked: it takes a second
-    _keep_opencv_single()  # here, too: a worker forked beside OpenCV's threads would wait for them for ever
+    imgaug_augmenters()  # import it once, before the workers are forked: it takes a second
+    _keep_opencv_single()  # here too: a worker forked while OpenCV has threads would wait for them forever
     task = partial(_augment_block, max_shift=max_shift, max_rotation=max_rotation)
     starts = range(0, len(images), BLOCK)
     blocks = [images[start : start + BLOCK] for start in starts]
@@ -52,7 +52,7 @@ def _start_pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     try:
         return ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    except OSError as error:  # of the semaphores that it makes
+    except OSError as error:  # from creating semaphores
         raise StageError(
             f"shared memory: {error.strerror}, expected /dev/shm to be writable, as several processes use it"
         ) from None
@@ -64,7 +64,7 @@ def _start_worker() -> None:
 
 
 def _keep_opencv_single() -> None:
-    cv2.setNumThreads(1)  # its own threads would compete with the workers: a tenth of the time
+    cv2.setNumThreads(1)  # its own threads would compete with the workers; this saves a tenth of the time
 
 
 def _augment_block(
@@ -80,10 +80,10 @@ def _augment_block(
 
 
 def imgaug_augmenters():
-    """Return imgaug.augmenters, after the repair that lets it load.
+    """Return imgaug.augmenters, patched so that it loads with NumPy 2.
 
-    imgaug 0.4.0, its last release, reads np.sctypes, which NumPy 2 removed. This can go when
-    imgaug does, or when a release of it stops reading np.sctypes.
+    imgaug 0.4.0, its last release, reads np.sctypes, which NumPy 2 removed. Delete the patch with
+    imgaug, or once a release of it no longer reads np.sctypes.
     """
     if not hasattr(np, "sctypes"):
         np.sctypes = {  # type: ignore[attr-defined]

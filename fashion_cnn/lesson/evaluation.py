@@ -1,4 +1,4 @@
-"""What a model gets right and wrong on the test split, as it is and shifted or rotated."""
+"""What a model gets right and wrong on the test split: unmodified, shifted and rotated."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def per_class(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
-    """One row an image, the form from which `dvc plots` counts its confusion template."""
+    """One row per image: `dvc plots` counts the rows for its confusion template."""
     return [
         {"actual": CLASSES[label], "predicted": CLASSES[prediction]}
         for label, prediction in zip(labels, predictions, strict=True)
@@ -34,9 +34,9 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> list[dict]:
 
 
 def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count: int) -> dict[str, list]:
-    """The wrong predictions of which the model is surest, surest first.
+    """The wrong predictions, the most confident first.
 
-    `surest`: the first `count`. `of_each_kind`: the first of each pair of label and prediction.
+    `surest`: the first `count`. `of_each_kind`: the first for each pair of label and prediction.
     """
     confidences, predictions = logits.softmax(1).max(1)
     wrong = np.flatnonzero(predictions.numpy() != labels)
@@ -60,8 +60,8 @@ def mistakes(images: np.ndarray, labels: np.ndarray, logits: torch.Tensor, count
 def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict:
     """Accuracy on `images` (N, 28, 28) uint8 when shifted along either axis, and when rotated.
 
-    Two tables, since pixels and degrees are no common axis; their columns differ but for `n`, since
-    `dvc plots` joins the tables of a file by row.
+    Two tables, because pixels and degrees share no axis. Columns other than `n` differ, because
+    `dvc plots` joins a file's tables by row.
     """
 
     n, moves = len(labels), 2 * len(SHIFTS) + len(ANGLES)
@@ -81,9 +81,9 @@ def robustness(model: nn.Module, images: np.ndarray, labels: np.ndarray, device:
 
 
 def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
-    """`images` (N, 28, 28) uint8 by "shift_x" or "shift_y" (pixels) or "rotation" (degrees).
+    """Move `images` (N, 28, 28) uint8 by "shift_x" or "shift_y" (pixels) or "rotation" (degrees).
 
-    What comes into view is black; rotation interpolates bilinearly.
+    Uncovered pixels are black; rotation interpolates bilinearly.
     """
     tensor = torch.from_numpy(images)
     if transform == "rotation":
@@ -93,5 +93,5 @@ def move(images: np.ndarray, transform: str, amount: int) -> np.ndarray:
 
 
 def mean_accuracy(rows: list[dict], amount: str, distance: int, *columns: str) -> float:
-    """Mean of `columns` in those rows of `robustness` whose `amount` is ±distance."""
+    """Mean of `columns` over the rows of `robustness` whose `amount` is ±distance."""
     return float(np.mean([row[name] for row in rows for name in columns if abs(row[amount]) == distance]))

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.project.files import replace_atomically
 
-COLORS = {"original": "#0072b2", "augmented": "#d55e00"}  # told apart by colour-blind readers, too
-plt.rcdefaults()  # a user's matplotlibrc moves no byte
+COLORS = {"original": "#0072b2", "augmented": "#d55e00"}  # distinguishable for colour-blind readers
+plt.rcdefaults()  # so that a user's matplotlibrc changes no byte
 plt.rcParams.update(
     {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 )
@@ -109,7 +109,7 @@ def robustness(tables: dict[str, dict[str, Rows]]) -> Figure:
 
 
 def augmentation(variants: list[np.ndarray], labels: np.ndarray) -> Figure:
-    """Images of each variant (n, 28, 28), the original first, one column an image; labels (n,)."""
+    """Images of each variant (n, 28, 28), the original first, one column per image; labels (n,)."""
     figure, grid = plt.subplots(
         len(variants), len(labels), figsize=(1.25 * len(labels), 1.3 * len(variants) + 0.5),
         squeeze=False, layout="constrained",
@@ -125,7 +125,7 @@ def augmentation(variants: list[np.ndarray], labels: np.ndarray) -> Figure:
 
 
 def mistakes(tables: dict[str, Rows]) -> Figure:
-    """The test images that each CNN gets wrong with most confidence."""
+    """The most confident mistakes of each CNN on test images."""
     width = max(len(rows) for rows in tables.values())
     columns = min(width, 6)
     lines = -(-width // columns)

@@ -3,8 +3,7 @@
 Usage: python -m fashion_cnn.lesson.plain_loop original|augmented, after `make repro`. It trains with the
 split, seed, epochs, batch_size and learning_rate of params.yaml, prints each epoch, and writes nothing. With
 the committed params it prints the numbers of the stage train_cnn, up to rounding errors that grow with the
-steps. The stage uses fashion_cnn/training/loop.py; its docstring
-lists what that adds.
+number of steps. The stage uses fashion_cnn/training/loop.py, whose docstring lists what it adds.
 """
 
 from fashion_cnn.project.catalog import named_cnn
@@ -12,7 +11,7 @@ from fashion_cnn.project.params import load_params
 from fashion_cnn.project.process import run_stage, start
 
 if __name__ == "__main__":
-    start(named_cnn, load_params)  # before the imports that take seconds, and read the environment
+    start(named_cnn, load_params)  # before the slow imports, which read the environment
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from fashion_cnn.training.train_data import load_train_data
 
 
 def train(images: str, params: Params) -> list[dict]:
-    """Train on "original" or "augmented" images; returns a row of metrics for each epoch."""
+    """Train on "original" or "augmented" images; return one row of metrics per epoch."""
     device = prepare_torch("cpu")
     split, how, rows = params.split, params.train_cnn, []
     data = load_train_data(images, split.val_size, split.train_size, split.seed)

@@ -1,4 +1,4 @@
-"""Reading back what the stages write into metrics/, each file checked: its columns, every cell."""
+"""Read what the stages write into metrics/, checking every column and cell."""
 
 import csv
 import reprlib
@@ -12,14 +12,14 @@ from fashion_cnn.project.files import pixels_from_text, read_json, weights_diges
 
 
 class Kind(NamedTuple):
-    """What the cells of a column are: `convert` raises ValueError for any that is not `expected`."""
+    """The type of a column's cells: `convert` raises ValueError for a cell that is not `expected`."""
 
     convert: Callable[[str], object]
     expected: str
 
 
 def one_of(*values: str) -> Kind:
-    """A column with no other text than `values`."""
+    """A column that holds only `values`."""
     return Kind(lambda text: values[values.index(text)], "one of " + ", ".join(values))
 
 
@@ -38,7 +38,7 @@ MISTAKES = {"label": CLASS, "prediction": CLASS, "confidence": NUMBER, "pixels":
 
 
 def read_table(path: Path, columns: dict[str, Kind], others: Kind | None = None) -> list[dict]:
-    """Read `columns` of the rows that write_csv wrote; every other column as `others`, if given.
+    """Read `columns` of the rows that write_csv wrote, and every other column as `others`, if given.
 
     Raises StageError naming the file, what it holds and what was expected.
     """
@@ -55,7 +55,7 @@ def read_table(path: Path, columns: dict[str, Kind], others: Kind | None = None)
 
 
 def read_rows(path: Path, name: str, columns: dict[str, Kind]) -> list[dict]:
-    """Read `columns` of the list of rows that write_json wrote as `name`; the errors are read_table's."""
+    """Read `columns` of the rows that write_json wrote as `name`; raises the same errors as read_table."""
     rows = read_json(path).get(name)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise _damaged(path, f"{name} is {reprlib.repr(rows)}, expected a list of rows")
@@ -63,7 +63,7 @@ def read_rows(path: Path, name: str, columns: dict[str, Kind]) -> list[dict]:
 
 
 def read_weights_sha256(path: Path) -> str:
-    """The digest of the weights that a training names in its metrics. Raises StageError if it has none."""
+    """The digest of the weights in a training's metrics. Raises StageError if there is none."""
     metrics = read_json(path)
     if digest := weights_digest(metrics):
         return digest

@@ -15,14 +15,14 @@ PARAMETERS += ["weight", "bias"]  # in the order of torch's state_dict
 def train_toy(
     images: np.ndarray, labels: np.ndarray, *, epochs: int, learning_rate: float, seed: int
 ) -> tuple[nn.Sequential, list[float], list[dict]]:
-    """Train the toy CNN on `images` (2, 1, 4, 4) and `labels` (2,), one image a step, in order.
+    """Train the toy CNN on `images` (2, 1, 4, 4) and `labels` (2,), one image per step, in order.
 
-    Returns the model, the mean binary cross-entropy of each epoch, before its steps' updates, and the
-    parameters after about MOMENTS epochs, from 0, before the training, to the last.
+    Returns the model, each epoch's mean binary cross-entropy (computed before each update), and the
+    parameters after about MOMENTS of the epochs, from 0 (before the training) to the last.
     """
     model = fresh(build_toy_cnn, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    # (1, 1, 4, 4) and (1, 1) a step, cut once: a DataLoader would cost more than the training
+    # (1, 1, 4, 4) and (1, 1) per step, split once: a DataLoader would cost more than the training
     batches = list(
         zip(torch.from_numpy(images).split(1), torch.from_numpy(labels)[:, None].split(1), strict=True)
     )
@@ -47,8 +47,11 @@ def parameters(model: nn.Sequential) -> dict[str, float]:
 
 
 def is_relu_dead(model: nn.Sequential, images: np.ndarray) -> bool:
-    """True if the ReLU gives 0 for every image: no gradient reaches the convolution any more,
-    the linear layer sees one input for both labels, and the outputs settle at 0.5."""
+    """True if the ReLU gives 0 for every image.
+
+    Then no gradient reaches the convolution, the linear layer sees the same input for both labels, and the
+    outputs settle at 0.5.
+    """
     with torch.inference_mode():
         return not model[:3](torch.from_numpy(images)).any()
 

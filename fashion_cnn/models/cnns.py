@@ -66,11 +66,11 @@ MODELS = {LESSON: lesson_layers, "residual": residual_layers}
 
 
 class Cnn(nn.Sequential):
-    """A CNN for Fashion-MNIST by the name of its layers: (N, 1, 28, 28) to logits (N, 10).
+    """A CNN for Fashion-MNIST with the layers named `model`: (N, 1, 28, 28) to logits (N, 10).
 
-    Test-time augmentation: when it evaluates, it looks at 1, 2 or 6 `views` of each image, which are the
-    image, its mirror image, and both shifted by a pixel in two ways. The logits are their mean, in which
-    shifted views count half, as in airbench (Jordan, arXiv 2404.00498).
+    Test-time augmentation: in eval mode, the logits are the mean over 1, 2 or 6 `views` of each image: the
+    image, its mirror image, and both shifted by a pixel in two ways. Shifted views have half the weight, as
+    in airbench (Jordan, arXiv 2404.00498).
     """
 
     def __init__(self, model: str = LESSON, views: int = 1):
@@ -88,18 +88,18 @@ class Cnn(nn.Sequential):
 
         if self.views == 2:
             return both(images)
-        # A pixel right and down, and a pixel left and up; black comes into view.
+        # One pixel right and down, and one left and up; uncovered pixels are black.
         one, other = (F.pad(images, (by, -by, by, -by)) for by in (1, -1))
         return both(images) / 2 + (both(one) + both(other)) / 4
 
 
 def build_cnn(model: str = LESSON, views: int = 1) -> Cnn:
-    """The CNN of the params train_cnn.model and train_cnn.tta_views."""
+    """The CNN that the params train_cnn.model and train_cnn.tta_views specify."""
     return Cnn(model, views)
 
 
 def fresh(build: Callable[[], Model], seed: int) -> Model:
-    """A model with torch's usual random weights, the same for the same seed."""
+    """A model with torch's default random weights, reproducible by `seed`."""
     torch.manual_seed(seed)
     return build()
 
@@ -107,8 +107,8 @@ def fresh(build: Callable[[], Model], seed: int) -> Model:
 def save_weights(model: nn.Module, path: Path) -> str:
     """Write the weights as safetensors and return the SHA-256 of the file.
 
-    The bytes depend on the values alone, not on their layout. Where the model is not the lesson's, the file
-    says which it is.
+    The bytes depend only on the values, not on their layout. If the model is not the lesson's, the file says
+    which it is.
     """
     tensors = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
     write_tensors(path, tensors, _about(model) if isinstance(model, Cnn) else {})
@@ -116,7 +116,7 @@ def save_weights(model: nn.Module, path: Path) -> str:
 
 
 def load_cnn(path: Path) -> Cnn:
-    """The CNN whose weights save_weights wrote, in eval mode. Raises StageError if the file is no such."""
+    """The CNN whose weights save_weights wrote, in eval mode. Raises StageError for any other file."""
     about = read_metadata(path).get("model", LESSON)
     known = re.fullmatch(rf"({'|'.join(MODELS)})(?:, ([26]) views)?", about)
     if not known:
@@ -128,7 +128,7 @@ def load_cnn(path: Path) -> Cnn:
 
 
 def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
-    """Read what save_weights wrote into `model`, in eval mode. Raises StageError if it does not fit."""
+    """Load what save_weights wrote, and set eval mode. Raises StageError if it does not fit `model`."""
     tensors = {name: torch.from_numpy(array) for name, array in read_tensors(path).items()}
     try:
         model.load_state_dict(tensors)
@@ -138,15 +138,15 @@ def load_weights(model: nn.Sequential, path: Path) -> nn.Sequential:
 
 
 def _about(model: Cnn) -> dict[str, str]:
-    # One entry: safetensors writes several in no fixed order.
+    # A single entry, because safetensors writes several in no fixed order.
     about = model.model if model.views == 1 else f"{model.model}, {model.views} views"
     return {} if about == LESSON else {"model": about}
 
 
 def summarize(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The table that torchsummary prints, as text."""
-    # The one that trains may be on a GPU, and stays there. In training: a CNN of several views that evaluates
-    # passes each layer several times.
+    # A copy, so the caller's model keeps its device; train mode, because with several views eval mode runs
+    # each layer several times.
     model = copy.deepcopy(model).cpu().train()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         summary(model, input_shape, device="cpu")

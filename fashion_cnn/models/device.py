@@ -12,23 +12,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 KEEP_BYTES = 1 << 30
 
 
-# ATen and MKL choose code by CPU, and so the last bits of their sums. Held to AVX2, and to the one mode that
-# MKL promises to be equal on Intel's and other makers' CPUs, they sum alike on every x86-64 CPU with AVX2;
-# what they and oneDNN sum otherwise, fixed_order.py replaces. Read when they first compute;
-# fashion_cnn.project.process removes what the user's environment says.
+# ATen and MKL choose code by CPU, which changes the last bits of their sums. Restricted to AVX2, and to the
+# one mode that MKL guarantees to be equal on Intel's and other makers' CPUs, they sum alike on every x86-64
+# CPU with AVX2; fixed_order.py replaces those sums of theirs and of oneDNN's that still differ. Both read
+# these settings when they first compute; fashion_cnn.project.process removes those of the user's environment.
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
-MOST_THREADS = 16  # unless asked for: a batch of 32 images has little work for more
+MOST_THREADS = 16  # by default: a batch of 32 images has little work for more
 
 
 def prepare_torch(device: str, threads: int | None = None, fixed_order: bool = True):
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
     On an x86-64 CPU with AVX2, float32 results have the same bytes for any number of `threads`; None takes
-    the usable cores. Without `fixed_order` they have so on one thread: for models so small that kernels in
-    Python would cost more than the computation. Call this before torch computes anything. Raises StageError
-    if there is no "cuda".
+    the usable cores. Without `fixed_order` this holds for one thread only; it is for models so small that
+    kernels in Python would cost more than the computation. Call this before torch computes anything. Raises
+    StageError if `device` is "cuda" and there is none.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for cuBLAS to be deterministic
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -37,17 +37,17 @@ def prepare_torch(device: str, threads: int | None = None, fixed_order: bool = T
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or usable_threads(MOST_THREADS))
     _make_portable(device, fixed_order, torch)
-    # As torch.use_deterministic_algorithms, which imports torch.compile's modules, a second or more. Warns on
-    # CUDA: torch knows its pooling gradient as not deterministic, which it is only for windows that overlap.
+    # torch.use_deterministic_algorithms does the same, but imports torch.compile's modules: a second or more.
+    # "warn" on CUDA: torch lists the pooling gradient as nondeterministic, true only if windows overlap.
     torch.set_deterministic_debug_mode("warn" if device == "cuda" else "error")
-    # Guards against reads of uninitialised memory, at 5 % of a step; no layer here has any.
+    # The fill guards against reads of uninitialised memory, at 5 % of a step; no layer here has such reads.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
     return torch.device(device)
 
 
 def why_not_portable(device: str = "auto") -> str | None:
-    """Why results here differ from those of other machines, in a clause; None if they do not."""
+    """The reason, as a clause, why this machine's results differ from others'; None if they do not."""
     import torch
 
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -58,7 +58,7 @@ def why_not_portable(device: str = "auto") -> str | None:
 
 
 def _make_portable(device: str, fixed_order: bool, torch) -> None:
-    # ATen runs what it is told to, so a CPU without AVX2 would meet an illegal instruction.
+    # ATen does not check, so a CPU without AVX2 would hit an illegal instruction.
     if reason := why_not_portable(device):
         print(f"the last digits of results differ from those of other machines: {reason}")
         return
@@ -75,7 +75,7 @@ def _make_portable(device: str, fixed_order: bool, torch) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from giving freed memory back: a training step would fault in its pages anew.
+    """Stop glibc from returning freed memory: each training step would fault its pages in again.
 
     Saves a fifth of a training step on the CPU. Other C libraries have no mallopt.
     """

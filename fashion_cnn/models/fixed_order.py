@@ -1,14 +1,14 @@
 """Float32 sums in a fixed order: the same bytes for any number of threads and any x86-64 CPU with AVX2.
 
 The last bits of a float32 sum depend on the order of its terms. oneDNN computes each output of a convolution
-as a chain: one fused multiply-add after the other, in the order of the terms, however many outputs share a
-vector and whichever thread computes them. A chain breaks where the sum itself is split: over threads (oneDNN
-in gradients by weight, MKL in matrix products), or into blocks whose size depends on instruction set, cache
-and threads (oneDNN in long sums, and where rows of outputs are longer than rows of inputs).
+as a chain of fused multiply-adds in the order of the terms, however many outputs share a vector and whichever
+thread computes them. A chain breaks where the sum itself is split: over threads (oneDNN in weight gradients,
+MKL in matrix products), or into blocks whose size depends on instruction set, cache and threads (oneDNN in
+long sums, and where rows of outputs are longer than rows of inputs).
 
-This module replaces ATen's kernels for these operations on the CPU, so models and training loops stay as
-they are. Gradients by weight and linear layers become matrix products. A matrix product becomes a convolution
-of single pixels, whose groups are chains of at most CHAIN terms; their results are then added in order.
+This module replaces ATen's kernels for these operations on the CPU, so models and training loops need no
+change. Weight gradients and linear layers become matrix products. A matrix product becomes a convolution of
+single pixels, whose groups are chains of at most CHAIN terms; their results are then added in order.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ from torch.nn import functional as F
 from fashion_cnn.project.errors import StageError
 
 CHAIN = 320  # terms; with AVX2, oneDNN reads at most 40 vectors of 8 input channels in one block
-CACHED = 600_000  # numbers that a gradient by weight reads at once, so that they stay in the cache
+CACHED = 600_000  # numbers that a weight gradient reads at once, so that they stay in the cache
 
 
 @cache
 def use_fixed_order() -> torch.library.Library:
-    """Replace the kernels in this process. Raises StageError if this torch lacks what that needs.
+    """Replace the kernels in this process. Raises StageError if this torch lacks what it needs.
 
     From then on, a float32 operation that has no fixed order here, such as a grouped convolution, raises
-    StageError. Other types are computed as before. The replacement lasts as long as what this returns.
+    StageError. Other types are computed as before. The replacement lasts as long as the returned library.
     """
-    try:  # not public: tests/test_fixed_order.py fails if another torch sums in another order
+    try:  # private names: tests/test_fixed_order.py fails if another torch sums in another order
         _ = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_transpose_pointwise
         library = torch.library.Library("aten", "IMPL")
         for name, kernel in KERNELS.items():
@@ -55,11 +55,11 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     groups = next((groups for groups in range(least, 2 * least) if k % groups == 0), least)
     more = -k % groups
     a, b, k = _padded(a, 0, more), _padded(b, 0, 0, 0, more), k + more
-    # A transposed convolution, since its weights lie as `b` does: (input channels, output channels).
+    # A transposed convolution, because its weights have the layout of `b`: (input channels, output channels).
     pixels = a.contiguous().view(1, 1, m, k).permute(0, 3, 1, 2)  # (1, k, 1, m)
     sums = _transposed_convolution(pixels, b.contiguous().view(k, n, 1, 1), [0, 0], groups)
     parts = sums.permute(0, 2, 3, 1).reshape(m, groups, n).unbind(1)
-    return reduce(torch.Tensor.add_, parts).contiguous()  # .sum(1) may take another order
+    return reduce(torch.Tensor.add_, parts).contiguous()  # .sum(1) may use another order
 
 
 def _copied(*matrices: torch.Tensor) -> int:
@@ -69,7 +69,7 @@ def _copied(*matrices: torch.Tensor) -> int:
 def _convolution(images, weight, bias, stride, padding, dilation, transposed, _output_padding, groups):
     _check_covered(images, weight, stride, padding, dilation, transposed, groups)
     down, right = padding
-    more = max(0, right - (weight.shape[3] - 1) // 2)  # padded here, so that rows of outputs are not longer
+    more = max(0, right - (weight.shape[3] - 1) // 2)  # pad here, so that output rows are not longer
     images, weight = _with_zero_channels(_padded(images, more, more), 1), _with_zero_channels(weight, 1)
     operands = _channels_last(images), _channels_last(weight), bias, [down, right - more]
     return torch.ops.mkldnn._convolution_pointwise(*operands, [1, 1], [1, 1], 1, "none", [], "")
@@ -82,20 +82,20 @@ def _convolution_backward(
     gradient = _channels_last(gradient)
     by_images = by_weight = by_bias = None
     if wanted[0]:
-        more = max(0, images.shape[3] - gradient.shape[3] + 1) // 2  # as above
+        more = max(0, images.shape[3] - gradient.shape[3] + 1) // 2  # as in _convolution
         wide = _with_zero_channels(_padded(gradient, more, more), 1)
         whole = _with_zero_channels(weight, 0)
         by_images = _transposed_convolution(_channels_last(wide), whole, [padding[0], padding[1] + more])
     if wanted[1]:
         by_weight = _weight_gradient(gradient, images, weight.shape, padding)
     if wanted[2]:
-        # Threads share the channels in whole vectors if these are a multiple of 32.
+        # Threads split the channels into whole vectors if their number is a multiple of 32.
         by_bias = _padded(gradient, 0, 0, 0, 0, 0, -len(weight) % 32).sum((0, 2, 3))[: len(weight)]
     return by_images, by_weight, by_bias
 
 
 def _weight_gradient(gradient, images, shape: torch.Size, padding: list[int]) -> torch.Tensor:
-    """The gradient (N, O, H, W) of a convolution's outputs, times what each weight met in `images`."""
+    """The outputs' `gradient` (N, O, H, W) times what each weight met in `images`, summed."""
     outputs, channels, height, width = shape
     down, right = padding
     rows = _padded(images.permute(0, 2, 3, 1), 0, 0, right, right, down, down)  # (N, H + …, W + …, C)
@@ -114,7 +114,7 @@ def _transposed_convolution(inputs, weight, padding, groups: int = 1) -> torch.T
 
 
 def _with_zero_channels(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
-    """With channels of zeros, for which AVX2 and AVX-512 take the same order: 2 to 8, or a multiple of 16."""
+    """Add zero channels up to a number that AVX2 and AVX-512 sum in one order: 2 to 8 or n times 16."""
     channels = tensor.shape[dimension]
     more = 1 if channels == 1 else -channels % 16 if channels > 8 else 0
     return _padded(tensor, *(0, 0) * (3 - dimension), 0, more)
@@ -160,7 +160,7 @@ def _for_float32(kernel: Callable) -> Callable:
 
 
 def _batch_norm(own, keys, *given) -> tuple[torch.Tensor | None, ...]:
-    """ATen's own, forward or backward, which sums over threads in channels_last, but not in this layout."""
+    """ATen's own, forward or backward; it splits sums over threads in channels_last, not in this layout."""
     given = tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given)
     images, *others = own(keys, *given)
     return images if images is None else _channels_last(images), *others

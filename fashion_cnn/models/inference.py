@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from fashion_cnn.models.cnns import to_input
 
-BATCH = 500  # images a forward pass; more is no faster on the CPU and takes more memory
+BATCH = 500  # images per forward pass; more is not faster on the CPU and takes more memory
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move `model` in the layout in which its convolutions are fastest (36 to 26 ms a training step)."""
+    """Move `model` to `device` in the layout of the fastest convolutions (36 to 26 ms per training step)."""
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

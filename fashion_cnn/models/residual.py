@@ -1,6 +1,6 @@
 """A residual CNN with a third of the lesson's parameters, for the recipes.
 
-Convolution, pooling and ReLU as in the lesson, and three ideas more: batch norm after each convolution, a
+Convolution, pooling and ReLU as in the lesson, plus three ideas: batch norm after each convolution, a
 residual block after each pooling, and the largest value of each map instead of a hidden linear layer.
 """
 
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 
 class Residual(nn.Sequential):
-    """ReLU of the inputs plus what its layers make of them, (N, C, H, W) to the same."""
+    """ReLU of the inputs plus its layers' outputs for them; (N, C, H, W) to the same shape."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Layers that give zeros leave inputs that come from a ReLU as they are."""
+        """If the layers output zeros, inputs that come from a ReLU pass unchanged."""
         return F.relu(inputs + super().forward(inputs))
 
 
@@ -42,11 +42,11 @@ def residual_layers() -> list[nn.Module]:
 
 
 def _conv(n_in: int, n_out: int, padding: int = 0) -> nn.Conv2d:
-    # Batch norm takes the mean away, and any bias with it.
+    # Batch norm subtracts the mean, and any bias with it.
     return nn.Conv2d(n_in, n_out, kernel_size=3, padding=padding, bias=False)
 
 
 def _residual(maps: int) -> Residual:
     block = Residual(_conv(maps, maps, padding=1), norm := nn.BatchNorm2d(maps))
-    nn.init.zeros_(norm.weight)  # the block begins as nothing, and learns what to add
+    nn.init.zeros_(norm.weight)  # the block starts by adding nothing, and learns what to add
     return block

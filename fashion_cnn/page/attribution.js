@@ -1,10 +1,10 @@
 "use strict";
 
-// Why a CNN says what it says: what each place of its last maps adds to a logit, or to a difference of two.
+// Why a CNN predicts a class: what each position of its last maps adds to a logit, or to a difference of two.
 
 // Splits Σ signs · logits into what each input of the linear layers adds, and what their biases add. For one image,
-// the ReLUs between them are on or off, so these layers are one matrix: its weights times the inputs sum to the
-// logits exactly. This is "gradient times input" (Shrikumar et al., arXiv 1605.01713).
+// each ReLU between them is on or off, so these layers act as one linear layer: its products and its bias sum to the
+// logit exactly. This is "gradient times input" (Shrikumar et al., arXiv 1605.01713).
 function attribute(layers, steps, signs) {
   const flat = flatten_of(layers);
   let slopes = signs,
@@ -22,7 +22,7 @@ function attribute(layers, steps, signs) {
   return {shape: steps[flat - 1].shape, values, bias};
 }
 
-// The place of the layer after which a CNN has no maps any more.
+// The index of the layer after which a CNN has no maps.
 function flatten_of(layers) {
   return layers.findIndex(({type}) => type === "Flatten");
 }
@@ -37,7 +37,7 @@ function times_transposed({shape: [n_out, n_in], values}, slopes) {
   return sums;
 }
 
-// What each place adds, over all maps (C, H, W): H·W values.
+// What each position adds, summed over all maps (C, H, W): H·W values.
 function by_place({shape: [maps, height, width], values}) {
   const size = height * width;
   return Array.from({length: size}, (_, place) => {
@@ -47,7 +47,7 @@ function by_place({shape: [maps, height, width], values}) {
   });
 }
 
-// What each map adds, over all places.
+// What each map adds, summed over all positions.
 function by_map({shape: [maps, height, width], values}) {
   const size = height * width;
   return Array.from({length: maps}, (_, map) =>
@@ -63,13 +63,13 @@ function signs_of(number, rival) {
   return signs;
 }
 
-// The class with the largest logit, those of `but` left out; −1 beside NaN.
+// The class with the largest logit, except `but`; −1 if there is a NaN.
 function best(values, but = -1) {
   const found = [...values].map((value, place) => (place === but ? -Infinity : value));
   return found.indexOf(Math.max(...found));
 }
 
-// The square of the image from which the cell of a layer is made: its receptive field.
+// The receptive field of a layer's cell: the square of the image from which the cell is computed.
 function receptive_field(layers, place, [y, x]) {
   let top = y,
     left = x,
@@ -85,7 +85,7 @@ function tenths(value) {
   return Number.isFinite(value) ? value.toFixed(1).replace("-0.0", "0.0").replace("-", "−") : "–";
 }
 
-// The places as a grid of numbers, tinted on a scale up to `largest`. `look` is told the place under the pointer.
+// The positions as a grid of numbers, tinted on a scale up to `largest`. `look` gets the one under the pointer.
 function draw_places(target, values, width, largest, look) {
   const cells = values.map((value, place) => {
     const title = `${where(place, width)}: ${shown(value)}`;

@@ -1,6 +1,6 @@
 "use strict";
 
-// What the bars show, by a CNN's number of views.
+// The title of the bars, by a CNN's number of views.
 const PROBABILITIES = {
   1: "Probabilities",
   2: "Probabilities, from the mean logits of the image and its mirror image",

@@ -1,4 +1,4 @@
-"""What the page shows, as one value that JSON can hold."""
+"""What the page shows, as one JSON-serialisable value."""
 
 import base64
 import math
@@ -16,12 +16,12 @@ from fashion_cnn.models.residual import Residual
 from fashion_cnn.project.catalog import TOY, TOY_HISTORY, Training
 
 PER_CLASS = 3  # val images
-POINTS = 500  # of a curve; a longer one is thinned
+POINTS = 500  # at most in a curve; a longer one is thinned
 TOY_MOMENT = {"epoch": INTEGER} | dict.fromkeys(PARAMETERS, NUMBER)
 
 
 def toy(images: np.ndarray, labels: np.ndarray, learning_rate: float) -> dict:
-    """Part 1: both images (2, 1, 4, 4), the trained model, and how its parameters and its loss went."""
+    """Part 1: both images (2, 1, 4, 4), the trained model, and the history of its parameters and its loss."""
     model = load_weights(build_toy_cnn(), TOY.weights)
     moments = read_table(TOY_HISTORY, TOY_MOMENT)
     return {
@@ -35,7 +35,7 @@ def toy(images: np.ndarray, labels: np.ndarray, learning_rate: float) -> dict:
 
 
 def cnn(training: Training) -> dict:
-    """Parts 2 and 3: a CNN's weights, and what its training and its evaluation say."""
+    """Parts 2 and 3: a CNN's weights, and the results of its training and its evaluation."""
     confusion = read_table(training.confusion, results.CONFUSION)
     counts = Counter((row["actual"], row["predicted"]) for row in confusion)
     model = load_cnn(training.weights)
@@ -52,7 +52,7 @@ def cnn(training: Training) -> dict:
 
 
 def mistakes(training: Training) -> list[dict]:
-    """The surest mistakes of all, and the surest of each kind, each once."""
+    """The most confident mistakes, overall and of each kind, each once."""
     found = {}
     for part in ("surest", "of_each_kind"):
         for row in read_rows(training.mistakes, part, results.MISTAKES):
@@ -73,8 +73,8 @@ def examples(images: np.ndarray, labels: np.ndarray, val: np.ndarray) -> list[di
 def layers(model: nn.Sequential, pack, before: int = 0) -> list[dict]:
     """Each layer's type as torch names it, with what the browser needs to compute it.
 
-    A residual block becomes its layers, an Add to what came before them, by its place, and a ReLU. `before`
-    counts the layers before these.
+    A residual block becomes its layers, an Add with the index of the layer before the block, and a ReLU.
+    `before` counts the layers before these.
     """
     found: list[dict] = []
     for layer in model:
@@ -106,9 +106,9 @@ def plain(values: np.ndarray) -> dict:
 
 
 def int16(values: np.ndarray) -> dict:
-    """An array as base64 of whole numbers of steps, one step for all: half the bytes of float32.
+    """An array as base64 of int16 multiples of one step: half the bytes of float32.
 
-    -32768 stands for what is no finite number, as in a training that diverged.
+    -32768 stands for a value that is not finite, as after a training that diverged.
     """
     finite = np.isfinite(values)
     step = float(np.abs(values[finite]).max(initial=0)) / 32767 or 1.0
@@ -123,7 +123,7 @@ def pixels(image: np.ndarray) -> str:
 
 
 def curve(rows: list[dict]) -> dict:
-    """The columns of a curve, thinned to at most POINTS rows and the last, and of how many epochs."""
+    """The columns of a curve, thinned to at most POINTS rows and the last, and the number of epochs."""
     step = math.ceil(len(rows) / POINTS)
     kept = rows[::step] if (len(rows) - 1) % step == 0 else [*rows[::step], rows[-1]]
     return {"epochs": len(rows), "step": step, **columns(kept)}
@@ -135,7 +135,7 @@ def columns(rows: list[dict]) -> dict[str, list]:
 
 
 def number(value: float) -> float | None:
-    """None, JSON's null, for what is no finite number: JSON has no other word for it."""
+    """`value`, or None (JSON's null) if it is not finite: JSON has no NaN or infinity."""
     return value if math.isfinite(value) else None
 
 

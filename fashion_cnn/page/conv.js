@@ -1,7 +1,7 @@
 "use strict";
 
-// Part 2, one convolution: all its maps and what each layer up to the ReLU makes of them, one map enlarged, and how a
-// cell of it is made. `mark` is told which of the maps before is looked at.
+// Part 2, one convolution: all its maps and what each layer up to the ReLU makes of them, one map enlarged, and how
+// one of its cells is computed. `mark` gets the number of the input map that is open.
 function start_conv(network, place, number, mark) {
   const {
       weight: {
@@ -12,9 +12,9 @@ function start_conv(network, place, number, mark) {
     last = place + network.slice(place).findIndex(({type}) => type === "ReLU"),
     columns = maps > 64 ? 16 : 8;
   let map = 0,
-    marked = -1, // one of the last maps, which the next convolution looks at
-    source = -1, // one of the maps before; none: the one that adds most
-    drawn = -1, // the map before that is marked in the drawn atlases; none
+    marked = -1, // the map after the ReLU that is open in the next convolution; -1: none
+    source = -1, // the input map to open; -1: the one that adds most
+    drawn = -1, // the input map that is marked in the drawn atlases; -1: none
     cell = null,
     now; // {layers, steps, input, pixels}
 
@@ -41,7 +41,7 @@ function start_conv(network, place, number, mark) {
     map = Number(slider.value);
     draw();
   });
-  // An application, so that screen readers leave it the arrow keys.
+  // An application, so that screen readers pass it the arrow keys.
   const one = element("canvas", {tabindex: 0, role: "application"}),
     told = element("span", {class: "value"}),
     pooled = element("p", {class: "note"}),
@@ -119,7 +119,7 @@ function start_conv(network, place, number, mark) {
     draw_one();
   }
 
-  // What is seen first: the map of the largest value that is left after the ReLU, and its middle.
+  // The first view: the map with the largest value after the ReLU, and its middle cell.
   function open() {
     const {values, shape} = now.steps[last];
     map = Math.floor(Math.max(best(values), 0) / (shape[1] * shape[2]));
@@ -144,7 +144,7 @@ function start_conv(network, place, number, mark) {
     draw_pixel_scale(scale, values, color);
   }
 
-  // All kernels if there is one for each map, else those of the chosen map, one for each map before.
+  // All kernels if there is one input map; otherwise those of the chosen map, one for each input map.
   function draw_kernels(chosen) {
     const {values} = now.layers[place].weight;
     const drawn = channels === 1 ? values : values.subarray(map * channels * 9, (map + 1) * channels * 9);
@@ -160,7 +160,7 @@ function start_conv(network, place, number, mark) {
     kernels.setAttribute("aria-label", of_kernels.textContent);
   }
 
-  // The chosen map on the scale of all maps, the cell that is looked at, and the window of the pooling.
+  // The chosen map on the scale of all maps, the chosen cell, and its pooling window.
   function draw_one() {
     const {values, shape} = now.steps[place],
       [, height, width] = shape,
@@ -189,7 +189,7 @@ function start_conv(network, place, number, mark) {
       (_, at) => (top + Math.floor(at / size)) * width + left + (at % size),
     );
     const winner = window[best(window.map((at) => values[at]))];
-    if (winner === undefined) return; // beside NaN there is none
+    if (winner === undefined) return; // there is none if a value is NaN
     const [y, x] = [Math.floor(winner / width), winner % width];
     frame(one, left * zoom, top * zoom, size * zoom, size * zoom, 2, "--ink");
     dot(one, (x + 0.5) * zoom, (y + 0.5) * zoom);
@@ -203,7 +203,7 @@ function start_conv(network, place, number, mark) {
     return value > 0 ? "ReLU passes it unchanged." : "ReLU makes it 0.";
   }
 
-  // The cell's patch and kernel. With more than one channel: what each adds, the largest first, and one of them opened.
+  // The cell's patch and kernel. With several channels: what each adds, the largest first, and one of them opened.
   function explain() {
     const {weight, bias} = now.layers[place],
       [y, x] = cell,
@@ -245,7 +245,7 @@ function start_conv(network, place, number, mark) {
       sum = own.reduce((all, [, , , product]) => all + product, 0);
     draw_products(opened, own, null, sum, ["cell", `map ${opened_one + 1}`, "kernel", "product"]);
     draw_read(before, opened_one);
-    if (opened_one === drawn) return; // so that pointing at cells draws no atlas again
+    if (opened_one === drawn) return; // so that pointing at cells does not redraw the atlases
     drawn = opened_one;
     draw_kernels(drawn);
     mark(drawn);
@@ -265,7 +265,7 @@ function start_conv(network, place, number, mark) {
     return button;
   }
 
-  // The map before that is opened, on the scale of all of them, and the patch that the kernel meets.
+  // The opened input map, on the scale of all of them, and the patch that the kernel covers.
   function draw_read({values, shape: [, height, width]}, channel) {
     const size = height * width,
       zoom = Math.round(208 / width),
@@ -298,7 +298,7 @@ function words_for({type, size}) {
   }[type];
 }
 
-// Which tile of an atlas an event is on.
+// The number of the tile that an event is on.
 function tile_at(event, canvas, columns, count) {
   const box = canvas.getBoundingClientRect(),
     rows = Math.ceil(count / columns);

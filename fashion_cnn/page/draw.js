@@ -1,6 +1,6 @@
 "use strict";
 
-// What all three parts draw with: elements, numbers, cells with a sign, images, curves and bars.
+// The drawing functions of all three parts: elements, numbers, tinted cells, images, curves and bars.
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -16,7 +16,7 @@ function by_id(id) {
   return document.getElementById(id);
 }
 
-// A number for people, with a true minus.
+// A number as text, with a true minus sign.
 function shown(value, digits = 4) {
   const size = Math.abs(value),
     tiny = size > 0 && size < 0.5 * 10 ** -digits;
@@ -28,7 +28,7 @@ function shown(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
-// Where a place is in a grid, in words.
+// A position in a grid, in words.
 function where(place, width) {
   return `row ${Math.floor(place / width) + 1}, column ${(place % width) + 1}`;
 }
@@ -37,7 +37,7 @@ function percent(share) {
   return Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–";
 }
 
-// The colour of a value: green if positive, purple if negative, paler towards 0. For elements of HTML.
+// The colour of a value: green if positive, purple if negative, paler towards 0. For HTML elements.
 function tint(value, largest) {
   const share = Math.min(Math.abs(value) / (largest || 1), 1) * 42;
   return `color-mix(in srgb, var(--${value < 0 ? "negative" : "positive"}) ${share.toFixed(1)}%, var(--card))`;
@@ -47,7 +47,7 @@ function largest_of(values) {
   return values.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
 }
 
-// The same colours as numbers, for pixels of a canvas; they differ between light and dark.
+// The same colours as numbers, for pixels of a canvas; the light and the dark page have different ones.
 function palette() {
   const style = getComputedStyle(document.documentElement);
   const rgb = (name) =>
@@ -59,7 +59,7 @@ function palette() {
   return {positive: rgb("--positive"), negative: rgb("--negative"), zero: rgb("--card")};
 }
 
-// Draws images of height×width beside each other into one canvas, each value as a square of `zoom` pixels.
+// Draws images of height×width side by side into one canvas, each value as a square of `zoom` pixels.
 // `color` gives a value's red, green and blue.
 function draw_tiles(canvas, values, [count, height, width], columns, color, zoom, chosen = -1) {
   const gap = count > 1 ? 3 : 0,
@@ -92,7 +92,7 @@ function frame(canvas, x, y, width, height, line, color = "--lit") {
   context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
 }
 
-// A frame about one of the tiles that draw_tiles has drawn.
+// A frame around one of the tiles that draw_tiles has drawn.
 function frame_tile(canvas, [, height, width], columns, zoom, tile, color) {
   const gap = 3,
     [wide, high] = [width * zoom + gap, height * zoom + gap];
@@ -115,7 +115,7 @@ function dot(canvas, x, y) {
   context.fill();
 }
 
-// What the colours between two values mean; `color` gives a value's, as CSS writes it.
+// The scale of colours between two values; `color` returns a value's, in CSS.
 function draw_scale(place, lowest, largest, color) {
   const stops = Array.from({length: 21}, (_, at) => color(lowest + ((largest - lowest) * at) / 20));
   const bar = element("i", {});
@@ -123,19 +123,19 @@ function draw_scale(place, lowest, largest, color) {
   place.replaceChildren(shown(lowest, 2), bar, shown(largest, 2));
 }
 
-// The same for cells, which have a tint.
+// The same for tinted cells.
 function draw_cell_scale(place, largest) {
   draw_scale(place, -largest, largest, (value) => tint(value, largest));
 }
 
-// The same for values that are drawn as pixels by signed_colors; without negative ones, from 0.
+// The same for values that signed_colors draws as pixels; it starts at 0 if none is negative.
 function draw_pixel_scale(place, values, color) {
   const largest = largest_of(values),
     lowest = values.some((value) => value < 0) ? -largest : 0;
   draw_scale(place, lowest, largest, (value) => `rgb(${color(value).map(Math.round).join(" ")})`);
 }
 
-// By the root, so that small values can be seen beside large ones.
+// By the square root, so that small values are visible next to large ones.
 function signed_colors(largest) {
   const {positive, negative, zero} = palette();
   return (value) => {
@@ -153,7 +153,7 @@ function draw_image(canvas, pixels, zoom = 1) {
   draw_tiles(canvas, pixels, [1, SIDE, SIDE], 1, grey, zoom);
 }
 
-// An image with the square of it from which a cell is made.
+// An image with a frame around a cell's receptive field.
 function draw_field(canvas, pixels, {top, left, size}) {
   const zoom = 8;
   draw_image(canvas, pixels, zoom);
@@ -166,9 +166,9 @@ function draw_field(canvas, pixels, {top, left, size}) {
   );
 }
 
-// The ten probabilities as bars, the largest in bold. Gives its class; null if a training diverged.
+// The ten probabilities as bars, the largest in bold. Returns its class; null if the training diverged.
 function draw_bars(place, classes, probabilities, name) {
-  const largest = probabilities.indexOf(Math.max(...probabilities)); // -1 beside NaN
+  const largest = probabilities.indexOf(Math.max(...probabilities)); // -1 if there is a NaN
   place.className = `bars ${name}`;
   place.replaceChildren(
     ...classes.flatMap((label, number) => {
@@ -179,7 +179,7 @@ function draw_bars(place, classes, probabilities, name) {
   return classes[largest] ?? null;
 }
 
-// A label, a bar of a share from 0 to 1, and what is said beside it; in bold if it is one of the `top`.
+// A label, a bar for a share from 0 to 1, and a text; the words are bold if `is_top`.
 function bar_row(label, share, text, is_top, color) {
   const top = is_top ? " top" : "",
     bar = element("i", {});
@@ -192,7 +192,7 @@ function bar_row(label, share, text, is_top, color) {
   ];
 }
 
-// Round steps that divide what lies between two values into at most five.
+// Round values that divide the range between two values into at most five steps.
 function round_steps(low, high) {
   const rough = (high - low || 1) / 5,
     power = 10 ** Math.floor(Math.log10(rough));
@@ -202,7 +202,7 @@ function round_steps(low, high) {
   return Array.from({length: last - first + 1}, (_, place) => (first + place) * step);
 }
 
-// Curves over one axis. Each of `curves` is {color, x, y, dashed}; a y that is null is left out.
+// Curves over a shared axis. Each of `curves` is {color, x, y, dashed}; points whose y is null are left out.
 function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ticks, format}) {
   const width = 360,
     height = 200,
@@ -255,13 +255,13 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
   place.replaceChildren(picture);
 }
 
-// What a CNN says about an image of a class, in words.
+// What a CNN predicts for an image of a class, in words.
 function said(read, label) {
   if (read === null) return "gives no number: its training diverged";
   return read === label ? "classifies it correctly" : `mistakes it for ${read}`;
 }
 
-// Radio buttons; `choose` gets the place of the one that was chosen.
+// Radio buttons; `choose` gets the index of the chosen one.
 function draw_choice(place, name, labels, choose) {
   labels.forEach((label, number) => {
     const input = element("input", {
@@ -274,7 +274,7 @@ function draw_choice(place, name, labels, choose) {
   });
 }
 
-// How a sum came about: rows of [name, input, weight], then the bias, unless it is null, and the total.
+// A sum as a table: rows of a name and numbers, then the bias unless it is null, and the total.
 function draw_products(place, rows, bias, total, heads = ["", "input", "weight", "product"], left_out = "") {
   const cells = (texts, tag = "td") => texts.map((text) => element(tag, {}, text));
   const table = element("table", {}, element("tr", {}, ...cells(heads, "th")));
@@ -284,10 +284,10 @@ function draw_products(place, rows, bias, total, heads = ["", "input", "weight",
   if (left_out) table.append(element("tr", {}, ...cells(left_out)));
   if (bias !== null) table.append(element("tr", {}, ...cells(["bias", ...ends.slice(2), shown(bias)])));
   table.append(element("tr", {class: "total"}, ...cells(["sum", ...ends.slice(2), shown(total)])));
-  place.replaceChildren(scrolled(table, "How the value is made"));
+  place.replaceChildren(scrolled(table, "How the value is computed"));
 }
 
-// What is wider than a narrow screen scrolls by itself.
+// Content wider than a narrow screen scrolls on its own.
 function scrolled(wide, label) {
   return element("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": label}, wide);
 }

@@ -1,6 +1,6 @@
 "use strict";
 
-// Part 2, the end: from the last maps to the logits, and what each place and each map adds.
+// Part 2, the end: from the last maps to the logits, and what each position and each map adds.
 
 function start_end(contents) {
   const {classes} = contents,
@@ -21,7 +21,7 @@ function start_end(contents) {
     return element("option", {value}, text);
   }
 
-  // The classes that are compared, by number; −1 for no rival, also of a CNN whose training diverged.
+  // The numbers of the compared classes; −1 for no rival, also if the training diverged.
   function pair(values) {
     const one = chosen.value === "read" ? Math.max(best(values), 0) : Number(chosen.value);
     const other = rival.value === "runner-up" ? best(values, one) : Number(rival.value);
@@ -73,7 +73,7 @@ function start_end(contents) {
     const sum = places.reduce((all, value) => all + value, 0);
     return (
       `${capital(what)} is ${shown(total, 2)}: the positions add ${shown(sum, 2)}, the biases ${shown(bias, 2)}. ` +
-      `The largest in size, ${shown(places[first], 2)}, comes from ${where(first, width)}.` +
+      `The largest in absolute value, ${shown(places[first], 2)}, comes from ${where(first, width)}.` +
       views_said
     );
   }

@@ -1,11 +1,11 @@
-"""The page as one file: the template with style, code and data put in."""
+"""The page as one file: the template with style, code and data inserted."""
 
 import json
 from pathlib import Path
 
 PAGE = Path("page/fashion-cnn.html")
 HERE = Path(__file__).parent
-# Each uses those before it.
+# In order: each uses those before it.
 SCRIPTS = (
     "network",
     "move",
@@ -26,7 +26,7 @@ def html(contents: dict) -> str:
     """The page that shows `contents`; it needs no other file and no network."""
     parts = {
         "<!-- style -->": f"<style>\n{_read('style.css')}</style>",
-        # In JSON, "<" can only stand in a text, where it could end the element.
+        # In JSON, "<" occurs only in strings, where it could end the element.
         "<!-- contents -->": '<script type="application/json" id="contents">'
         + json.dumps(contents, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         + "</script>",

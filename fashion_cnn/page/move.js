@@ -1,10 +1,10 @@
 "use strict";
 
-// Moving an image of 28×28 pixels, as evaluate_cnn does it: what comes into view is black.
+// Moves an image of 28×28 pixels as evaluate_cnn does; uncovered pixels are black.
 
 const SIDE = 28;
 
-// By whole pixels to the right and down.
+// Shifts by whole pixels to the right and down.
 function shift(pixels, right, down) {
   const moved = new Uint8Array(SIDE * SIDE);
   for (let y = 0; y < SIDE; y++) {
@@ -13,7 +13,7 @@ function shift(pixels, right, down) {
   return moved;
 }
 
-// About the middle, counterclockwise: each pixel is looked up where it came from, between four pixels.
+// Rotates counterclockwise about the centre; each pixel is interpolated from the four around where it came from.
 // torch rounds every step to single precision. Without that, one pixel in 40,000 would differ by 1.
 function rotate(pixels, degrees) {
   const angle = (degrees * Math.PI) / 180,
@@ -24,7 +24,7 @@ function rotate(pixels, degrees) {
   for (let y = 0; y < SIDE; y++) {
     for (let x = 0; x < SIDE; x++) {
       const right = x - half + 0.5,
-        down = y - half + 0.5; // from the middle
+        down = y - half + 0.5; // from the centre
       const from_x = single(single(right * cos) - single(down * sin)); // from -1 to 1
       const from_y = single(single(right * sin) + single(down * cos));
       rotated[y * SIDE + x] = round_half_even(between(pixels, to_pixels(from_x), to_pixels(from_y)));
@@ -39,7 +39,7 @@ function to_pixels(place) {
   return single(single(single(place + 1) * (SIDE / 2)) - 0.5);
 }
 
-// Bilinear: the four pixels around a place, each weighed by how near it is.
+// Bilinear interpolation: the four pixels around a point, each weighted by how near it is.
 function between(pixels, x, y) {
   const left = Math.floor(x),
     top = Math.floor(y),

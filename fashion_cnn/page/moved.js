@@ -34,7 +34,7 @@ function start_moved(contents, networks) {
   };
   let pixels,
     label,
-    before = {}; // of the chosen image: the last are each CNN's outputs before it is moved
+    before = {}; // all of the chosen image; `before` has each CNN's outputs before it is moved
   const keep = {};
 
   for (const [key, {title, unit, amounts}] of Object.entries(sliders)) {
@@ -114,7 +114,7 @@ function start_moved(contents, networks) {
       `The curves are from the stage evaluate_cnn: n = ${shifts.n[0].toLocaleString("en")} test images at each point, moved in one way at a time.`;
   }
 
-  // Which places speak for the label and which for its strongest rival, before the move and after it.
+  // Which positions favour the label and which its strongest rival, before and after the move.
   function explain(name, steps) {
     const layers = networks[name],
       own = contents.classes.indexOf(label),
@@ -145,7 +145,7 @@ function start_moved(contents, networks) {
   }
 
   function told(what, grids, parts, width) {
-    // Rounded first, so that the difference is that of the numbers which are shown.
+    // Round first, so that the difference is that of the numbers shown.
     const [first, second] = grids
       .map((grid, number) => grid.reduce((sum, value) => sum + value, 0) + parts[number].bias)
       .map((total) => Math.round(10 * total) / 10);
@@ -153,7 +153,7 @@ function start_moved(contents, networks) {
     const total = `${what}: ${tenths(first)} unmoved, ${tenths(second)} moved.`;
     const changes = grids[0].map((value, place) => grids[1][place] - value);
     if (first === second || changes.length === 1) return total;
-    const toward = Math.sign(second - first); // of the places that go the same way, the one that goes furthest
+    const toward = Math.sign(second - first); // `most` is the position that moves furthest that way
     const most = changes.reduce(
       (top, value, place) => (toward * value > toward * changes[top] ? place : top),
       0,

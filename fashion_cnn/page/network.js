@@ -1,7 +1,7 @@
 "use strict";
 
 // The layers by explicit loops, for one image: the same as fashion_cnn/lesson/by_hand/layers.py, with the same names
-// in the same order. A tensor is {shape, values}: its values in one row, the last index running fastest.
+// in the same order. A tensor is {shape, values}: its values in one row, the last index varying fastest.
 
 // Zeros around each map: (C, H, W) to (C, H + 2·width, W + 2·width).
 function pad(image, width) {
@@ -72,7 +72,7 @@ function max_pool2d(image, size) {
   return {shape: [channels, out_height, out_width], values: pooled};
 }
 
-// Each map to mean 0 and variance 1, as the training saw it, then times its scale and plus its shift.
+// Normalises each map by the mean and variance from the training, then scales and shifts it.
 function batch_norm(image, scale, shift, mean, variance, epsilon) {
   const size = image.shape[1] * image.shape[2];
   const values = image.values.map((value, place) => {
@@ -83,7 +83,7 @@ function batch_norm(image, scale, shift, mean, variance, epsilon) {
   return {shape: image.shape, values};
 }
 
-// What a residual block does before its ReLU: its inputs plus what its layers make of them.
+// A residual block before its ReLU: its inputs plus its layers' outputs for them.
 function add(inputs, others) {
   return {shape: inputs.shape, values: inputs.values.map((value, place) => value + others.values[place])};
 }
@@ -126,8 +126,8 @@ function forward(layers, image) {
   return steps;
 }
 
-// A CNN's logits for an image, from 1, 2 or 6 views: itself, its mirror image, and both also shifted, which
-// count half.
+// A CNN's logits for an image, from 1, 2 or 6 views: the image, its mirror image, and both shifted, where
+// shifted views have half the weight.
 function logits(layers, image, views) {
   const read = (view) => forward(layers, view).at(-1);
   if (views === 1) return read(image);
@@ -136,7 +136,7 @@ function logits(layers, image, views) {
   return mean(both(image), mean(both(shifted(image, 1)), both(shifted(image, -1))));
 }
 
-// One look at an image: the outputs of every layer for the image itself, and the logits from all views.
+// Every layer's outputs for the image itself, and the logits from all views.
 function look_at(layers, image, views) {
   const steps = forward(layers, image);
   return {steps, logits: views === 1 ? steps.at(-1) : logits(layers, image, views)};
@@ -147,7 +147,7 @@ function mean(one, other) {
   return {shape, values: values.map((value) => value / 2)};
 }
 
-// By as many pixels to the right and down; black comes into view.
+// Shifted by `by` pixels to the right and down; uncovered pixels are black.
 function shifted(image, by) {
   const [, height, width] = image.shape;
   const at = (x, y) => (x < 0 || y < 0 || x >= width || y >= height ? 0 : image.values[y * width + x]);
@@ -190,7 +190,7 @@ function through(layer, inputs, steps) {
   throw new Error(`no loops for ${layer.type}`);
 }
 
-// The arrays of the page, as contents.py packs them: numbers, or base64 of whole numbers of steps.
+// The arrays of the page, as contents.py packs them: numbers, or base64 of int16 multiples of a step.
 function unpack(packed) {
   if (packed.numbers)
     return {shape: packed.shape, values: Float64Array.from(packed.numbers, (value) => value ?? NaN)};
@@ -217,7 +217,7 @@ function unpack_layers(layers) {
   );
 }
 
-// An image of 28×28 pixels from 0 to 255, as the CNN takes it: (1, 28, 28) from 0 to 1.
+// The CNN's input for an image of 28×28 pixels from 0 to 255: (1, 28, 28) from 0 to 1.
 function to_input(pixels) {
   return {shape: [1, 28, 28], values: Float64Array.from(pixels, (pixel) => pixel / 255)};
 }

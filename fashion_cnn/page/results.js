@@ -1,6 +1,6 @@
 "use strict";
 
-// Part 2, below the layers: how a CNN learned, and what it takes for what.
+// Part 2, below the layers: how a CNN learned, and which classes it confuses.
 
 function draw_results(contents, name) {
   const curves = Object.keys(contents.cnns).flatMap((one) => {
@@ -33,13 +33,13 @@ function draw_results(contents, name) {
   draw_confusion(contents, name);
 }
 
-// Pressing a cell shows its surest mistakes; a second press releases it.
+// Pressing a cell shows its most confident mistakes; a second press deselects it.
 function draw_confusion(contents, name) {
   const {confusion, mistakes} = contents.cnns[name],
     {classes} = contents;
   const images = confusion.flat().reduce((sum, count) => sum + count, 0);
   by_id("cnn-confusion-title").textContent =
-    `CNN trained on ${name} images: test images by class (rows) and by prediction, n = ${images.toLocaleString("en")}`;
+    `CNN trained on ${name} images: test images by class (rows) and prediction (columns), n = ${images.toLocaleString("en")}`;
   const buttons = [];
   const show = (button, actual, predicted) => {
     if (button.getAttribute("aria-pressed") === "true") return draw_confusion(contents, name);
@@ -48,7 +48,7 @@ function draw_confusion(contents, name) {
     );
     buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
     by_id("cnn-confusion-note").textContent =
-      `${classes[actual]} taken for ${classes[predicted]}: ${confusion[actual][predicted]} images, of which the surest ` +
+      `${classes[actual]} taken for ${classes[predicted]}: ${confusion[actual][predicted]} images, of which the most confident ` +
       `${found.length > 1 ? `${found.length} are` : "is"} shown.`;
     by_id("cnn-mistakes").replaceChildren(
       ...found.map((row) => {

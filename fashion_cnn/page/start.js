@@ -1,6 +1,6 @@
 "use strict";
 
-// Unpacks the contents, and starts the three parts.
+// Unpacks the contents and starts the three parts.
 
 const contents = JSON.parse(by_id("contents").textContent);
 const networks = Object.fromEntries(
@@ -9,12 +9,12 @@ const networks = Object.fromEntries(
 const moved = start_moved(contents, networks);
 const parts = [start_toy(contents.toy), start_cnn(contents, networks, moved.see), moved.update];
 
-// What is drawn as pixels has the colours of the light or the dark page.
+// Redraws the canvases, whose colours are those of the light or the dark page.
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   parts.forEach((update) => update()),
 );
 
-// On a narrow screen the parts are folded, but the first; a link to one opens it.
+// On a narrow screen, all parts but the first are folded; a link to one opens it.
 const folds = [...document.querySelectorAll("details")];
 if (matchMedia("(max-width: 44rem)").matches) folds.slice(1).forEach((fold) => (fold.open = false));
 for (const link of document.querySelectorAll("nav a"))

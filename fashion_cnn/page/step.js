@@ -2,13 +2,13 @@
 
 // Part 1, a step of learning: the gradient of one image's loss, and what Adam makes of it.
 
-// Binary cross-entropy, as torch bounds it.
+// Binary cross-entropy, with torch's upper bound.
 function cross_entropy(output, label) {
   return Math.min(100, -Math.log(label ? output : 1 - output));
 }
 
-// The loss of one image, and its gradients by the chain rule: those of the twelve
-// parameters in torch's order, and what reaches each layer on the way back.
+// The loss of one image, and its gradients by the chain rule: those of the twelve parameters in torch's order, and
+// those that reach each layer in the backward pass.
 function toy_gradients(layers, image, label) {
   const steps = forward(layers, image),
     [conv, pool, zero, dense] = ["Conv2d", "MaxPool2d", "ReLU", "Linear"].map((kind) =>
@@ -33,7 +33,7 @@ function toy_gradients(layers, image, label) {
   return {loss, gradients, to_linear, to_pool, winner, patch, input: steps[zero].values[0]};
 }
 
-// Adam (Kingma and Ba, arXiv 1412.6980), with torch's defaults. Gives each parameter's step, and the state after it.
+// Adam (Kingma and Ba, arXiv 1412.6980), with torch's defaults. Returns each parameter's step and the state after it.
 function adam({count, means, squares}, gradients, rate) {
   const next = {
     count: count + 1,
@@ -58,12 +58,12 @@ const PARAMETERS = [
   "bias",
 ];
 
-// `now` gives the layers and both images as they are; `stepped` is called after they have changed.
+// `now` returns the current layers and both images; `stepped` is called after they have changed.
 function start_step(toy, now, stepped) {
   let state,
     looked_at = 0;
 
-  // Where each of the twelve parameters is kept.
+  // Where each of the twelve parameters is stored.
   function kept() {
     const found = now()
       .layers.filter(({weight}) => weight)
@@ -73,7 +73,7 @@ function start_step(toy, now, stepped) {
 
   function next() {
     const {layers, images} = now(),
-      turn = state.count % 2; // one image a step, in order, as the training does
+      turn = state.count % 2; // one image per step, in order, as in the training
     const found = toy_gradients(layers, images[turn], toy.labels[turn]);
     return {...found, turn, ...adam(state, found.gradients, toy.learning_rate)};
   }
@@ -135,7 +135,7 @@ function start_step(toy, now, stepped) {
     explain(found);
   }
 
-  // The table stays as it is: what is under the pointer or has the focus must not be replaced.
+  // Keeps the table: an element under the pointer or with the focus must not be replaced.
   function look_at_gradient(number) {
     if (number === looked_at) return;
     looked_at = number;
@@ -145,7 +145,7 @@ function start_step(toy, now, stepped) {
     explain(next());
   }
 
-  // How the gradient that is looked at is made.
+  // How the chosen gradient is computed.
   function explain({to_linear, to_pool, winner, patch, input, gradients, turn}) {
     const {images, layers} = now(),
       weight = layers.findLast(({type}) => type === "Linear").weight.values[0],
@@ -166,7 +166,7 @@ function start_step(toy, now, stepped) {
       );
     } else if (looked_at < 10) {
       lines.push(
-        "The ReLU is off for this image, so the kernel's gradient is 0. The kernel moves only as far as Adam " +
+        "The ReLU is off for this image, so the kernel's gradient is 0. The kernel moves only if Adam " +
           "remembers earlier gradients.",
       );
     }
@@ -194,13 +194,13 @@ function start_step(toy, now, stepped) {
 
   return {
     update,
-    // Forget what Adam has kept, as at the begin of a training.
+    // Resets Adam's state, as at the start of a training.
     restart() {
       state = no_steps();
       by_id("step-note").textContent = "";
     },
     steps: () => state.count,
-    // What was said about the last step is not so after an edit.
+    // After an edit, the note about the last step no longer holds.
     edited() {
       by_id("step-note").textContent = "";
     },

@@ -1,6 +1,6 @@
 "use strict";
 
-// Part 1: two images, 12 parameters, and every product. All of it can be edited.
+// Part 1: two images, 12 parameters, and every product. Pixels and parameters can be edited.
 
 function start_toy(toy) {
   const trained = toy.layers.map((layer) => layer.type);
@@ -16,8 +16,8 @@ function start_toy(toy) {
     layers,
     moment_of = layers_of(moments);
 
-  const edited = []; // every cell that can be edited, and where its number is kept
-  const cells = new Map(); // those of results
+  const edited = []; // every editable cell, and where its number is stored
+  const cells = new Map(); // the cells of results
 
   function restore(moment) {
     images = toy.images.map(unpack);
@@ -32,14 +32,14 @@ function start_toy(toy) {
     update();
   }
 
-  // An early moment, at which there is something left to learn: the loss has come down by half.
+  // An early moment, with something left to learn: the loss has halved.
   function half_way() {
     const {epoch, train_loss} = toy.curve;
     const half = epoch[train_loss.findIndex((loss) => loss <= train_loss[0] / 2)] ?? toy.curve.epochs;
     return toy.moments.findIndex(([at]) => at >= half);
   }
 
-  // The parameters after a moment of the training; after the last they are those of the weights themselves.
+  // The parameters at a moment of the training; at the last one, they are the trained weights.
   function layers_of(moment) {
     const found = unpack_layers(toy.layers);
     if (moment < moments) {
@@ -137,7 +137,7 @@ function start_toy(toy) {
     by_id("toy-restore").addEventListener("click", () => restore(Number(by_id("toy-moment").value)));
   }
 
-  // `typing` is the cell in which somebody types: its text is left alone.
+  // `typing` is the cell that is being edited: its text is not replaced.
   function update(typing) {
     const through = images.map((one) => forward(layers, one)),
       steps = through[image];
@@ -181,7 +181,7 @@ function start_toy(toy) {
     learning.update();
   }
 
-  // The cells from which the one that is looked at is made.
+  // Highlights the chosen cell and those from which it is computed.
   function light(steps) {
     const [layer, place] = looked_at,
       lit = new Set([cells.get(`${layer},${place}`)]);
@@ -223,7 +223,7 @@ function start_toy(toy) {
       draw_products(target, rows, layers[conv].bias.values[0], out, ["cell", "pixel", "kernel", "product"]);
     } else if (layer === pool) {
       say(
-        `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}, of ` +
+        `The largest of ${[...steps[conv].values].map((value) => shown(value)).join(", ")} is ${shown(out)}, in ` +
           `${where(best(steps[conv].values), 2)}.`,
       );
     } else if (layer === zero) {
@@ -240,7 +240,7 @@ function start_toy(toy) {
     } else {
       const value = steps[dense].values[0];
       say(
-        `1 / (1 + e^(−x)) of x = ${shown(value)} is ${shown(out, 6)}: the probability that the label is 1.`,
+        `1 / (1 + e^(−x)) for x = ${shown(value)} is ${shown(out, 6)}: the probability that the label is 1.`,
       );
     }
   }

@@ -1,1 +1,1 @@
-"""What every stage uses: params, the list of trainings, files, errors, its process, its report to MLflow."""
+"""What every stage uses: params, the list of trainings, files, errors, process setup, records for MLflow."""

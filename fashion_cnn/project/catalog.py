@@ -7,7 +7,7 @@ from pathlib import Path
 from fashion_cnn.project.errors import StageError
 
 METRICS = Path("metrics")
-RUN_ID = "[0-9a-f]{32}"  # of an MLflow run, as a regular expression
+RUN_ID = "[0-9a-f]{32}"  # regular expression for the id of an MLflow run
 
 
 @dataclass(frozen=True)
@@ -15,36 +15,36 @@ class Training:
     """One training: one stage of dvc.yaml, one run of MLflow."""
 
     stage: str  # as dvc.yaml names it
-    images: str  # which it trains on
+    images: str  # its training images: toy, original or augmented
     weights: Path
     results: Path  # without suffix
     evaluation: str  # the stage that checks or evaluates its weights
     evaluation_results: Path  # without suffix
-    figures: tuple[str, ...]  # those of metrics/figures/ that are about it
+    figures: tuple[str, ...]  # the figures in metrics/figures/ about it
 
     @property
     def curve(self) -> Path:
-        """A row of metrics an epoch."""
+        """The CSV with one row of metrics per epoch."""
         return self.results.with_suffix(".csv")
 
     @property
     def metrics(self) -> Path:
-        """Those of the last epoch, and the SHA-256 of the weights."""
+        """The JSON with the last epoch's metrics and the SHA-256 of the weights."""
         return self.results.with_suffix(".json")
 
     @property
     def evaluated(self) -> Path:
-        """What its evaluation came to."""
+        """The JSON with the results of its evaluation."""
         return self.evaluation_results.with_suffix(".json")
 
     @property
     def confusion(self) -> Path:
-        """The label and the prediction of each test image; of a CNN, as the next."""
+        """The label and the prediction of each test image; like `mistakes`, only for a CNN."""
         return self.evaluation_results.with_name(f"{self.images}_confusion.csv")
 
     @property
     def mistakes(self) -> Path:
-        """The surest mistakes."""
+        """The most confident mistakes."""
         return self.evaluation_results.with_name(f"{self.images}_mistakes.json")
 
     @property
@@ -54,7 +54,7 @@ class Training:
 
     @property
     def outputs(self) -> tuple[Path, Path, Path]:
-        """What each training writes."""
+        """The files that the training writes."""
         return self.weights, self.curve, self.metrics
 
 
@@ -79,9 +79,9 @@ TOY = Training(
     evaluation_results=METRICS / "verify_manual_conv",
     figures=("toy_loss",),
 )
-TOY_HISTORY = Path("models/toy_cnn_history.csv")  # the parameters at some epochs
+TOY_HISTORY = Path("models/toy_cnn_history.csv")  # the parameters at selected epochs
 CNNS = {images: _cnn(images) for images in ("original", "augmented")}
-DEFAULT_CNN = CNNS["augmented"]  # the one to use, unless another is named
+DEFAULT_CNN = CNNS["augmented"]  # used unless another is named
 TRAININGS = {training.stage: training for training in (TOY, *CNNS.values())}
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing outputs: whole or not at all, and the same bytes for the same content."""
+"""Read and write outputs: writes are atomic, and the same content gives the same bytes."""
 
 import csv
 import hashlib
@@ -36,7 +36,7 @@ def sha256_of(path: Path) -> str:
 
 
 def md5_of(content: bytes) -> str:
-    """DVC's digest of a file's bytes, in hex; no protection, which is how FIPS allows it."""
+    """DVC's digest of a file's bytes, in hex; FIPS allows MD5 if it is not used for security."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
@@ -47,10 +47,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, metrics: dict) -> dict:
-    """Write metrics, lists with one item a line; floats keep six significant digits.
+    """Write metrics, lists with one item per line; floats keep six significant digits.
 
-    A list of rows is what `dvc plots` draws, and `dvc metrics show` leaves it out. Returns the numbers
-    as written, without the lists, so that MLflow shows the same.
+    `dvc plots` draws lists of rows, and `dvc metrics show` leaves them out. Returns the numbers as written,
+    without the lists, so that MLflow shows the same.
     """
     metrics = round_floats(metrics)
     lines = [f"  {json.dumps(name)}: {_json_value(value)}" for name, value in metrics.items()]
@@ -59,12 +59,12 @@ def write_json(path: Path, metrics: dict) -> dict:
 
 
 def numbers(metrics: dict) -> dict:
-    """The metrics that are numbers: those that MLflow and `dvc metrics show` have a place for."""
+    """The metrics that are numbers: only these fit into MLflow and `dvc metrics show`."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def weights_digest(metrics: object) -> str | None:
-    """The SHA-256 of the weights that a training names in its metrics; None if they name none."""
+    """The SHA-256 of the weights in the metrics of a training; None if there is none."""
     match metrics:
         case {"weights_sha256": [str(digest)]} if re.fullmatch("[0-9a-f]{64}", digest):
             return digest
@@ -108,7 +108,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
 
 def read_tensors(path: Path, *expected: str) -> dict[str, np.ndarray]:
-    """Read a safetensors file, with the tensors `expected` if they are named.
+    """Read a safetensors file; if `expected` names tensors, it must hold exactly these.
 
     Raises StageError if it is missing, damaged, or holds other tensors.
     """
@@ -116,15 +116,15 @@ def read_tensors(path: Path, *expected: str) -> dict[str, np.ndarray]:
         tensors = load(path.read_bytes())
     except FileNotFoundError:
         raise StageError(f"{path}: not found, expected a safetensors file; `dvc repro` makes it") from None
-    except (SafetensorError, KeyError) as error:  # a KeyError for a type that NumPy lacks
-        raise StageError(f"{path}: damaged, or no safetensors file: {error}") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy lacks
+        raise StageError(f"{path}: damaged, or not a safetensors file: {error}") from None
     if expected and set(tensors) != set(expected):
         raise StageError(f"{path}: holds {', '.join(tensors) or 'nothing'}, expected {', '.join(expected)}")
     return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What write_tensors was given as `metadata`. Raises StageError as read_tensors does."""
+    """The `metadata` that write_tensors was given. Raises StageError as read_tensors does."""
     read_tensors(path)
     with safe_open(path, framework="numpy") as file:
         return file.metadata() or {}
@@ -141,7 +141,7 @@ def pixels_from_text(text: str) -> np.ndarray:
 
 
 def round_floats(value: Any) -> Any:
-    """Floats to six significant digits, also those in lists and dictionaries; anything else as it is."""
+    """Round floats to six significant digits, also in lists and dictionaries; anything else is unchanged."""
     if isinstance(value, dict):
         return {key: round_floats(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reading params.yaml: validated as a whole before any work."""
+"""Read params.yaml, and validate all of it before any work."""
 
 import json
 from pathlib import Path
@@ -33,21 +33,21 @@ def leaves(params: Params, *sections: str) -> dict[str, object]:
 
 
 def read_yaml(path: Path) -> object:
-    """What a file of YAML holds. Raises StageError, one line, if it cannot be read."""
+    """The content of a YAML file. Raises StageError, one line, if it cannot be read."""
     try:
-        # DVC's own reader, set up as DVC does: another might read 010, 1:30 or 1e-3 as another value.
+        # DVC's own parser, configured as in DVC: another might read 010, 1:30 or 1e-3 as another value.
         return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path}: not found in {Path.cwd()}; run from the repository root") from None
     except UnicodeDecodeError as error:
         raise StageError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
-    # Beside its own errors, it lets through those of int(), of dates and of deep nesting.
+    # In addition to its own errors, it raises those of int(), of dates and of deep nesting.
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def params_in(content: bytes) -> dict[str, object]:
-    """The params of a params.yaml, under their paths, whichever its version has; none if it is damaged."""
+    """The params in a params.yaml of any version, by their paths; none if it is damaged."""
     try:
         sections = YAML(typ="safe").load(content)
         return {f"{name}.{leaf}": value for name, part in sections.items() for leaf, value in part.items()}
@@ -56,5 +56,5 @@ def params_in(content: bytes) -> dict[str, object]:
 
 
 def as_yaml(value: object) -> str:
-    """A value as params.yaml has it, and as `dvc exp run -S` takes it."""
+    """A value as written in params.yaml, which `dvc exp run -S` accepts."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -13,36 +13,35 @@ from typing import TextIO
 
 from fashion_cnn.project.errors import StageError
 
-DVC = (sys.executable, "-m", "dvc")  # this environment's, whatever is on the path
-# What a git hook sets, and may name another repository than that of the current folder.
+DVC = (sys.executable, "-m", "dvc")  # this environment's DVC, whatever PATH says
+# Variables that git hooks set; they may name a repository other than the current folder's.
 ELSEWHERE = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY",
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
 )  # fmt: skip
-OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")  # with which other code runs
+OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")  # these make other code run
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
-# What these libraries read from the environment changes the last bits of results, or the speed, or, as
-# Jupyter's backend for matplotlib, stops a stage. No setting of the user's reaches them, because neither
-# params nor tags would know of it.
+# Prefixes of variables that change the last bits of results, or the speed, or, like Jupyter's backend for
+# matplotlib, stop a stage. A stage removes them, because neither params nor tags would record them.
 LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "OPENCV_", "NPY_", "MPLBACKEND")
 
 
 def start(*checks: Callable[[], object]) -> None:
-    """Set what must be set before torch is imported, which reads its environment then.
+    """Prepare the process before torch is imported, because torch reads the environment then.
 
     Ends the process with one line if one of `checks` raises StageError.
     """
-    # Before the imports that take seconds, in which DVC can be killed.
+    # This comes before the imports: they take seconds, during which DVC can be killed.
     if "DVC_STAGE" in os.environ:
         die_with_parent()
     for name in [name for name in os.environ if name.startswith(LIBRARIES)]:
         del os.environ[name]
-    # A thread that waits for the others spins for a moment, then sleeps. By default it keeps spinning,
-    # and a training step takes 100 ms if another process holds a core; if it sleeps at once, a step takes
-    # 30 ms there but 16.3 on a quiet machine. This takes 33 and 14.4.
+    # A waiting thread spins for a moment, then sleeps. A training step, in ms, if another process holds a
+    # core / on a quiet machine: 33 / 14.4 with this setting, 30 / 16.3 if threads sleep at once. By default
+    # they keep spinning, and a step takes 100 if another process holds a core.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-    # Imports make some 300,000 objects that stay, and Python's collector would search them again and again.
+    # Imports create some 300,000 permanent objects, which Python's collector would scan again and again.
     gc.set_threshold(50_000)
     for check in checks:
         try:
@@ -55,24 +54,24 @@ def use_own_code() -> None:
     """Let the stages that this process starts run the project's code with this Python, and no other."""
     for name in OTHER_CODE:
         os.environ.pop(name, None)
-    os.environ |= {"SHELL": "/bin/sh", "PATH": own_path()}  # DVC runs a stage's command in the first
+    os.environ |= {"SHELL": "/bin/sh", "PATH": own_path()}  # DVC runs a stage's command in SHELL
 
 
 def own_path() -> str:
-    """The PATH on which `python`, as stages are called, is this one: nobody need activate the environment."""
+    """A PATH on which the `python` of stages is this one: nobody needs to activate the environment."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def usable_threads(most: int | None = None) -> int:
-    """As many as FASHION_CNN_THREADS says, or else as the cores this process may use, at most `most`.
+    """FASHION_CNN_THREADS if it is set; otherwise the cores this process may use, at most `most`.
 
-    Affinity and a cgroup's CPU limit count. Raises StageError if the variable is not a whole number.
+    CPU affinity and a cgroup's limit are respected. Raises StageError if the variable is not a whole number.
     """
     if wanted := os.environ.get("FASHION_CNN_THREADS"):
         if not wanted.isascii() or not wanted.isdecimal() or not int(wanted):
             raise StageError(f"FASHION_CNN_THREADS is {wanted}, expected a whole number of 1 or more")
         return int(wanted)
-    from joblib import cpu_count  # here, since it takes 0.3 s that most stages need not spend
+    from joblib import cpu_count  # here: it takes 0.3 s, and most stages do not need it
 
     cores = cpu_count(only_physical_cores=True)
     return min(cores, most) if most else cores
@@ -81,7 +80,7 @@ def usable_threads(most: int | None = None) -> int:
 def die_with_parent() -> None:
     """Have Linux kill this process when its parent dies.
 
-    Killing DVC would otherwise leave its stage at work, writing outputs beside those of the next one.
+    Otherwise, killing DVC would leave its stage running, and writing outputs at the same time as the next.
     """
     if sys.platform != "linux":
         return
@@ -92,10 +91,10 @@ def die_with_parent() -> None:
 
 
 class Output(io.FileIO):
-    """Standard output or error of a stage, which never stops its work.
+    """Standard output or error of a stage; a write error never stops the work.
 
-    A reader that has closed the pipe is no fault. Any other, such as a full disk, is kept in `fault`,
-    to be reported when the work is done.
+    A pipe that its reader has closed is not a fault. Any other error, such as a full disk, is kept in
+    `fault` and reported when the work is done.
     """
 
     fault: OSError | None = None
@@ -112,7 +111,7 @@ class Output(io.FileIO):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Call `main` and end the process; on a fault that is not a bug, say so in one line, with code 1.
+    """Call `main` and end the process; a fault that is not a bug prints one line and exits with code 1.
 
     Ctrl-C and SIGTERM exit with code 130. Anything else is a bug and keeps its traceback.
     """
@@ -132,7 +131,7 @@ def run_stage(main: Callable[[], None]) -> None:
         code = int(stop.code or 0)
     if fault:
         print(fault, file=sys.stderr)
-    # End at once: Python would first take torch apart, which takes a second.
+    # Exit at once: Python would first tear down torch, which takes a second.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     if output.fault and not code:
@@ -143,8 +142,8 @@ def run_stage(main: Callable[[], None]) -> None:
 
 
 def _for_work(stream: TextIO | None) -> io.TextIOWrapper:
-    """`stream` as an Output, each line written at once; one that was closed at the start goes nowhere."""
-    # Nowhere is opened, too: the number would else go to the next file, and print would write there.
+    """`stream` as a line-buffered Output; one that was closed at the start goes to /dev/null."""
+    # Open /dev/null: otherwise the next file would get the free descriptor, and print would write to it.
     raw = Output(stream.fileno(), "w", closefd=False) if stream else Output(os.devnull, "w")
     encoding = stream.encoding if stream else "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)

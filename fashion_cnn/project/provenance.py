@@ -10,7 +10,7 @@ import numpy as np
 
 
 def machine_tags() -> dict[str, str]:
-    """What can move the last bit of a result, apart from code and params."""
+    """What can change the last bits of a result, apart from code and params."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""The git repository that the project is in: what its code is, and files of other commits."""
+"""The project's git repository: the state of its code, and files of other commits."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from fashion_cnn.project.process import ELSEWHERE
 LOCK = Path("dvc.lock")
 # Settings and results, which a run records itself; every other change makes a tree dirty.
 NOT_CODE = (":!params.yaml", ":!dvc.lock", ":!metrics")
-CODE, CODE_ENDS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as .dvcignore has it
-MOST = 10_000_000  # bytes of new files that a run records
+CODE, CODE_ENDS = ("stages/", "fashion_cnn/"), (".py", ".js", ".css", ".html")  # as in .dvcignore
+MOST = 10_000_000  # bytes; a run records at most this much in new files
 
 
 class GitError(StageError):
@@ -23,18 +23,18 @@ class GitError(StageError):
 
 
 def repository_root() -> Path:
-    """The project's root; in a copy that DVC or a trial made, that of the original."""
+    """The project's root; in a copy made by DVC or a trial, the root of the original."""
     if named := os.environ.get("FASHION_CNN_ROOT"):
         return Path(named)
-    # Of an outer DVC project, if this is a stage of that.
+    # DVC_ROOT may name an outer DVC project of which this is a stage.
     root, here = Path(os.environ.get("DVC_ROOT", "/")).resolve(), Path.cwd()
     is_copy = here.is_relative_to(root / ".dvc/tmp") and (root / "fashion_cnn").is_dir()
     return root if is_copy else here
 
 
 def git(*arguments: str, stdin: bytes = b"", more: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """What git prints. Raises GitError if it fails: without git, a repository, or what was asked for."""
-    # Without the option, `git status` locks the index, and a kill leaves a lock that stops the user's git.
+    """What git prints. Raises GitError if git or the repository is missing, or the command fails."""
+    # Without the option, `git status` locks the index, and a kill leaves a lock that blocks the user's git.
     command = ["git", "--no-optional-locks", *arguments]
     here = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     try:
@@ -48,17 +48,17 @@ def git(*arguments: str, stdin: bytes = b"", more: Mapping[str, str] = MappingPr
 
 
 def code_state() -> tuple[dict[str, str], bytes]:
-    """The commit and whether code differs from it, as tags; and the difference, which `git apply` takes.
+    """Tags for the commit and whether code differs from it, and the diff, which `git apply` accepts.
 
-    New files count, and so does code that git ignores or is told to skip. If git fails, a line says why:
-    without a commit there are no tags, and without a difference the code counts as changed.
+    New files count, and so does code that git ignores or was set to skip. If git fails, a line says why:
+    without a commit there are no tags, and without a diff the code counts as changed.
     """
     tags = {}
     try:
         tags["git_commit"] = git("rev-parse", "--verify", "HEAD").decode().strip()
         with tempfile.TemporaryDirectory() as scratch:
             diff, left_out = _changes(Path(scratch))
-    except (GitError, OSError) as error:  # a full disk, a file that has just gone
+    except (GitError, OSError) as error:  # a full disk, or a file that was just deleted
         what = "uncommitted changes" if tags else "commit"
         print(f"the run records no {what}: {error}")
         return tags and tags | {"git_dirty": "true"}, b""
@@ -70,8 +70,8 @@ def code_state() -> tuple[dict[str, str], bytes]:
 
 
 def _changes(scratch: Path) -> tuple[bytes, list[str]]:
-    """The difference to the last commit, and new files that are too large for it."""
-    # An index and objects of its own: git's are the user's.
+    """The diff from the last commit, and the new files that are too large for it."""
+    # The diff gets its own index and objects, because git's are the user's.
     objects = Path(os.fsdecode(git("rev-parse", "--git-path", "objects")).rstrip("\n")).resolve()
     (scratch / "objects/info").mkdir(parents=True)
     (scratch / "objects/info/alternates").write_bytes(os.fsencode(objects) + b"\n")
@@ -88,12 +88,12 @@ def _changes(scratch: Path) -> tuple[bytes, list[str]]:
         names = os.fsencode("\0".join(taken))
         how = ("--force", "--pathspec-from-file=-", "--pathspec-file-nul")
         git("--literal-pathspecs", "add", *how, stdin=names, more=own)
-    # diff-index, since the user's settings colour what `git diff` prints, or change its paths.
+    # diff-index, because the user's settings may colour what `git diff` prints, or change its paths.
     return git("diff-index", "--cached", "--binary", "--no-ext-diff", "HEAD", more=own), left_out
 
 
 def file_at(reference: str, path: str | Path) -> bytes | None:
-    """A file of a commit or an experiment, by its path from the project's folder; None if there is no such.
+    """A file of a commit or an experiment, by its path from the project's folder; None if it does not exist.
 
     Raises GitError.
     """

@@ -1,7 +1,7 @@
-"""What a stage records for MLflow: one record per training, rewritten whole at each change.
+"""What a stage records for MLflow: one record per training, rewritten atomically at each change.
 
-It keeps them in a folder under .records/, and starts the follower, which alone talks to the store, and which
-deletes the folder once the runs are in line with the records.
+The stage keeps them in a folder under .records/ and starts the follower, the only process that talks to the
+store. The follower deletes the folder once the runs are in line with the records.
 """
 
 import os
@@ -25,7 +25,7 @@ from fashion_cnn.project.record import DIFF, FILES, RECORD, WEIGHTS, Record, now
 from fashion_cnn.project.repository import code_state, repository_root
 
 FOLLOWER = "fashion_cnn.tracking.follower"
-WAIT, STOPPED = 30, 5  # seconds that a stage waits for its follower; the second if it was stopped
+WAIT, STOPPED = 30, 5  # seconds that a stage waits for its follower; STOPPED if it was stopped
 ALIVE, LOG = "stage.lock", "follower.log"
 LATER = "`fashion-cnn sync` writes the rest"
 
@@ -33,8 +33,8 @@ LATER = "`fashion-cnn sync` writes the rest"
 class StageRecords:
     """The records of one stage, and the process that follows them while the stage works.
 
-    Open it before the work: the follower takes seconds to start. A fault of the disk costs a record, not the
-    stage.
+    Create it before the work, because the follower takes seconds to start. A disk error loses a record, but
+    does not stop the stage.
     """
 
     def __init__(self):
@@ -44,7 +44,7 @@ class StageRecords:
         self.folder = records_folder() / f"{time.time_ns()}-{secrets.token_hex(4)}"
         self.faults: dict[Path, str] = {}  # by the file that could not be written
         self._follower = None
-        # Hidden from other followers until it is locked: records that nobody holds are of an ended stage.
+        # Other followers do not see it until it is locked: unlocked records belong to a stage that has ended.
         hidden = self.folder.with_name(f".new-{self.folder.name}")
         try:
             hidden.mkdir(parents=True)
@@ -56,12 +56,12 @@ class StageRecords:
             self._note(self.folder, error)
 
     def save(self, record: Record) -> None:
-        """Replace the record's file, whole or not at all."""
+        """Replace the record's file atomically."""
         record.ended = now_ms()
         self.keep(record, RECORD, f"{record.model_dump_json()}\n".encode())
 
     def keep(self, record: Record, name: str, content: Path | bytes) -> None:
-        """Put a file into the record's folder, as it is now."""
+        """Write the current content of a file, or bytes, into the record's folder."""
         if not self._follower:
             return
         path = self.folder / record.training / name
@@ -91,18 +91,18 @@ class StageRecords:
             self._alive.release()
             try:
                 said, _ = self._follower.communicate(timeout=wait)
-            except subprocess.TimeoutExpired:  # not killed: it may be making a store, or wait for its answer
-                said = f"MLflow: not everything was written within {wait} s; that goes on; {LATER}"
+            except subprocess.TimeoutExpired:  # not killed: it may be creating a store, or waiting for one
+                said = f"MLflow: not everything was written within {wait} s; the follower continues; {LATER}"
         told = next(iter(self.faults.values()), said.strip())
         print(told or f"MLflow: the follower has failed, see {self.folder / LOG}; {LATER}")
 
     def _note(self, path: Path, error: OSError) -> None:
         what = f"MLflow: {error.filename or path}: {error.strerror or error}"
-        self.faults[path] = f"{what}, so not all is recorded; {LATER}"
+        self.faults[path] = f"{what}, so the record is incomplete; {LATER}"
 
     def _follow(self) -> subprocess.Popen[str]:
-        # It outlives the stage, and perhaps the copy of the project in which that runs: hence a session and a
-        # file for errors of its own, and the root.
+        # The follower outlives the stage, and perhaps the copy of the project in which the stage runs. So it
+        # gets its own session, its own file for errors, and the project's root.
         environment = os.environ | {"FASHION_CNN_ROOT": str(repository_root())}
         environment.pop("DVC_STAGE", None)
         with (self.folder / LOG).open("w") as errors:
@@ -120,26 +120,26 @@ class Run:
         self.records, self.record = records, record
 
     def log_dataset(self, name: str, digest: str, source: str | Path, sizes: dict[str, int]) -> None:
-        """Which data the run trains on: `digest` of at most 36 characters, and its sizes."""
+        """Record the data that the run trains on, with its sizes; `digest` has at most 36 characters."""
         self.record.dataset = {"name": name, "digest": digest, "source": str(source), "sizes": sizes}
         self.records.save(self.record)
 
     def log_epochs(self, rows: list[dict]) -> None:
-        """Metrics of epochs, each with the epoch's number."""
+        """Record rows of metrics, each with the number of its epoch."""
         self.record.rows += [{**row, "time": now_ms()} for row in rows]
         self.records.save(self.record)
 
     def log_epoch(self, row: dict, images_per_second: float) -> None:
-        """Metrics of one epoch."""
+        """Record the metrics of one epoch."""
         self.log_epochs([{**row, "images_per_second": images_per_second}])
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Final metrics, those without an epoch."""
+        """Record the final metrics, which have no epoch."""
         self.record.metrics |= metrics
         self.records.save(self.record)
 
     def log_model(self, weights: Path, weights_sha256: str, summary: str, example: np.ndarray) -> None:
-        """The model's weights, the summary of its layers, and `example` (2 or more, C, H, W) float32."""
+        """Record the weights, the summary of the layers, and `example` (2 or more, C, H, W) float32."""
         self.records.keep(self.record, WEIGHTS, weights)
         self.records.keep(self.record, f"{FILES}/layers.txt", summary.encode())
         self.record.weights_sha256, self.record.example = weights_sha256, example.tolist()
@@ -148,14 +148,13 @@ class Run:
 
 @contextmanager
 def open_run(training: Training, params: dict[str, object], key: str) -> Iterator[Run]:
-    """The record of a training, one run: it ends FINISHED, FAILED, or KILLED when asked to stop.
+    """Record a training as one run, which ends FINISHED, FAILED, or KILLED if it was asked to stop.
 
-    `key` is the digest of all that determines its result: the same training again is the same run, be it
-    resumed or repeated.
+    `key` is the digest of all that determines its result, so a resumed or repeated training reuses its run.
     """
     records = StageRecords()
     record = Record(training=training.stage, key=key, params=params, status="RUNNING")
-    tags, diff = code_state()  # now: when the training ends, the tree may differ
+    tags, diff = code_state()  # taken now, because the tree may change during the training
     record.tags = tags | machine_tags()
     if name := os.environ.get("DVC_EXP_NAME"):
         record.tags["dvc_exp_name"] = name

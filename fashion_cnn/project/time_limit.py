@@ -1,4 +1,4 @@
-"""A limit on the time that a block of code may wait."""
+"""A time limit for a block of code."""
 
 import signal
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def at_most(seconds: int, fault: Exception) -> Iterator[None]:
-    """Raise `fault` in a block that takes longer, whichever call of whichever library it waits in."""
+    """Raise `fault` in a block that takes longer, whatever library call it waits in."""
 
     def stop(*_):
         raise fault
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again: Python drops what a destructor raises
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # repeated: Python drops what a destructor raises
     try:
         yield
     finally:

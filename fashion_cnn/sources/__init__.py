@@ -1,1 +1,1 @@
-"""Where fetch_fashion_mnist fetches from."""
+"""The sources of the stage fetch_fashion_mnist."""

@@ -1,4 +1,4 @@
-"""Fetching Fashion-MNIST from the first source that has it, verified."""
+"""Fetch Fashion-MNIST from the first source that has it, and verify it."""
 
 import errno
 import hashlib
@@ -18,15 +18,15 @@ from fashion_cnn.project.files import replace_atomically, sha256_of
 from fashion_cnn.project.time_limit import at_most
 from fashion_cnn.sources.kinds import open_source
 
-# The four files are 31 MB compressed, 310 s at 100 kB/s. This leaves time for apt's lists, and for another
-# attempt, and gives up a source slower than 35 kB/s.
+# The four files are 31 MB compressed, 310 s at 100 kB/s. This limit leaves time for apt's lists and another
+# attempt, and gives up on a source slower than 35 kB/s.
 SOURCE_SECONDS = 900
 ATTEMPTS = 3
 CHUNK = 1 << 20  # bytes
 
 BROKEN_CONNECTION = (requests.RequestException, urllib3.exceptions.HTTPError, EOFError)
-# What a source can do wrong, apart from holding the wrong bytes (StageError). ValueError: a redirect to
-# what is no address.
+# What can go wrong with a source, apart from wrong bytes (StageError). ValueError: a redirect to something
+# that is not an address.
 SOURCE_FAULTS = (*BROKEN_CONNECTION, OSError, ValueError, zlib.error, subprocess.SubprocessError)
 
 
@@ -63,7 +63,7 @@ def fetch(sources: list[str], folder: Path) -> None:
 
 
 def _is_of_output(error: Exception, folder: Path) -> bool:
-    """Whether the fault is that of the disk or folder written to, which no other source would mend."""
+    """Whether the fault is in the disk or folder written to, so another source would not help."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
     name = str(getattr(error, "filename", ""))
     return getattr(error, "errno", None) in full or name.startswith(str(folder))
@@ -74,7 +74,7 @@ def _is_verified(path: Path, file: IdxFile) -> bool:
 
 
 def _take(file: IdxFile, open_file, folder: Path, source: str) -> None:
-    """Stream one file into place; a broken connection is tried again, wrong bytes are not."""
+    """Stream one file into place; a broken connection is retried, wrong bytes are not."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with open_file(file) as stream, replace_atomically(folder / file.name) as partial:

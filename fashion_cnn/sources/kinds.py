@@ -14,7 +14,7 @@ import requests
 from fashion_cnn.data.fashion_mnist import IdxFile
 from fashion_cnn.project.errors import StageError
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30  # seconds; the second for each piece, so it bounds no whole file
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30  # seconds; READ_TIMEOUT is for each chunk, not a whole file
 REDIRECTS = 5
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")  # inside the package
 
@@ -54,7 +54,7 @@ def _download(session: requests.Session, address: str, file: IdxFile) -> Iterato
 
 
 def _drop_redirecting_body(response: requests.Response, **_) -> None:
-    """Keep requests from reading it into memory as a whole, however long it is."""
+    """Keep requests from reading the whole body of a redirect into memory, however long it is."""
     if response.is_redirect:
         response.close()
 
@@ -66,14 +66,14 @@ def _unzipped(compressed: BinaryIO, file: IdxFile) -> Iterator[BinaryIO]:
 
 
 class Limited:
-    """A compressed file to read, which ends in StageError if it is longer than `file` can be.
+    """A compressed file; reading it raises StageError if it is longer than `file` can be.
 
-    gzip reads past empty members and zeros without end in search of content.
+    Otherwise gzip would read past empty members and zeros without end in search of content.
     """
 
     def __init__(self, compressed: BinaryIO, file: IdxFile):
         self.compressed, self.file = compressed, file
-        self.left = self.most = file.size + 2**16  # what cannot be compressed grows by less than that
+        self.left = self.most = file.size + 2**16  # incompressible data grows by less than that
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes."""
@@ -98,7 +98,7 @@ def _unpack_package(package: str, scratch: Path) -> Path:
         "-oDebug::NoLocking=1",
     ]
     _run(*apt, "update", folder=scratch)
-    _run(*apt, "download", "--", package, folder=scratch)  # what follows -- is no option
+    _run(*apt, "download", "--", package, folder=scratch)  # nothing after -- is an option
     for archive in scratch.glob("*.deb"):
         _run("dpkg-deb", "-x", archive, scratch, folder=scratch)
     return scratch / DEBIAN_FOLDER

@@ -1,1 +1,1 @@
-"""What writes runs into MLflow; no stage imports it."""
+"""The code that writes runs into MLflow; no stage imports it."""

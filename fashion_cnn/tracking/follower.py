@@ -1,7 +1,7 @@
-"""Follow the records of a stage, and bring their runs in line in MLflow.
+"""Follow the records of a stage, and bring MLflow's runs in line with them.
 
 Usage: python -m fashion_cnn.tracking.follower FOLDER. The stage starts it, and holds a lock in the folder
-until it ends, however it ends. Prints where the runs are, or what is missing.
+until the stage ends, however it ends. Prints where the runs are, or what is missing.
 """
 
 import os
@@ -22,27 +22,27 @@ from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
 from fashion_cnn.tracking.store import as_store_error, connect, reason, shown, store_name, store_url
 
-SENDING, STORE = "follower.lock", "store.txt"  # beside the records; the second names the store they are for
-LOOK = 0.3  # seconds between looks at the records
-PAUSE = 3  # seconds after a store could not be reached
+SENDING, STORE = "follower.lock", "store.txt"  # next to the records; STORE names their store
+LOOK = 0.3  # seconds between polls of the records
+PAUSE = 3  # seconds before a retry, as when the store is unreachable
 
 
 def main() -> None:
-    """Bring runs in line until the stage has ended, and once more, and say how that went."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once; the records stay
-    # The stage reads one line; what libraries print, such as SQL, goes where errors go.
+    """Bring runs in line until the stage has ended, then once more, and print the outcome."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # exit at once; the records stay
+    # The stage reads standard output, so what libraries print, such as SQL, goes to standard error.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     folder, seen = Path(sys.argv[1]), dict[Path, bytes]()
     store, lines = None, list[str]()
     while True:
-        ended = has_ended(folder)  # before the records are read, so that no change comes after
+        ended = has_ended(folder)  # checked before the records are read, so that no change is missed
         try:
             if store is None:
-                # Once: a copy with its team.env may be deleted meanwhile.
+                # This is read only once, because a copy with its team.env may be deleted meanwhile.
                 os.environ["MLFLOW_TRACKING_URI"] = store_url()
                 store = connect()
-                # First: a training may resume a run that one of them began.
+                # Leftovers are sent first, because a training may resume a run that one of them began.
                 lines = send_left_over(store, folder)
             fault = send(store, folder, ended, seen)
         except StoreError as error:
@@ -53,7 +53,7 @@ def main() -> None:
             store = None
         time.sleep(PAUSE if fault else LOOK)
     lines += [f"{fault}; {LATER}" if fault else f"MLflow: sent to {shown(store_url())}"]
-    with suppress(BrokenPipeError), answer:  # the stage may wait no longer
+    with suppress(BrokenPipeError), answer:  # the stage may have stopped waiting
         answer.write("\n".join(lines) + "\n")
 
 
@@ -67,9 +67,9 @@ def has_ended(folder: Path) -> bool:
 
 
 def send_left_over(store, own: Path | None = None) -> list[str]:
-    """Bring in line what earlier stages have left; returns a line for each that could not be.
+    """Send the records that earlier stages left; returns a line for each stage that failed.
 
-    Trainings first, then by time: what a later stage says belongs to the run of its training.
+    Trainings come first, then the rest, each by time: a later stage's report belongs to its training's run.
     """
     left = [path for path in records_folder().glob("[!.]*") if path.is_dir() and path != own]
     left.sort(key=lambda path: (not any(path.glob(f"*/{WEIGHTS}")), path.name))
@@ -78,18 +78,18 @@ def send_left_over(store, own: Path | None = None) -> list[str]:
         try:
             if has_ended(folder) and (fault := send(store, folder, True, {})):
                 lines.append(f"{fault}; to drop it, delete {folder}")
-        except StoreError as error:  # it waits for something
+        except StoreError as error:  # these records must wait
             lines.append(str(error))
-        except (OSError, ValueError) as error:  # not readable, as a file of another user may be
+        except (OSError, ValueError) as error:  # unreadable, such as the file of another user
             lines.append(f"MLflow: {folder}: {reason(error)}; to drop it, delete {folder}")
     return lines
 
 
 def send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | None:
-    """Bring runs in line with those records of a stage that `seen` lacks; if it has ended, delete them.
+    """Bring runs in line with a stage's records that `seen` lacks; if it has ended, delete them.
 
-    Returns the fault of a record, in a line. Raises StoreError if another process does the same for more than
-    ten seconds, or the records are for another store.
+    Returns a record's fault as one line. Raises StoreError if another process is sending the records for more
+    than ten seconds, or they are for another store.
     """
     try:
         with FileLock(folder / SENDING, timeout=10 if ended else 0):
@@ -98,7 +98,7 @@ def send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | Non
         if ended:
             raise StoreError(f"MLflow: another process is sending {folder}") from None
         return None
-    except FileNotFoundError:  # another was faster
+    except FileNotFoundError:  # another process was faster
         if folder.exists():
             raise
         return None
@@ -109,7 +109,7 @@ def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | No
     if not named.exists():
         write_text(named, here)
     elif (other := named.read_text(encoding="utf-8")) != here:
-        raise StoreError(f"MLflow: begun in another store, {other}, where `fashion-cnn sync` ends it")
+        raise StoreError(f"MLflow: begun in another store, {other}; `fashion-cnn sync` there finishes it")
     for path in sorted(folder.glob(f"*/{RECORD}")):
         content = path.read_bytes()
         if content == seen.get(path) and not ended:
@@ -119,9 +119,9 @@ def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | No
             continue
         seen[path] = content
         if ended:
-            path.unlink()  # first: without some of its files it would be another record
+            path.unlink()  # before its files: without some, it would be a different record
     if ended and not faults:
-        shutil.rmtree(folder, ignore_errors=True)  # what a kill leaves has no records, and goes next time
+        shutil.rmtree(folder, ignore_errors=True)  # if killed here, the next run deletes the rest
     return faults[0] if faults else None
 
 
@@ -132,11 +132,11 @@ def _send_record(store, path: Path, ended: bool) -> str | None:
             if ended and record.status == "RUNNING":  # the stage was killed
                 record.status = "KILLED"
             runs.bring_in_line(store, record)
-            if record.status == "RUNNING":  # for its model: takes seconds, during which the stage trains
+            if record.status == "RUNNING":  # preload for the model: takes seconds, while the stage trains
                 import fashion_cnn.models.cnns  # noqa: F401
     except StoreError as error:
         return str(error)
-    except Exception as error:  # a damaged record, or one of another version, may not stop the others
+    except Exception as error:  # a damaged record, or one of another version, must not stop the rest
         return f"MLflow: {path}: {type(error).__name__}: {reason(error)}"
     return None
 

@@ -22,15 +22,15 @@ from fashion_cnn.schema import N_TRAIN
 from fashion_cnn.tracking.store import Store, locked
 
 NEWEST = ["attributes.start_time DESC"]
-LIMIT = sys.float_info.max  # what MLflow keeps infinity as
-IMAGES = "train_images"  # a param of runs that is not one of params.yaml
+LIMIT = sys.float_info.max  # MLflow stores infinity as this
+IMAGES = "train_images"  # a param of runs that is not in params.yaml
 DVC_LOCK = "dvc_lock"  # a tag: the digest of the training's entry in dvc.lock
-LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that read the training
-# Of runs in MLflow's charts and tables; without them, two of a few runs may have the same. Okabe and Ito's,
-# from those of the figures on.
+LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that read the training's outputs
+# Colours of runs in MLflow's charts and tables, because MLflow may give two of a few runs the same colour.
+# The palette is Okabe and Ito's, beginning with the two colours of the figures.
 COLOR = "mlflow.runColor"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
-WEIGHTS_FOLDER = "extra_files"  # of a model: MLflow's name for what lies beside torch's program
+WEIGHTS_FOLDER = "extra_files"  # MLflow's name for a model's files other than torch's program
 NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 NOTE = (
     "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
@@ -45,11 +45,11 @@ STAND_IN = (
 def bring_in_line(store: Store, record: Record, only_missing: bool = False) -> dict[str, list[str]]:
     """Write what the runs of a record lack; returns what was added, by the runs' ids.
 
-    It may be repeated, and cut short anywhere. What a training made goes to one run, what a later stage says
-    to all runs of its weights; without any, one is made. `only_missing`: nothing takes the place of what a
-    run has already.
+    It is idempotent, and may be interrupted anywhere. A training's record goes to one run, a later stage's to
+    all runs of its weights; if there is none, one is created. With `only_missing`, nothing that a run already
+    has is replaced.
     """
-    with locked():  # or two at once would each make a run
+    with locked():  # otherwise two processes would each make a run
         found, made = runs_of(store, record), []
         if not found:
             found, made = [create_run(store, record)], ["made"]
@@ -57,7 +57,7 @@ def bring_in_line(store: Store, record: Record, only_missing: bool = False) -> d
 
 
 def runs_of(store: Store, record: Record) -> list:
-    """The runs that a record is about, those that exist."""
+    """The existing runs that a record is about."""
     if record.key:
         return find_runs(store, training=record.key)[:1]
     found = find_runs(store, dvc_stage=record.training, weights_sha256=record.weights_sha256)
@@ -66,11 +66,11 @@ def runs_of(store: Store, record: Record) -> list:
     mine = [run for run in found if run.data.tags.get(DVC_LOCK, record.dvc_lock) == record.dvc_lock]
     if name := record.tags.get("dvc_exp_name"):
         mine = of_experiment(mine, name, record.tags.get("git_commit"))
-    return (mine or found)[:1]  # else the newest run of these weights, though another training made it
+    return (mine or found)[:1]  # or the newest run of these weights, even if another training made it
 
 
 def of_experiment(found: list, name: str, baseline: str | None) -> list:
-    """Those runs that are an experiment's, that of its commit first, or may become so."""
+    """The runs of an experiment, that of its commit first, then those that may become its runs."""
     own = [run for run in found if run.data.tags.get("dvc_exp_name") == name]
     own.sort(key=lambda run: run.data.tags.get("git_commit") != baseline)
     return own + [run for run in found if lacks_origin(run)]
@@ -93,13 +93,13 @@ def find_runs(store: Store, **tags: str) -> list:
 
 
 def find_run(store: Store, run_id: str):
-    """A run that is not deleted, by its id."""
+    """The run with this id; None if there is none, or it is deleted."""
     found = store.client.search_runs(store.experiments, f"attributes.run_id = '{run_id}'")
     return found[0] if found else None
 
 
 def create_run(store: Store, record: Record):
-    """Make the run of a record in the experiment of its training, in another colour than the last one."""
+    """Create a record's run in the experiment of its training, in a different colour than the last run."""
     experiment_id = store.experiment_of(record.training)
     last = store.client.search_runs([experiment_id], max_results=1, order_by=NEWEST)
     color = last[0].data.tags.get(COLOR, COLORS[-1]) if last else COLORS[-1]
@@ -121,18 +121,18 @@ def create_run(store: Store, record: Record):
 def _user() -> str:
     try:
         return getuser()
-    except (KeyError, OSError):  # as in a container that runs as a number without a name
+    except (KeyError, OSError):  # as in a container whose user has no name
         return str(os.getuid())
 
 
 def run_name(record: Record) -> str:
-    """The stage, and what is special about the run: its experiment, or the params that were not committed."""
+    """The stage, and what distinguishes the run: its experiment, or the params that were not committed."""
     stage, tags = record.training, record.tags
     if "dvc_exp_name" in tags:
         return f"{stage} {tags['dvc_exp_name']}"
     try:
         committed = params_in(git("show", f"{tags['git_commit']}:./params.yaml"))
-    except (KeyError, GitError):  # not in git, or without params there
+    except (KeyError, GitError):  # not in git, or no params in the commit
         return stage
     own = f"{TRAININGS[stage].section}."
     changed = [
@@ -144,17 +144,17 @@ def run_name(record: Record) -> str:
 
 
 def _complete(store: Store, run, record: Record, only_missing: bool) -> list[str]:
-    """Write what a run lacks of a record; its status last, so that a run that is finished has all."""
+    """Write what a run lacks of a record; the status comes last, so that a finished run is complete."""
     client, run_id, tags = store.client, run.info.run_id, run.data.tags
     is_finished = run.info.status == "FINISHED" and "weights_sha256" in tags
     is_own = bool(record.key) and not is_finished
     if is_own and run.info.status != record.status == "RUNNING":
         client.update_run(run_id, status="RUNNING")
-    if NOTE_TAG not in tags:  # of a stand-in, it is there
+    if NOTE_TAG not in tags:  # a stand-in has one already
         client.set_tag(run_id, NOTE_TAG, NOTE.format(run_id))
     if record.key and record.weights_sha256 and tags.get("weights_sha256") != record.weights_sha256:
         client.set_tag(run_id, "weights_sha256", record.weights_sha256)  # early: later stages look for it
-    is_other = DVC_LOCK in tags and tags[DVC_LOCK] != record.dvc_lock  # by other code, to the same weights
+    is_other = DVC_LOCK in tags and tags[DVC_LOCK] != record.dvc_lock  # other code made the same weights
     files = {name: path for name, path in record.files.items() if not (name == LOCK_FILE and is_other)}
     sent = {
         "commit": _log_origin(client, run, record) if is_own or lacks_origin(run) else False,
@@ -170,14 +170,14 @@ def _complete(store: Store, run, record: Record, only_missing: bool) -> list[str
         client.set_tag(run_id, DVC_LOCK, record.dvc_lock)
     if record.status != "RUNNING":
         log_model_metrics(client, run_id)
-    is_left = "stand_in" in tags and run.info.status == "RUNNING"  # just made, or left so by a kill
+    is_left = "stand_in" in tags and run.info.status == "RUNNING"  # just created, or left by a kill
     if is_left or (is_own and run.info.status != record.status != "RUNNING"):
         client.set_terminated(run_id, record.status, record.ended)
     return added
 
 
 def _log_origin(client, run, record: Record) -> bool:
-    """Say which code, experiment and machine made the weights of a run."""
+    """Log which code, experiment and machine made the weights of a run."""
     from mlflow.entities import RunTag
 
     new = {name: value for name, value in record.tags.items() if run.data.tags.get(name) != value}
@@ -187,15 +187,15 @@ def _log_origin(client, run, record: Record) -> bool:
         client.log_artifact(run.info.run_id, record.diff)
     if not record.key:
         new["mlflow.runName"] = run_name(record)
-    # At once, since a kill between two would leave a half that looks whole.
+    # All in one call, because a kill between two would leave half of the tags, which looks complete.
     client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in new.items()])
     return True
 
 
 def _log_params(client, run, params: dict[str, object]) -> bool:
-    """Log those params that the run lacks, under their path in params.yaml.
+    """Log the params that the run lacks, under their paths in params.yaml.
 
-    Beside them, how many images a CNN trains on: the default of split.train_size, null, does not say it.
+    Also logs how many images a CNN trains on, because the default of split.train_size, null, does not say it.
     """
     from mlflow.entities import Param
 
@@ -209,7 +209,7 @@ def _log_params(client, run, params: dict[str, object]) -> bool:
 
 
 def _log_dataset(client, run, record: Record) -> bool:
-    """Log which data a run trains on, and its sizes; of the digest the first 8 digits, as in MLflow's own."""
+    """Log which data a run trains on, its sizes, and the first 8 digits of its digest, as MLflow does."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     if not (data := record.dataset) or (run.inputs and run.inputs.dataset_inputs):
@@ -223,7 +223,7 @@ def _log_dataset(client, run, record: Record) -> bool:
 
 
 def _log_epochs(client, run_id: str, record: Record) -> bool:
-    """Log those rows of a training's metrics whose epoch the run lacks."""
+    """Log the rows of a training's metrics whose epoch the run lacks."""
     if not record.rows:
         return False
     logged = {metric.step for metric in client.get_metric_history(run_id, "train_loss")}
@@ -233,7 +233,7 @@ def _log_epochs(client, run_id: str, record: Record) -> bool:
 
 
 def _log_metrics(client, run, record: Record, only_missing: bool) -> bool:
-    """Log metrics without an epoch; a value that the run has already is left."""
+    """Log metrics without an epoch, except values that the run already has."""
     has = run.data.metrics
     new = {
         name: value
@@ -259,14 +259,14 @@ def _log_rows(client, run_id: str, rows: list[dict], when: int) -> None:
 
 
 def _is_kept_as(value: float, kept: float) -> bool:
-    """Whether a store that was given `value` says `kept`."""
+    """Whether a store that was given `value` returns `kept`."""
     if math.isnan(value):
         return math.isnan(kept)
     return np.clip(value, -LIMIT, LIMIT) == kept
 
 
 def _log_files(client, run, files: dict[str, Path], only_missing: bool) -> list[str]:
-    """Attach files, those of a folder together; returns the folders of which the run had others, or none."""
+    """Attach files, folder by folder; returns the folders that the run lacked or had with other files."""
     folders: dict[str, dict[str, Path]] = defaultdict(dict)
     for name, path in files.items():
         folders[PurePosixPath(name).parts[0]][name] = path
@@ -277,7 +277,7 @@ def _log_files(client, run, files: dict[str, Path], only_missing: bool) -> list[
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         if sent == digest or (sent and only_missing):
             continue
-        if sent:  # it will no longer be so
+        if sent:  # the new files invalidate it
             client.delete_tag(run.info.run_id, tag)
         for name, path in members.items():
             parent = str(PurePosixPath(name).parent)
@@ -288,7 +288,7 @@ def _log_files(client, run, files: dict[str, Path], only_missing: bool) -> list[
 
 
 def models_of(client, run) -> list:
-    """The run's models; MLflow attaches one before it sends its files."""
+    """The run's models, also those whose files MLflow has not sent yet."""
     from mlflow.exceptions import MlflowException
 
     found = []
@@ -302,7 +302,7 @@ def models_of(client, run) -> list:
 
 
 def ready_models(client, run) -> list:
-    """The run's models that have their files."""
+    """The run's models whose files are complete."""
     return [model for model in models_of(client, run) if model.status == "READY"]
 
 
@@ -328,7 +328,7 @@ def _log_model(client, run, record: Record) -> bool:
         outputs = model(torch.from_numpy(example)).numpy()
     with locked(run_id):
         models = models_of(client, client.get_run(run_id))
-        if any(one.status == "READY" for one in models):  # of another process
+        if any(one.status == "READY" for one in models):  # another process logged it
             return False
         for one in models:  # a kill stopped its upload
             client.delete_logged_model(one.model_id)
@@ -346,14 +346,14 @@ def log_to_run(client, run_id: str, **model: object):
     import mlflow
     from mlflow.models import Model
 
-    # Else it goes to the experiment "Default", which is not the project's.
+    # Otherwise the model goes to the experiment "Default", which is not the project's.
     mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
-    # Not mlflow.pytorch.log_model, which logs to an active run, and so would make this one running.
+    # Not mlflow.pytorch.log_model: it logs to an active run, so it would set this one to RUNNING.
     return Model.log(None, run_id=run_id, **model)
 
 
 def pinned(*names: str) -> list[str]:
-    """Requirements of a model: given, since inferring them takes 5 s; without the "+cpu" of a local build."""
+    """A model's requirements, without the "+cpu" of a local build; MLflow would take 5 s to infer them."""
     return [f"{name}=={version(name).split('+')[0]}" for name in names]
 
 
@@ -365,11 +365,11 @@ def log_model_metrics(client, run_id: str) -> None:
     for model in ready_models(client, run):
         has = {metric.key: metric.value for metric in model.metrics or []}
         new = []
-        # First the one to choose by: the table has its columns in the order in which it was given them.
+        # The metric to choose by comes first, because the table keeps the order in which columns were added.
         for name, value in sorted(run.data.metrics.items(), key=lambda one: one[0] != "val_accuracy"):
             if has.get(name) == value or not math.isfinite(value):  # MLflow would show 0 for NaN
                 continue
-            # With time and epoch of the run's own value, or the run would get the same value a second time.
+            # Reuse time and epoch of the run's own value; otherwise the run would get the value twice.
             history = client.get_metric_history(run_id, name)
             last = max(history, key=lambda one: (one.step, one.timestamp, one.value))
             new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id))

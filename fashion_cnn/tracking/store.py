@@ -1,4 +1,4 @@
-"""The MLflow store: where it is, reaching it within seconds, and what it says when it cannot be used."""
+"""The MLflow store: its address, connecting within seconds, and one-line errors if it cannot be used."""
 
 import logging
 import os
@@ -24,13 +24,13 @@ from fashion_cnn.project.record import records_folder
 from fashion_cnn.project.repository import repository_root
 from fashion_cnn.project.time_limit import at_most
 
-# Apart, since the toy's metrics and charts are others.
+# Separate experiments: the toy has different metrics and charts.
 CNN_RUNS, TOY_RUNS = "fashion-cnn", "fashion-cnn-toy"
-TEAM = Path("team.env")  # a team's addresses, which git keeps: hence no secret may be in it
+TEAM = Path("team.env")  # a team's addresses; it is in git, so it must not hold a secret
 CONNECT = 30  # seconds in which a store must answer
-LOCKED = 300  # seconds to wait for another process that makes the same
-TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI guesses at GenAI
-# Columns that hold a path of artifacts, which MLflow keeps absolute.
+LOCKED = 300  # seconds to wait for another process's lock
+TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the UI guesses GenAI
+# Columns with paths of artifacts, which MLflow stores as absolute paths.
 ARTIFACT_PATHS = {
     "experiments": "artifact_location",
     "runs": "artifact_uri",
@@ -40,7 +40,7 @@ ARTIFACT_PATHS = {
 
 
 class Store:
-    """A client of the store, and its experiments, each created when a run of it is."""
+    """A client of the store, and its experiments, each created when it is first needed."""
 
     def __init__(self, client):
         self.client = client
@@ -48,15 +48,15 @@ class Store:
 
     @property
     def experiments(self) -> list[str]:
-        """The ids of those that exist: runs are looked for in all."""
+        """The ids of the existing experiments; runs are searched in all of them."""
         return [found for name in (CNN_RUNS, TOY_RUNS) if (found := self._find(name))]
 
     def experiment_of(self, training: str) -> str:
-        """The id of the experiment in which a training has its runs. Raises StoreError if it is deleted."""
+        """The id of the experiment that has a training's runs. Raises StoreError if it is deleted."""
         return self.experiment(TOY_RUNS if training == TOY.stage else CNN_RUNS)
 
     def experiment(self, name: str) -> str:
-        """The id of an experiment, which is created if there is none. Raises StoreError if it is deleted."""
+        """The id of an experiment, which is created if it is missing. Raises StoreError if it is deleted."""
         from mlflow.exceptions import MlflowException
 
         if found := self._find(name):
@@ -69,7 +69,7 @@ class Store:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            if not self._find(name):  # else another process was faster
+            if not self._find(name):  # otherwise another process was faster
                 deleted = self.client.get_experiment_by_name(name).experiment_id
                 raise StoreError(
                     f"MLflow store {shown(url)}: the experiment {name} is deleted; restore it with "
@@ -87,30 +87,30 @@ class Store:
 
 
 def prepare_mlflow() -> None:
-    """Set what MLflow reads from the environment; call it before anything imports mlflow."""
-    # The first two would credit all to another run or model, the third register models elsewhere.
+    """Set the environment variables that MLflow reads; call this before anything imports mlflow."""
+    # The first two would log to another run or model; the third would register models elsewhere.
     for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's default retries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # a pickle of the store could run any code
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # a pickle from the store could run any code
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def address(name: str) -> str | None:
-    """An address from the environment, or else from team.env. Raises StoreError if that may have a secret."""
+    """An address from the environment, or from team.env. Raises StoreError if team.env may hold a secret."""
     found = read_team().get(name)
     if found and not is_sqlite(found) and found != shown(found):
         raise StoreError(
-            f"{TEAM}: {name} has a user, a password or a query, expected an address alone, since git keeps "
-            "the file; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"{TEAM}: {name} has a user, a password or a query, expected only an address, because the "
+            "file is in git; MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return os.environ.get(name) or found
 
 
 def read_team() -> dict[str, str | None]:
-    """The values in team.env, as written: no variable of this machine gets into an address."""
+    """The values in team.env as written, without expanding environment variables."""
     try:
         text = TEAM.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -124,9 +124,9 @@ def read_team() -> dict[str, str | None]:
 
 
 def store_url() -> str:
-    """MLFLOW_TRACKING_URI, or SQLite in the repository root; a relative path of SQLite is below the root.
+    """MLFLOW_TRACKING_URI, or SQLite in the repository root; a relative SQLite path is below the root.
 
-    The root, since DVC's temporary copies are deleted when their experiment ends.
+    The root is used because DVC deletes its temporary copies when their experiment ends.
     """
     named = address("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if not is_sqlite(named):
@@ -138,31 +138,31 @@ def store_url() -> str:
             f"MLFLOW_TRACKING_URI: {error}; expected sqlite:///file or a server's address"
         ) from None
     path = repository_root() / (url.database or "mlflow.db")
-    # The driver is named since MLflow makes the folder of any "sqlite:", and takes its address as the path,
-    # although % and the like are quoted in it.
+    # Name the driver: for a plain "sqlite:", MLflow creates the folder from the quoted address, which is
+    # wrong for % and the like.
     return URL.create("sqlite+pysqlite", database=str(path), query=url.query).render_as_string()
 
 
 def is_sqlite(url: str) -> bool:
-    """Whether a store is a file of SQLite."""
+    """Whether a store is an SQLite file."""
     return url.startswith(("sqlite:", "sqlite+"))
 
 
 def shown(url: str) -> str:
-    """A store's address without user and password; the path of a file of SQLite."""
+    """A store's address without user and password; for SQLite, the path of the file."""
     if is_sqlite(url):
         return make_url(url).database or url
     return re.sub("^([^/]+://)[^/]*@", r"\1", url).partition("?")[0]  # a query may hold a token
 
 
 def store_name() -> str:
-    """The store's address as records keep it: below the root, it moves with the project."""
+    """The store's address in records; relative if it is below the root, because it moves with the project."""
     root, name = f"{repository_root()}/", shown(store_url())
     return name.removeprefix(root) if is_sqlite(store_url()) else name
 
 
 def connect() -> Store:
-    """The store, created with the experiment of the CNNs if there is none.
+    """The store, created with the experiment of the CNNs if it is missing.
 
     Raises StoreError within seconds if the store cannot be reached.
     """
@@ -175,7 +175,7 @@ def connect() -> Store:
     mlflow.set_tracking_uri(url)
     with as_store_error():
         if is_sqlite(url):
-            _make(url)  # on a slow machine it takes longer than an answer may
+            _make(url)  # not timed: on a slow machine it takes longer than CONNECT
         with at_most(CONNECT, TimeoutError(f"no answer within {CONNECT} s")):
             if is_sqlite(url):
                 _prepare_sqlite(Path(shown(url)))
@@ -185,7 +185,7 @@ def connect() -> Store:
 
 
 def _make(url: str) -> None:
-    """Create the file of SQLite if there is none, or an empty one, as another program may leave it."""
+    """Create the SQLite file if it is missing, or empty, as another program may leave it."""
     import mlflow
 
     def is_missing() -> bool:
@@ -195,9 +195,9 @@ def _make(url: str) -> None:
     if not is_missing():
         return
     with locked():
-        if is_missing():  # else another process was faster
-            # MLflow makes its tables in dozens of steps: a kill between two would leave a store that nothing
-            # opens.
+        if is_missing():  # otherwise another process was faster
+            # MLflow creates its tables in dozens of steps: a kill between two would leave a store that
+            # nothing can open.
             with replace_atomically(path) as partial:
                 partial.unlink(missing_ok=True)  # what an earlier kill left
                 mlflow.MlflowClient(str(make_url(url).set(database=str(partial)))).search_experiments()
@@ -205,7 +205,7 @@ def _make(url: str) -> None:
 
 @contextmanager
 def locked(what: str = "store") -> Iterator[None]:
-    """Let one process of a project at a time make the store and its runs, or the model of the run `what`."""
+    """Let one process of a project at a time create the store and its runs, or the model of run `what`."""
     lock = records_folder() / f".{what}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -229,14 +229,14 @@ def _prepare_sqlite(path: Path) -> None:
 
 
 def _follow_the_folder(database: sqlite3.Connection) -> None:
-    """Name this folder in the paths of artifacts: the project may have been moved or copied."""
+    """Point the paths of artifacts to this folder: the project may have been moved or copied."""
     here = repository_root() / "mlruns"
     query = "SELECT DISTINCT artifact_location FROM experiments WHERE name IN (?, ?)"
     for (location,) in database.execute(query, [CNN_RUNS, TOY_RUNS]).fetchall():
         there = Path(unquote(urlsplit(location).path))
-        if there == here or there.name != "mlruns":  # another name would be the user's choice
+        if there == here or there.name != "mlruns":  # another name is the user's choice
             continue
-        # Some are kept as addresses, and some, such as that of the experiment Default, as paths.
+        # Some are stored as URLs, and some, such as that of the experiment Default, as paths.
         for old, new in ((there.as_uri(), here.as_uri()), (str(there), str(here))):
             for table, column in ARTIFACT_PATHS.items():
                 database.execute(
@@ -261,7 +261,7 @@ def store_faults() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    # ImportError: SQLAlchemy wants the driver of the database that the store's address names.
+    # ImportError: SQLAlchemy needs the driver of the database that the store's address names.
     return (MlflowException, requests.RequestException, SQLAlchemyError, sqlite3.Error, OSError, ImportError)
 
 
@@ -272,7 +272,7 @@ def reason(error: Exception) -> str:
 
 
 def main() -> None:
-    """Say why the store cannot be used, if it cannot."""
+    """Report why the store cannot be used, if it cannot."""
     connect()
 
 

@@ -1,4 +1,4 @@
-"""What each step takes: which images, in which variants, flipped and shifted how."""
+"""What each step takes: which images, in which variants, and how they are flipped and shifted."""
 
 from typing import TYPE_CHECKING
 
@@ -8,12 +8,12 @@ import torch
 if TYPE_CHECKING:
     from fashion_cnn.schema import TrainCnn
 
-# The columns of a take. COUNT: as how many images it counts.
+# The columns of a take. COUNT: how many images it counts as.
 INDEX, VARIANT, FLIP, DOWN, RIGHT, COUNT = range(N_COLUMNS := 6)
 
 
 def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: int) -> np.ndarray:
-    """The takes (N, 6) of an epoch, which takes each image of `train` (N,) once, in a fresh order.
+    """The takes (N, 6) of an epoch: each image of `train` (N,) once, in a new order.
 
     Variants and shifts are uniform. With `params.flips`, half of the images are mirrored in odd epochs, the
     other half in even ones: airbench's alternating flip (Jordan, arXiv 2404.00498).
@@ -32,28 +32,28 @@ def draw_epoch(train: np.ndarray, n_variants: int, params: "TrainCnn", epoch: in
 
 
 def length(n: int, params: "TrainCnn", epoch: int) -> int:
-    """How many of `n` images an epoch takes: all, or from the second on all but half of the easy ones."""
+    """How many of `n` images an epoch takes: all, or from epoch 2 on all but half of the easy ones."""
     return n - (int(params.prune_easy * n) // 2 if epoch > 1 else 0)
 
 
 def halve_easy(takes: np.ndarray, losses: np.ndarray, params: "TrainCnn", epoch: int) -> np.ndarray:
     """`takes` (N, 6) of an epoch without a random half of the easy ones; the other half counts twice.
 
-    Data pruning as InfoBatch does it (Qin et al., arXiv 2303.04947), with a fixed share. Easy are those with
-    the least of `losses`, one for each image: the share `params.prune_easy` of them.
+    Data pruning as in InfoBatch (Qin et al., arXiv 2303.04947), with a fixed share: the easy images are the
+    share `params.prune_easy` with the lowest `losses`, one for each image.
     """
     left_out = len(takes) - length(len(takes), params, epoch)
     easy = losses[takes[:, INDEX]].argsort(kind="stable")[: 2 * left_out]
-    rng = np.random.default_rng([params.seed, epoch, 1])  # with 0, NumPy's numbers would be draw_epoch's
+    rng = np.random.default_rng([params.seed, epoch, 1])  # 1: a separate stream; 0 would repeat draw_epoch's
     gone, kept = rng.permutation(easy).reshape(2, left_out)
     takes[kept, COUNT] = 2
     return np.delete(takes, gone, axis=0)
 
 
 def cut(images: torch.Tensor, takes: torch.Tensor, moved: bool) -> torch.Tensor:
-    """The images of `takes` (B, 6), (B, 28, 28) uint8, of all variants `images` (V, N, 28, 28) uint8.
+    """The images (B, 28, 28) uint8 of `takes` (B, 6), from all variants `images` (V, N, 28, 28) uint8.
 
-    Unless `moved`, they are as they are. What a shift brings into view is black.
+    Without `moved`, flips and shifts are ignored. Pixels that a shift uncovers are black.
     """
     variant, index = takes[:, VARIANT], takes[:, INDEX]
     if not moved:

@@ -1,4 +1,4 @@
-"""The state of a training after its last finished epoch, so that a killed one resumes from there."""
+"""The state of a training after its last finished epoch, from which a killed one resumes."""
 
 import json
 import os
@@ -22,8 +22,8 @@ class Checkpoint:
     """Weights, the optimizer's moments, the losses of images and the rows of metrics so far, in one file.
 
     `key` is the digest of everything that determines the result, so that no training resumes from
-    another's. The file is outside DVC's outputs, since DVC deletes those before it runs a stage. It holds a
-    digest of its content: one flipped bit would end in other weights.
+    another's. The file is outside DVC's outputs, because DVC deletes those before it runs a stage. It holds a
+    digest of its content, because one flipped bit would lead to different weights.
     """
 
     def __init__(self, key: str, folder: Path):
@@ -34,7 +34,7 @@ class Checkpoint:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("digest") != self._digest(tensors, about.get("rows", "")):
-                raise ValueError("its content has another digest than it names")
+                raise ValueError("its content does not match its digest")
             self.rows, self.tensors = json.loads(about["rows"]), tensors
         except FileNotFoundError:
             pass
@@ -46,7 +46,7 @@ class Checkpoint:
         if self.rows:
             print(f"resuming after epoch {len(self.rows)}")
             model.load_state_dict(_part(self.tensors, "model."))
-            # Moments need the layout of their weights: the fused update walks through both as they lie.
+            # Moments need the layout of their weights: the fused update reads both in memory order.
             state = {
                 number: {
                     name: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
@@ -61,7 +61,7 @@ class Checkpoint:
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: torch.Tensor, rows: list[dict]
     ) -> None:
-        """Replace the file by the present state, whole or not at all."""
+        """Replace the file with the current state, atomically."""
         tensors = {"losses": losses} | {
             f"model.{name}": tensor for name, tensor in model.state_dict().items()
         }
@@ -88,9 +88,9 @@ class Checkpoint:
 def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
     """The checkpoint of a training that writes `weights`.
 
-    If the block succeeds, the checkpoint is deleted, or, if DVC runs the stage, kept until DVC has written
-    dvc.lock: a kill between the end of the stage and that write would cost the training. Two experiments
-    can run the very same training at once: the second waits, so that neither resumes from the other's
+    If the block succeeds, the checkpoint is deleted. If DVC runs the stage, it is kept until DVC has written
+    dvc.lock, because a kill between the end of the stage and that write would lose the training. If two
+    experiments run the same training at once, the second waits, so that neither resumes from the other's
     epochs.
     """
     folder = repository_root() / ".checkpoints"
@@ -108,7 +108,7 @@ def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
 def _delete_finished(folder: Path, key: str) -> None:
     """Delete the checkpoints of finished trainings, except that of `key` if dvc.lock lacks its weights."""
     for path in folder.glob("*.done"):
-        with suppress(FileNotFoundError):  # another training does the same
+        with suppress(FileNotFoundError):  # another training may delete it first
             if path.stem != key or _is_recorded(path):
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
                 path.unlink()
@@ -117,16 +117,16 @@ def _delete_finished(folder: Path, key: str) -> None:
 def _is_recorded(done: Path) -> bool:
     """Whether DVC has written dvc.lock since the training ended, with the weights whose digest `done` holds.
 
-    An older dvc.lock may name the same weights: that of a fresh clone does.
+    An older dvc.lock may name the same weights, as in a fresh clone.
     """
-    # Of DVC's temporary copies, their own.
+    # In one of DVC's temporary copies, LOCK is that copy's own dvc.lock.
     if not LOCK.exists() or LOCK.stat().st_mtime_ns < done.stat().st_mtime_ns:
         return False
     return done.read_text() in LOCK.read_text(encoding="utf-8")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """In the order in which the optimizer numbers them."""
+    """The parameters, in the order in which the optimizer numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

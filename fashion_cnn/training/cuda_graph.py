@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: launched as one, where each of its kernels costs a launch."""
+"""A training step as a CUDA graph: one launch instead of one for each kernel."""
 
 from collections.abc import Callable
 
@@ -6,20 +6,20 @@ import torch
 
 from fashion_cnn.training.batches import N_COLUMNS
 
-WARM_UP = 3  # real steps on a side stream before the capture, as torch's notes on CUDA graphs ask for
+WARM_UP = 3  # real steps on a side stream before the capture, as torch's notes on CUDA graphs require
 
 
 class GraphedStep:
     """Call `step(takes)` as a replayed CUDA graph, with the same results.
 
-    The first WARM_UP batches run step by step, and so does every batch that is not of `batch_size`
-    images: a graph has fixed shapes. `graph` is what captures and replays; tests give a stand-in,
-    so that all but the capture itself runs without a GPU.
+    The first WARM_UP batches run without the graph, and so does every batch that is not of `batch_size`
+    images, because a graph has fixed shapes. `graph` captures and replays; tests pass a stand-in, so that
+    all but the capture itself runs without a GPU.
     """
 
     def __init__(self, step: Callable, batch_size: int, device: torch.device, graph=None):
         self.step, self.graph = step, graph or CapturedGraph(device)
-        # A graph reads its inputs from a fixed place: each batch is copied there.
+        # A graph reads its inputs from a fixed address: each batch is copied there.
         self.takes = torch.zeros((batch_size, N_COLUMNS), dtype=torch.int64, device=device)
         self.calls = 0
 

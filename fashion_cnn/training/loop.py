@@ -1,8 +1,8 @@
-"""Part 2 of the lesson: training the CNN, one epoch after the other.
+"""Part 2 of the lesson: training the CNN, epoch by epoch.
 
 fashion_cnn/lesson/plain_loop.py is the same training without these additions: images that stay on the GPU,
 if there is one, as uint8, so that no step copies them; sums of loss and hits that are read once an epoch,
-because each reading makes a GPU wait; a checkpoint after each epoch; flips, shifts, pruning and a schedule
+because each read stalls a GPU; a checkpoint after each epoch; flips, shifts, pruning and a schedule
 for the recipes; a CUDA graph of the step.
 """
 
@@ -29,7 +29,7 @@ from fashion_cnn.training.train_data import TrainData
 if TYPE_CHECKING:
     from fashion_cnn.schema import TrainCnn
 
-REFRESH = 50  # steps between two readings of loss and accuracy for the progress bar
+REFRESH = 50  # steps between two reads of loss and accuracy for the progress bar
 
 
 def train_cnn(
@@ -40,11 +40,11 @@ def train_cnn(
     checkpoint: Checkpoint,
     on_epoch: Callable[[dict, float], None],
 ) -> list[dict]:
-    """Train `model` in place as `params` says; return one row of metrics an epoch.
+    """Train `model` in place according to `params`; return one row of metrics per epoch.
 
-    An epoch takes the images of `data.train` as draw_epoch and halve_easy say. Validation reads the originals
-    of `data.val`. `on_epoch` is called with each row and its images per second. Everything random comes from
-    (params.seed, epoch), so a training that resumes from `checkpoint` ends in the same weights.
+    An epoch takes the images of `data.train` that draw_epoch and halve_easy choose. Validation reads the
+    originals of `data.val`. `on_epoch` is called with each row and its images per second. Everything random
+    comes from (params.seed, epoch), so a training that resumes from `checkpoint` ends with the same weights.
     """
     images = torch.from_numpy(data.pool).to(device)  # (V, N, 28, 28)
     targets = torch.from_numpy(data.labels).to(device, torch.int64)  # (N,)
@@ -76,7 +76,7 @@ def train_cnn(
                 "val_loss": val_loss,
                 "val_accuracy": val_accuracy,
             }
-            # Rounded here, so that every place that shows a value shows the same one.
+            # Round here, so that a value is the same wherever it is shown.
             row = {"epoch": epoch, **{name: round_floats(value) for name, value in metrics.items()}}
             rows.append(row)
             checkpoint.save(model, optimizer, step.losses, rows)
@@ -86,9 +86,9 @@ def train_cnn(
 
 
 class TrainStep:
-    """One step on a batch; sums loss and hits on the device, where reading them costs no wait.
+    """One step on a batch; sums loss and hits on the device, so that no step waits for a read.
 
-    `losses` (N,) holds the last loss of each image, if `params.prune_easy` asks for it.
+    `losses` (N,) holds the last loss of each image if `params.prune_easy` is not 0.
     """
 
     def __init__(self, model, optimizer, images: torch.Tensor, targets: torch.Tensor, params: "TrainCnn"):
@@ -110,38 +110,40 @@ class TrainStep:
             each = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
             self.losses.scatter_(0, index, each.detach())
             loss = (each * count).sum() / counted
-        else:  # not the same as above with counts of 1: another order of sums, and other last digits
+        else:  # a branch of its own: the one above sums in another order, which changes the last digits
             loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        # Those of the batch before its own step. Accuracy reuses the logits: the lesson runs a second
+        # Loss and hits of the batch before this step. Accuracy reuses the logits; the lesson runs a second
         # forward pass (11 ms of its 35 ms step).
         self.loss_sum += loss.detach() * counted
         self.correct += ((logits.detach().argmax(1) == label) * count).sum()
         self.seen += counted
 
     def reset(self) -> None:
-        """Begin the sums anew."""
+        """Reset the sums to 0."""
         for total in (self.loss_sum, self.correct, self.seen):
             total.zero_()
 
     def means(self) -> tuple[float, float]:
-        """Mean loss, and accuracy, since the last reset; each image as often as it counts."""
+        """Mean loss and accuracy since the last reset, each image weighted by its count."""
         seen = self.seen.item()
         return self.loss_sum.item() / seen, self.correct.item() / seen
 
 
 def train_epoch(step, run_step, batches, rates, bar) -> tuple[float, float]:
-    """One pass over `batches`, takes (B, 6) of which the last may be fewer, each at its learning rate of
-    `rates`; mean loss, and accuracy."""
+    """Train one epoch on `batches`, takes (B, 6) each, at the learning rates `rates`.
+
+    The last batch may be smaller. Returns mean loss and accuracy.
+    """
     step.model.train()
     step.reset()
     for number, (takes, rate) in enumerate(zip(batches, rates, strict=True), start=1):
         set_rate(step.optimizer, rate)
         run_step(takes)
         bar.update(len(takes))
-        # Not on a GPU, which this would make wait for.
+        # CPU only: reading the means would stall a GPU.
         if number % REFRESH == 0 and not bar.disable and step.images.device.type == "cpu":
             loss, accuracy = step.means()
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")

@@ -1,4 +1,4 @@
-"""How the weights move: AdamW or Muon, and the learning rate by step."""
+"""The optimizer, AdamW or Muon, and the learning rate of each step."""
 
 from typing import TYPE_CHECKING
 
@@ -8,22 +8,22 @@ from torch import nn
 if TYPE_CHECKING:
     from fashion_cnn.schema import TrainCnn
 
-RISE = 0.2  # of the steps of a one-cycle schedule
-MOMENTUM = 0.9  # of Muon: how much of each step goes into the next
-# Newton-Schulz, with Muon's coefficients: a step sends a singular value s to a s + b s^3 + c s^5, and five
-# steps bring all but the smallest near 1.
+RISE = 0.2  # fraction of a one-cycle schedule's steps in which the rate rises
+MOMENTUM = 0.9  # Muon's: how much of each step carries over to the next
+# Newton-Schulz, with Muon's coefficients: a step maps a singular value s to a s + b s^3 + c s^5, and five
+# steps bring all but the smallest close to 1.
 NEWTON_SCHULZ_STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
 
 
 def build_optimizer(model: nn.Module, params: "TrainCnn", device: torch.device) -> torch.optim.AdamW:
     """AdamW or Muon; AdamW with `params.weight_decay` 0 is the lesson's Adam.
 
-    Only weights decay; biases and the scales of batch norm need no restraint.
+    Only weights decay; biases and the scales of batch norm need no regularisation.
     """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     on_cuda = device.type == "cuda"
-    # A CUDA graph reads the rate where it lies; a number would be fixed at the capture.
+    # A CUDA graph reads the rate from a tensor; a number would be fixed at capture.
     rate = torch.tensor(float(params.learning_rate), device=device) if on_cuda else params.learning_rate
     # fused: one pass over all weights instead of several for each.
     groups: list[dict] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
@@ -32,10 +32,10 @@ def build_optimizer(model: nn.Module, params: "TrainCnn", device: torch.device) 
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for all but the weights of convolutions, whose steps go equally far in all directions.
+    """AdamW, but convolution weights take orthogonal steps, which go equally far in all directions.
 
-    Keller Jordan's Muon, scaled as by Liu et al. (arXiv 2502.16982), so that rates and decays are AdamW's.
-    torch.optim.Muon takes matrices alone, and computes in bfloat16, which few CPUs have.
+    Keller Jordan's Muon, scaled as in Liu et al. (arXiv 2502.16982), so that AdamW's rates and decays apply.
+    torch.optim.Muon takes only matrices, and computes in bfloat16, which few CPUs support.
     """
 
     @torch.no_grad()
@@ -51,20 +51,20 @@ class Muon(torch.optim.AdamW):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"]
                 momentum.mul_(MOMENTUM).add_(weight.grad)
-                ahead = weight.grad + MOMENTUM * momentum  # Nesterov's: where momentum alone would lead
+                ahead = weight.grad + MOMENTUM * momentum  # Nesterov momentum: look one step ahead
                 update = orthogonal(ahead.flatten(1))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                # An orthogonal matrix has entries of 1 / sqrt(its longer side); AdamW's are about 0.2.
+                # Entries of an orthogonal matrix are 1 / sqrt(longer side), those of AdamW's steps about 0.2.
                 weight.sub_(group["lr"] * 0.2 * max(update.shape) ** 0.5 * update.view_as(weight))
-                weight.grad = None  # AdamW passes over it
+                weight.grad = None  # so that AdamW skips it
         return super().step(closure)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` (M, N) with all singular values between 0.6 and 1.3, but those below 1 % of its norm.
+    """`matrix` (M, N) with its singular values between 0.6 and 1.3, except those below 1 % of its norm.
 
-    By Newton-Schulz iteration, which needs nothing but products of matrices. The result is the same for any
-    positive multiple of the matrix, and zeros for zeros.
+    Newton-Schulz iteration needs only matrix products. The result is the same for any positive multiple of
+    the matrix; zeros give zeros.
     """
     scaled = matrix / (matrix.norm() + 1e-7)
     square = scaled @ scaled.T  # (M, M): iterating on this takes half as long as on the matrix
@@ -90,9 +90,9 @@ def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
 
 
 def scheduled(params: "TrainCnn", step: int, steps: int) -> float:
-    """The learning rate of `step`, from 0, of `steps`.
+    """The learning rate of `step`, counted from 0, of `steps`.
 
-    One-cycle rises evenly to `params.learning_rate` in the first fifth, and falls evenly towards 0.
+    One-cycle rises linearly to `params.learning_rate` in the first fifth, then falls linearly towards 0.
     """
     if params.schedule == "constant":
         return params.learning_rate

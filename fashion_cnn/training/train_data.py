@@ -15,13 +15,13 @@ class TrainData:
 
     pool: np.ndarray  # (V, N, 28, 28) uint8, the original first
     labels: np.ndarray  # (N,) uint8
-    train: np.ndarray  # ascending indices of the images that train
-    val: np.ndarray  # and of those that validate
+    train: np.ndarray  # ascending indices of the train split
+    val: np.ndarray  # and of the val split
     made_by: dict[str, object]  # the params that made the copies, under their paths in params.yaml
 
 
 def load_train_data(images: str, val_size: int, train_size: int | None, seed: int) -> TrainData:
-    """The originals, and with `images` "augmented" their copies, split by split_indices."""
+    """The originals, plus their copies if `images` is "augmented", split by split_indices."""
     originals = read_idx(TRAIN_IMAGES)
     copies, labels, made_by = load_copies() if images == "augmented" else ([], read_idx(TRAIN_LABELS), {})
     train, val = split_indices(len(labels), val_size, train_size, seed)

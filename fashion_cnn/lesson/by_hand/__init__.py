@@ -1,1 +1,1 @@
-"""What verify_manual_conv does: the layers by loops, beside torch."""
+"""What verify_manual_conv does: the layers by loops, compared with torch."""

@@ -1,4 +1,4 @@
-"""Comparing torch's layers, values and gradients with those of fashion_cnn.lesson.by_hand.layers."""
+"""Compare torch's values and gradients with those of fashion_cnn.lesson.by_hand.layers."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ from fashion_cnn.models.residual import Residual
 
 
 def fill_batch_norms(model: nn.Sequential, rng: np.random.Generator) -> None:
-    """Give each batch norm numbers as training could: fresh ones multiply with 1 or 0, which hides errors."""
+    """Fill each batch norm as training could: a fresh one multiplies by 1 or 0, which hides errors."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             drawn = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5)}
@@ -24,10 +24,10 @@ def fill_batch_norms(model: nn.Sequential, rng: np.random.Generator) -> None:
 
 
 def compare_layers(model: nn.Sequential, images: np.ndarray) -> list[dict]:
-    """Take `images` (N, C, H, W) float32 through `model` twice, by torch and by loops.
+    """Run `images` (N, C, H, W) float32 through `model` twice, by torch and by loops.
 
-    Returns one row a layer: its name, `by_torch`, `by_hand` and their largest absolute error.
-    The loops feed on their own outputs, so an error would carry on and show.
+    Returns one row per layer: its name, `by_torch`, `by_hand` and their largest absolute error.
+    The loops read their own outputs, so an error propagates to the layers after it.
     """
     by_hand, by_torch = images.astype(np.float64), torch.from_numpy(images)
     rows = []
@@ -42,10 +42,10 @@ def compare_layers(model: nn.Sequential, images: np.ndarray) -> list[dict]:
 
 
 def compare_gradients(layer: nn.Module, images: np.ndarray, rng: np.random.Generator) -> float:
-    """Largest absolute error of a layer's gradients against autograd's: of its inputs and its parameters.
+    """Largest absolute error, against autograd, of the gradients by a layer's inputs and parameters.
 
-    `images` (N, C, H, W), in whose precision torch computes; the upstream gradient is drawn from `rng`. The
-    layer is as it is in training: batch norm takes the statistics of `images`.
+    torch computes in the precision of `images` (N, C, H, W); the upstream gradient is drawn from `rng`. The
+    layer is in train mode: batch norm uses the statistics of `images`.
     """
     inputs = torch.from_numpy(images).requires_grad_()
     layer = copy.deepcopy(layer).train().to(inputs.dtype)
@@ -54,11 +54,11 @@ def compare_gradients(layer: nn.Module, images: np.ndarray, rng: np.random.Gener
     by_torch = torch.autograd.grad(outputs, (inputs, *layer.parameters()), torch.from_numpy(upstream))
     by_hand = _gradients(layer, images.astype(np.float64), upstream)
     errors = [np.abs(hand - auto.numpy()).max() for hand, auto in zip(by_hand, by_torch, strict=True)]
-    return float(np.max(errors))  # NaN where one is NaN, which Python's max() would pass over
+    return float(np.max(errors))  # NaN if any is NaN, which Python's max() could skip
 
 
 def compare_counts(model: nn.Sequential, input_shape: tuple[int, int, int]) -> list[dict]:
-    """Parameters of each layer by the lesson's formula and by torchsummary, one row a layer."""
+    """Parameters of each layer by the lesson's formula and by torchsummary, one row per layer."""
     by_formula = counts_by_formula(model)
     by_summary = counts_by_summary(summarize(model, input_shape))
     return [
@@ -100,7 +100,7 @@ def _by_hand(layer: nn.Module, values: np.ndarray) -> np.ndarray:
 
 
 def _gradients(layer: nn.Module, values: np.ndarray, upstream: np.ndarray) -> list[np.ndarray]:
-    """Of sum(layer(values) * upstream), by loops: of the values, and of each parameter, in torch's order."""
+    """Gradients of sum(layer(values) * upstream) by the values, then by each parameter in torch's order."""
     match layer:
         case nn.Conv2d(padding=(width, _)):
             kernels, _ = _kernels(layer)
@@ -113,24 +113,24 @@ def _gradients(layer: nn.Module, values: np.ndarray, upstream: np.ndarray) -> li
             inputs = [values]
             for inner in layer:
                 inputs.append(_by_hand(inner, inputs[-1]))
-            passed = upstream * (values + inputs[-1] > 0)  # by the ReLU
+            passed = upstream * (values + inputs[-1] > 0)  # back through the ReLU
             gradient = passed
             of_parameters: list[np.ndarray] = []
             for inner, before in zip(reversed(layer), reversed(inputs[:-1]), strict=True):
                 gradient, *others = _gradients(inner, before, gradient)
                 of_parameters = others + of_parameters
-            return [passed + gradient, *of_parameters]  # the sum hands its gradient to both of its terms
+            return [passed + gradient, *of_parameters]  # a sum passes its gradient to both of its terms
     raise TypeError(f"no loops for the gradients of {type(layer).__name__}")
 
 
 def _kernels(layer: nn.Conv2d) -> tuple[np.ndarray, np.ndarray]:
-    """A convolution's kernels and biases; zeros where it has none."""
+    """A convolution's kernels and biases; the biases are zeros if it has none."""
     bias = np.zeros(layer.out_channels) if layer.bias is None else _array(layer.bias)
     return _array(layer.weight), bias
 
 
 def _single(model: nn.Sequential) -> list[nn.Module]:
-    """The layers, with those of a residual block one by one, as torchsummary lists them."""
+    """The layers as torchsummary lists them: those of a residual block one by one."""
     return [one for layer in model for one in (layer if isinstance(layer, Residual) else [layer])]
 
 
@@ -144,7 +144,7 @@ def counts_by_summary(table: str) -> list[int]:
 
 
 def counts_by_formula(model: nn.Sequential) -> list[int]:
-    """Parameters of each layer by the lesson's formula, (in·kh·kw + 1)·out, 0 where there are none.
+    """Parameters of each layer by the lesson's formula, (in·kh·kw + 1)·out; 0 if it has none.
 
     Without a bias there is no + 1. Batch norm has a scale and a shift for each map.
     """

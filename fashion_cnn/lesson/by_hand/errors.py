@@ -1,4 +1,4 @@
-"""The largest errors of a CNN's comparison by kind of layer, each with where it is."""
+"""The largest error of each kind of layer in a CNN's comparison, and where it is."""
 
 import math
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ Error = tuple[float, str]
 
 
 def cnn_errors(cnn, images: np.ndarray, rows: list[dict], seed: int) -> dict[str, Error]:
-    """Of each kind of layer that `cnn` has: of its values, then of its gradients.
+    """The largest error of each kind of layer that `cnn` has: in values, then in gradients.
 
     `rows` are those of compare_layers on `images` (N, 1, 28, 28).
     """
@@ -39,9 +39,10 @@ def largest(model: str, rows: list[dict], layer: str = "") -> Error:
 
 
 def _gradient_error(cnn, images: np.ndarray, rows: list[dict], layer: str, seed: int) -> Error:
-    """Each layer of that kind, on the first image: it reads what torch's layers before it give.
+    """The largest error in the gradients of that kind of layer, on the first image.
 
-    Batch norm's gradients are sums of sums: float64, since float32's rounding would hide a small error.
+    Each layer reads the outputs of torch's layers before it. Batch norm's gradients are sums of sums, so they
+    are in float64: float32's rounding would hide a small error.
     """
     rng = np.random.default_rng(seed)
     inputs = [images, *(row["by_torch"] for row in rows)]  # of each layer
@@ -54,5 +55,5 @@ def _gradient_error(cnn, images: np.ndarray, rows: list[dict], layer: str, seed:
 
 
 def _worst(errors: Iterable[Error]) -> Error:
-    """The largest of `errors`; NaN, which max() alone would pass over, is larger than any number."""
+    """The largest of `errors`; NaN, which max() alone could skip, counts as larger than any number."""
     return max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])

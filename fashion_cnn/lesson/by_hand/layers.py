@@ -1,4 +1,4 @@
-"""The layers by explicit loops, as the lesson does them, in float64 NumPy: slow and plain to see.
+"""The lesson's layers as explicit loops in float64 NumPy: slow, but easy to follow.
 
 Shapes are (N, C, H, W); kernels (out, in, kh, kw). Nothing here calls torch.
 """
@@ -56,7 +56,7 @@ def batch_norm(
     variance: np.ndarray,
     epsilon: float,
 ) -> np.ndarray:
-    """Each map to mean 0 and variance 1, then times its scale and plus its shift; all but `values` (C,)."""
+    """Normalise each map to mean 0 and variance 1, then scale and shift it; other arrays are (C,)."""
     outputs = np.zeros(values.shape)
     for channel in range(values.shape[1]):
         normal = (values[:, channel] - mean[channel]) / np.sqrt(variance[channel] + epsilon)
@@ -88,8 +88,8 @@ def batch_norm_gradients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of sum(batch_norm(…) * upstream) with the batch's own statistics: (values, scale, shift).
 
-    A value also moves the mean and the variance of its map, and so every output of the map: hence the two
-    means that are subtracted.
+    A value also changes the mean and the variance of its map, and so every output of the map. The two means
+    that are subtracted account for that.
     """
     mean, variance = batch_statistics(values)
     gradient, scale_gradient, shift_gradient = np.zeros(values.shape), *np.zeros((2, len(scale)))
@@ -108,8 +108,8 @@ def conv2d_gradients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of sum(conv2d(images, kernels, bias) * upstream): (images, kernels, bias).
 
-    Each output is a sum of products, so each of its inputs receives the kernel, and each of its
-    weights the patch, times the upstream value (N, out, H', W').
+    Each output is a sum of products, so its inputs receive the kernel, and its weights the patch,
+    each times the upstream value (N, out, H', W').
     """
     image_gradient = np.zeros(images.shape)
     kernel_gradient = np.zeros(kernels.shape)

@@ -1,4 +1,4 @@
-"""The toy's forward pass written out, every product and sum, for a person to follow."""
+"""The toy's forward pass, with every product and sum written out."""
 
 from collections.abc import Iterator
 
