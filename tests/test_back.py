@@ -126,7 +126,7 @@ def test_folders_that_dvcs_cache_lacks_are_dropped_from_dvc_lock_too(tmp_path, m
     entries = {name: {"cmd": "true", "outs": [out | {"path": name}]} for name in ("data/augmented", "models")}
     Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": entries}))
     told = Mock(returncode=0, stdout=json.dumps({"not_in_cache": ["data/augmented/"]}))
-    monkeypatch.setattr(repair.subprocess, "run", lambda *_, **__: told)
+    monkeypatch.setattr(repair, "run_dvc", lambda *_, **__: told)
     repair.drop_unknown_results()
     assert list(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) == ["models"]
 

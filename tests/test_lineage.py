@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fashion_cnn.commands.dvc_state import files_at
 from fashion_cnn.project.catalog import TOY
 from fashion_cnn.project.repository import code_state, file_at
 from fashion_cnn.project.stage_records import open_run
@@ -199,6 +200,14 @@ def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repositor
     assert file_at("HEAD", Path("absent")) is None
     with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):
         file_at("refs/exps/gone", "code.py")
+
+
+def test_files_of_many_commits_are_those_of_each(repository):
+    (repository / "code.py").write_text("two\n\nlines")
+    git(repository, "commit", "--quiet", "--all", "--message", "two")
+    commits = ["HEAD~1", "HEAD", "HEAD~1"]
+    assert list(files_at(commits, "code.py")) == [b"one\n", b"two\n\nlines", b"one\n"]
+    assert list(files_at(["HEAD"], "absent")) == [None]
 
 
 def test_the_summary_says_why_it_compares_nothing(repository, capsys):

@@ -214,9 +214,9 @@ def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
 def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
     page = request.getfixturevalue(f"{which}_page".lstrip("_"))
     built = request.getfixturevalue(f"built{which}")
-    images, _ = garments(100, 2)
+    images, _ = garments(40, 2)
     moves = [("shift_x", 3), ("shift_y", -4), ("rotation", 15), ("rotation", -28)]
-    images = np.concatenate([images, *(evaluation.move(images[:25], *move) for move in moves)])
+    images = np.concatenate([images, *(evaluation.move(images[:10], *move) for move in moves)])
     for name, model in models(built).items():
         logits = page.evaluate(
             "([name, images]) => images.map((pixels) =>"

@@ -66,22 +66,22 @@ def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_other
 ):
     asked = []
 
-    def dvc(command, check):
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 7)
+    def dvc(*arguments):
+        asked.append(list(arguments))
+        return subprocess.CompletedProcess(arguments, 7)
 
-    monkeypatch.setattr(recipe.subprocess, "run", dvc)
+    monkeypatch.setattr(recipe, "run_dvc", dvc)
     before = (folder / "params.yaml").read_bytes()
     with pytest.raises(SystemExit) as ended:
         run(capsys, "short")
     assert ended.value.code == 7  # DVC's exit code
     [command] = asked
     assert command == [
-        sys.executable, "-m", "dvc", "exp", "run", "--name", "short",
+        "exp", "run", "--name", "short",
         "-S", "train_cnn.epochs=2", "-S", "train_cnn.schedule=one-cycle",
         "-S", "train_cnn.flips=true", "-S", "train_cnn.learning_rate=0.01", "-S", "split.train_size=null",
     ]  # fmt: skip
-    assert shlex.split(capsys.readouterr().out) == command[2:]  # as a person would type it
+    assert shlex.split(capsys.readouterr().out) == ["dvc", *command]  # as a person would type it
     assert (folder / "params.yaml").read_bytes() == before
 
 

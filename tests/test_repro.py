@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -116,3 +117,15 @@ def test_what_runs_before_makes_all_that_both_trainings_read():
         for item in training["foreach"].values()
     ]
     assert makers({"deps": reads}) == {repro.BEFORE} | makers(stages[repro.BEFORE])
+
+
+def test_dvc_dies_with_the_command_that_started_it():
+    stand_in = "dvc_state.DVC = (sys.executable, '-c', 'import os; print(os.getpid(), flush=True); input()')"
+    code = f"import sys; from fashion_cnn.commands import dvc_state; {stand_in}; dvc_state.run_dvc()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as command:
+        dvc = psutil.Process(int(command.stdout.readline()))
+        assert dvc.is_running()
+        command.kill()
+        command.wait()
+        assert not psutil.wait_procs([dvc], timeout=10)[1]

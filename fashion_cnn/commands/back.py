@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 from fashion_cnn.commands import repair
+from fashion_cnn.commands.dvc_state import run_dvc
 from fashion_cnn.project.errors import StageError
-from fashion_cnn.project.process import DVC
 from fashion_cnn.project.repository import GitError, git
 
 SETTINGS_AND_RESULTS = ("params.yaml", "dvc.lock", "metrics")
@@ -31,7 +31,7 @@ def main() -> None:
     print(f"restored from the last commit: {', '.join(SETTINGS_AND_RESULTS)}", flush=True)
     repair.drop_unknown_results()
     # DVC restores stages that it has seen with these params from its cache, and runs the rest.
-    if subprocess.run([*DVC, "repro"], check=False).returncode:
+    if run_dvc("repro").returncode:
         raise StageError("`dvc repro` failed, expected it to restore the outputs; its message is above")
     repair.say_where_changes_are()
 

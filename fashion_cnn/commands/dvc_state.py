@@ -2,9 +2,12 @@
 
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 from ruamel.yaml import YAML, YAMLError
@@ -13,6 +16,7 @@ from voluptuous import Invalid
 from fashion_cnn.project.catalog import TRAININGS
 from fashion_cnn.project.errors import StageError, StoreError
 from fashion_cnn.project.files import weights_digest
+from fashion_cnn.project.process import DVC, die_with_parent
 from fashion_cnn.project.repository import LOCK, file_at, git
 
 
@@ -23,6 +27,11 @@ class Experiment(NamedTuple):
     baseline: str  # the commit that it was made from
     reference: str
     time: int  # when it was made, in seconds
+
+
+def run_dvc(*arguments: str, **more) -> subprocess.CompletedProcess:
+    """Run DVC; it dies with this process, or its stage would outlive a killed command."""
+    return subprocess.run([*DVC, *arguments], check=False, preexec_fn=die_with_parent, **more)
 
 
 def experiments() -> list[Experiment]:
@@ -47,6 +56,18 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
         what = f"{experiment.name}: {str(error).partition('; ')[0]}"
         drop = shlex.join(["dvc", "exp", "remove", "--", experiment.name])
         print(f"left out experiment {what}; `{drop}` drops it", file=sys.stderr)
+
+
+def files_at(references: list[str], path: str | Path) -> Iterator[bytes | None]:
+    """A file of each of many commits, read by one process; None where it does not exist. Raises GitError."""
+    names = "".join(f"{one}:./{path}\n" for one in references)
+    answer = BytesIO(git("cat-file", "--batch", stdin=names.encode()))
+    for _ in references:
+        head = answer.readline().split()  # the object, its kind and its size, or the name and "missing"
+        if head[-1] == b"missing":
+            yield None
+        else:
+            yield answer.read(int(head[-1]) + 1)[:-1]  # a line feed follows the content
 
 
 def weights_at(reference: str) -> dict[str, str]:

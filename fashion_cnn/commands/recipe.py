@@ -1,16 +1,14 @@
 """Run a recipe, a few params that belong together, as a DVC experiment named after it."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from fashion_cnn.commands.dvc_state import experiments
+from fashion_cnn.commands.dvc_state import experiments, run_dvc
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.params import Params, as_yaml, explain, load_params, read_yaml
-from fashion_cnn.project.process import DVC
 
 RECIPES = Path("recipes")
 
@@ -36,7 +34,7 @@ def main(name: str) -> None:
         )
     asked = command(name, settings)
     print(shlex.join(["dvc", *asked]), flush=True)
-    sys.exit(subprocess.run([*DVC, *asked], check=False).returncode)
+    sys.exit(run_dvc(*asked).returncode)
 
 
 def command(name: str, settings: dict[str, object]) -> list[str]:

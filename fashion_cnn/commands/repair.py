@@ -4,17 +4,15 @@ import json
 import os
 import re
 import shlex
-import subprocess
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import psutil
 
-from fashion_cnn.commands.dvc_state import parse_lock, read_lock
+from fashion_cnn.commands.dvc_state import parse_lock, read_lock, run_dvc
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_text
-from fashion_cnn.project.process import DVC
 from fashion_cnn.project.repository import LOCK, NOT_CODE, GitError, file_at, git
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's list of who reads and writes what
@@ -141,7 +139,7 @@ def drop_unknown_results() -> None:
     """
     from dvc.utils.serialize import dump_yaml  # here, because `make repro` does not need it
 
-    done = subprocess.run([*DVC, "data", "status", "--json"], check=False, capture_output=True, text=True)
+    done = run_dvc("data", "status", "--json", capture_output=True, text=True)
     if done.returncode:
         raise StageError(f"`dvc data status` failed: {' '.join(done.stderr.split())[-300:]}")
     unknown = {path.rstrip("/") for path in json.loads(done.stdout).get("not_in_cache", [])}

@@ -22,6 +22,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from fashion_cnn.commands import summary
+from fashion_cnn.commands.dvc_state import run_dvc
 from fashion_cnn.commands.repair import mend_lock, mend_rwlock
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
@@ -55,15 +56,14 @@ def sync_runs() -> None:
 
 def dvc(*arguments: str) -> None:
     """Run DVC; exit with its code if it fails, because DVC has printed why."""
-    if code := subprocess.run([*DVC, *arguments], check=False).returncode:
+    if code := run_dvc(*arguments).returncode:
         sys.exit(code)
 
 
 def both_change() -> bool:
     """Whether both CNNs must be trained, or both evaluated."""
     chains = [training.evaluation for training in CNNS.values()]
-    asked = [*DVC, "status", "--json", "--with-deps", *chains]
-    done = subprocess.run(asked, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = run_dvc("status", "--json", "--with-deps", *chains, text=True, capture_output=True)
     if done.returncode:  # `dvc repro` says why
         return False
     changed = json.loads(done.stdout)

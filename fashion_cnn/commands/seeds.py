@@ -8,15 +8,15 @@ README's table: mean ± standard deviation.
 import argparse
 import json
 import statistics
-import subprocess
 from pathlib import Path
 
 import dvc.api
 
+from fashion_cnn.commands.dvc_state import run_dvc
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_csv
-from fashion_cnn.project.process import DVC, run_stage
+from fashion_cnn.project.process import run_stage
 
 RUNS = Path(__file__).resolve().parents[2] / "benchmarks/seeds.csv"
 ROWS = {
@@ -43,9 +43,8 @@ def run_experiment(seed: int) -> None:
     """Run the pipeline with train_cnn.seed, in a copy. Raises StageError if it fails."""
     name = f"seed-{seed}"
     # Remove an earlier one of that name, because `dvc exp run --force` would rerun every stage.
-    subprocess.run([*DVC, "exp", "remove", "--quiet", name], check=False, capture_output=True)
-    command = [*DVC, "exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}"]
-    if subprocess.run(command, check=False).returncode:
+    run_dvc("exp", "remove", "--quiet", name, capture_output=True)
+    if run_dvc("exp", "run", "--temp", "--name", name, "-S", f"train_cnn.seed={seed}").returncode:
         raise StageError(f"experiment seed-{seed} failed, expected it to finish; its output is above")
 
 
