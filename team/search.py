@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from fashion_cnn.commands.compare import table
-from fashion_cnn.commands.dvc_state import experiments
+from fashion_cnn.commands.dvc_state import experiments, files_at
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, params_in
@@ -43,6 +43,7 @@ from team.workers import Workers, here, on_ray
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = Path("search.png")
 LOOK = 5  # seconds between checks of how many trials there is room for
+TELL = 60  # seconds between lines on progress, unless a trial ends
 SAME = 200  # give up after this many consecutive proposals of known trials
 STAGES = {training.stage: training for training in CNNS.values()}
 EXAMPLE = "train_cnn.epochs=2,4"
@@ -179,7 +180,8 @@ class Search:
             if hasattr(values, "low"):  # also one in between, which need not be an integer
                 for value in (values.low, values.high, *values_between(values)):
                     check(self.base | self.fixed | {name: value})
-        self.value_of(self.commit)  # reject a wrong --metric before hours of training
+        # Reject a wrong --metric before hours of training.
+        self.value_in(file_at(self.commit, self.training.metrics))
         self.jobs, self.threads, self.gpus = arguments.jobs, arguments.threads, arguments.gpus
         self.cluster = None if arguments.workers == "local" else address("RAY_ADDRESS")
         if arguments.workers == "ray" and not self.cluster:
@@ -222,12 +224,14 @@ class Search:
         """Add HEAD's trials that lie in the space, including new ones of another search."""
         import optuna
 
-        for one in experiments():
-            if one.baseline != self.commit or one.name in self.known or one.name in self.others:
-                continue
-            has = params_in(file_at(one.reference, PARAMS_PATH) or b"")
+        seen = self.known.keys() | self.others
+        new = [one for one in experiments() if one.baseline == self.commit and one.name not in seen]
+        references = [one.reference for one in new]
+        params, metrics = (files_at(references, path) for path in (PARAMS_PATH, self.training.metrics))
+        for one, content, results in zip(new, params, metrics, strict=True):
+            has = params_in(content or b"")
             varied = {name: has.get(name) for name in self.varied}
-            if one.name != self.name_of(varied) or (value := self.value_of(one.reference)) is None:
+            if one.name != self.name_of(varied) or (value := self.value_in(results)) is None:
                 self.others.add(one.name)  # other fixed params, or it diverged
                 continue
             if one.name in self.asked:
@@ -243,9 +247,11 @@ class Search:
             self.known[one.name], self.params[one.name] = value, varied
             self.failed.pop(one.name, None)  # it failed here, not in another search
 
-    def value_of(self, reference: str) -> float | None:
-        """The metric at a commit; None if absent or not a number. Raises StageError for a wrong name."""
-        content = file_at(reference, self.training.metrics)
+    def value_in(self, content: bytes | None) -> float | None:
+        """The metric in a file of metrics; None if absent or not a number.
+
+        Raises StageError for a wrong name.
+        """
         if content is None:
             return None
         metrics = json.loads(content)
@@ -289,10 +295,11 @@ class Search:
         """Keep as many trials running as there is room for, until there are enough."""
         workers.fetch()
         self.note_known()
-        self.began, room, told = True, -1, 0
+        self.began, room, told = True, -1, time.monotonic() + TELL
         print(f"{self.trials} trials; done already: {len(self.known)}", flush=True)
         while True:
-            if (now := self.jobs or workers.room()) != room:
+            free = workers.room()  # it also reports lost nodes
+            if (now := self.jobs or free) != room:
                 room = now
                 waits = "" if room else f": no node has {self.threads} CPUs and {self.gpus:g} GPUs for one"
                 print(f"trials at once: {room}{waits}", flush=True)
@@ -305,24 +312,26 @@ class Search:
                 settings = {path: as_yaml(value) for path, value in changes.items()}
                 self.running[workers.submit(name, settings)] = name
                 self.starts[name] = time.monotonic()
-            if len(self.seconds) > told:
+                print(f"{name}  {self.values_of(name)}: started", flush=True)
+            if time.monotonic() > told:
                 print(self.progress(room), flush=True)
-                told = len(self.seconds)
+                told = time.monotonic() + TELL
             if not self.running:
                 if room or not self.left():
                     return
                 time.sleep(LOOK)  # until a node has room
                 continue
-            if done := wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED).done:
-                try:
-                    workers.fetch()
-                except StageError as error:
-                    print(f"{error}; the search tries again", flush=True)
-                    continue
-                self.note_known()
-                for future in done:
-                    self.seconds.append(time.monotonic() - self.starts[self.running[future]])
-                    self.finish(future)
+            done = wait(self.running, timeout=LOOK, return_when=FIRST_COMPLETED).done
+            try:
+                workers.fetch()
+            except StageError as error:
+                print(f"{error}; the search tries again", flush=True)
+                continue
+            self.note_known()  # also another search's, so that both end at the same number
+            for future in done:
+                self.seconds.append(time.monotonic() - self.starts[self.running[future]])
+                self.finish(future)
+                told = 0
 
     def left(self) -> int:
         """How many trials have not ended."""
@@ -338,14 +347,19 @@ class Search:
             said = f"failed: {self.failed[name]}"
             if name in self.asked:
                 self.drop(self.asked.pop(name))
-        print(f"{name}  {', '.join(f'{path}={short(value)}' for path, value in self.params[name].items())}")
-        print(f"  {said}")
+        print(f"{name}  {self.values_of(name)}: {said}", flush=True)
+
+    def values_of(self, name: str) -> str:
+        """The values of a trial, in words."""
+        return ", ".join(f"{path}={short(value)}" for path, value in self.params[name].items())
 
     def progress(self, room: int) -> str:
         """One line: how many are done, running and failed, the best, and how long the rest will take."""
         counts = f"{len(self.known)} of {self.trials} done"
         counts += f", {len(self.running)} running, {len(self.failed)} failed"
         best = f"best {self.known[self.ranked()[0]]:.4f}" if self.known else "none yet"
+        if not self.seconds:
+            return f"  {counts}; {best}"
         minutes = statistics.fmean(self.seconds) * math.ceil(self.left() / max(1, room)) / 60
         return f"  {counts}; {best}; {minutes:.0f} minutes left"
 
@@ -363,8 +377,11 @@ class Search:
         print("\n" + "\n".join(table(rows)))
         if self.known:
             best = self.ranked()[0]
-            pull = f"dvc exp pull origin {best}, " if self.cluster else ""
-            print(f"\ntake the best    {pull}dvc exp apply {best}, then make repro")
+            pull = f"dvc exp pull origin {best} && " if self.cluster else ""
+            # `dvc exp apply` would report the other stages' results, which no cache has, as errors.
+            source = f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{best}"
+            restore = f"git restore --source={source} -- params.yaml dvc.lock metrics"
+            print(f"\ntake the best    {pull}{restore} && make repro")
             draw(self.study, [*self.varied], self.metric)
             print(f"the picture      {PICTURE}")
 

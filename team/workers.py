@@ -96,8 +96,14 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
             )  # fmt: skip
         return fault(done.returncode, done.stderr)
 
+    addresses: dict[str, str] = {}  # of the nodes that were alive at the last look, by their ids
+
     def room() -> int:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        for node in addresses.keys() - alive.keys():
+            print(f"node {addresses.pop(node)} lost; its trials run again on another one", flush=True)
+        addresses.update({node: one["NodeManagerAddress"] for node, one in alive.items()})
+        nodes = [node["Resources"] for node in alive.values()]
         enough = 1e-9  # 1 / 0.2 may be a little less than 5
         return sum(
             int(min(one.get("CPU", 0) / threads, one.get("GPU", 0) / gpus + enough if gpus else math.inf))
@@ -114,6 +120,8 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise StageError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())}; {expected}") from None
     signal.signal(signal.SIGTERM, stop)  # Ray has replaced it
+    # Private, but otherwise Ray prints two dozen coloured lines when a node is lost; room() prints one.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     # Ray reruns a trial if its node or its process is lost.
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(attempt)
     names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"

@@ -176,7 +176,8 @@ class Deployment:
                 check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=SECONDS,
             )  # fmt: skip
         command = [*become, str(POSTGRES / "postgres"), "-D", str(data), "-p", str(self.postgres_port)]
-        options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+        options = shlex.split(self.services["postgres"]["command"])
+        options += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
         with process(self.folder / "postgres.log", *command, *options) as server:
             self._wait("postgres", server)
             if is_new:

@@ -1,6 +1,7 @@
 """Searches on a Ray cluster of one-CPU nodes on this machine, with data and results on a real S3 server."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -110,13 +111,16 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     (tmp_path / "away").rename(tmp_path / "origin.git")
     assert search.process.wait(timeout=400) == 0, search.printed()
     assert "3 of 4 done, 0 running, 1 failed" in search.printed()
-    assert "  failed: params.yaml: train_cnn.learning_rate is -1, expected " in search.printed()
+    assert "=-1: failed: params.yaml: train_cnn.learning_rate is -1, expected " in search.printed()
+    assert re.findall("^node .* lost; its trials run again on another one$", search.printed(), re.MULTILINE)
+    assert "raylet" not in search.printed()
     assert rates(team.project) == [1e-5, 1e-4, 0.002]
     # The best comes from the remote, and equals what a training here gives.
     best = table_of(search.printed())[1][0]
-    assert f"dvc exp pull origin {best}, dvc exp apply {best}, then make repro" in search.printed()
-    dvc(team.project, "exp", "pull", "origin", best, **team.settings)
-    dvc(team.project, "exp", "apply", best, check=False)  # no cache has the other stages' results
+    how = rf"take the best +dvc (exp pull origin {best}) && git (restore .*{best} .*) && make repro\n"
+    [(pull, restore)] = re.findall(how, search.printed())
+    dvc(team.project, *pull.split(), **team.settings)
+    git(team.project, *restore.split())
     assert ran(dvc(team.project, "repro", STAGE).stdout) == []
     bytes_ = (team.project / WEIGHTS).read_bytes()
     dvc(team.project, "repro", "--force", "--single-item", STAGE)

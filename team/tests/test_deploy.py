@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,17 @@ def test_pages_of_other_hosts_are_refused(server):
         assert done.status_code == status, host
     for origin, status in ((f"https://{server.host}", 200), ("https://attacker.example", 403)):
         assert ask(server, SEARCH, ana, json=query, headers={"Origin": origin}).status_code == status, origin
+
+
+@needs_servers
+def test_128_clients_at_once_are_answered(server):
+    def ask_often(_: int) -> list[int]:
+        ana = ("ana", PASSWORDS["ana"])
+        return [ask(server, SEARCH, ana, json={"max_results": 10}).status_code for _ in range(2)]
+
+    with ThreadPoolExecutor(128) as pool:
+        answers = list(pool.map(ask_often, range(128)))
+    assert answers == [[200, 200]] * 128
 
 
 @needs_servers
