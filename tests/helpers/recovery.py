@@ -89,18 +89,20 @@ class Recovery:
         _, last = epochs_of(printed)
         unfinished = [stage for stage in last if stage not in self.finished]
         trial.what += f", unfinished: {', '.join(unfinished) or 'none'}"
-        self.stopped |= {stage: (trial, last[stage]) for stage in unfinished if stage in self.runs_before}
+        for stage in unfinished:
+            if stage in self.runs_before and (last[stage] or stage not in self.stopped):
+                self.stopped[stage] = (trial, last[stage])
 
     def judge_run(self, printed: str) -> None:
         """Find what a run repeated that was done before the kills."""
         may_run = {NOT_IN_RUN_CACHE} if REPLACED in printed else set()
         if again := self.finished.intersection(ran(printed)) - may_run:
             self.trials[-1].lose(f"stages ran again that had finished: {sorted(again)}")
-        resumed, _ = epochs_of(printed)
+        resumed, last = epochs_of(printed)
         for stage in resumed.keys() & self.stopped:
             trial, epoch = self.stopped[stage]
             trial.saved += resumed[stage]
-            if resumed[stage] < epoch:
+            if resumed[stage] < epoch and last[stage]:  # 0: killed before it said where it resumed
                 trial.lose(f"{stage} killed after epoch {epoch}, resumed after epoch {resumed[stage]}")
 
     def judge_last_run(self, done: subprocess.CompletedProcess) -> None:
