@@ -89,6 +89,14 @@ def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
     assert sorted(image.tobytes() for image in given) == sorted(image.tobytes() for image in images[TRAIN])
 
 
+def test_a_cycle_spans_the_steps_of_all_epochs(train, images, monkeypatch):
+    rates = []
+    monkeypatch.setattr(loop, "set_rate", lambda optimizer, rate: rates.append(rate))
+    train(images[None], schedule="one-cycle", learning_rate=0.1)
+    done = [step / 7 for step in range(1, 7)]  # two epochs of three steps
+    assert rates == pytest.approx([0.1 * min(part / 0.2, (1 - part) / 0.8) for part in done])
+
+
 def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(train):
     # Variant v of every image is filled with v, so a batch shows which variants it drew.
     pool = np.stack([np.full((16, 28, 28), variant, np.uint8) for variant in range(4)])
