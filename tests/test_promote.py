@@ -157,7 +157,7 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
     assert "Trained on 59,900 original images of Fashion-MNIST." in version.description
 
     assert "is the champion already" in run(capsys, better)
-    assert "not better" in run(capsys, untrained)
+    assert "not significantly better" in run(capsys, untrained)
     assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # unchanged since then
     assert registry.champion(client).run_id == ids[2]
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
