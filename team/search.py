@@ -381,7 +381,8 @@ class Search:
             # `dvc exp apply` would report the other stages' results, which no cache has, as errors.
             source = f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{best}"
             restore = f"git restore --source={source} -- params.yaml dvc.lock metrics"
-            print(f"\ntake the best    {pull}{restore} && make repro")
+            steps = f"{pull}{restore} && dvc checkout {self.training.stage} && make repro"
+            print(f"\ntake the best    {steps}")
             draw(self.study, [*self.varied], self.metric)
             print(f"the picture      {PICTURE}")
 

@@ -117,10 +117,11 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     assert rates(team.project) == [1e-5, 1e-4, 0.002]
     # The best comes from the remote, and equals what a training here gives.
     best = table_of(search.printed())[1][0]
-    how = rf"take the best +dvc (exp pull origin {best}) && git (restore .*{best} .*) && make repro\n"
-    [(pull, restore)] = re.findall(how, search.printed())
+    how = rf"(exp pull origin {best}) && git (restore .*{best} .*) && dvc (checkout .*) && make repro\n"
+    [(pull, restore, checkout)] = re.findall(how, search.printed())
     dvc(team.project, *pull.split(), **team.settings)
     git(team.project, *restore.split())
+    dvc(team.project, *checkout.split())
     assert ran(dvc(team.project, "repro", STAGE).stdout) == []
     bytes_ = (team.project / WEIGHTS).read_bytes()
     dvc(team.project, "repro", "--force", "--single-item", STAGE)

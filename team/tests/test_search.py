@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -65,10 +64,13 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
     assert table_of(again.stdout) == table_of(done.stdout)
     assert "done," not in again.stdout
     # The best comes from the cache, and equals what a training without a search gives.
-    [command] = re.findall(r"take the best +(git restore .*) && make repro\n", done.stdout)
+    [(restore, checkout)] = re.findall(
+        r"take the best +git (restore .*) && dvc (checkout .*) && make repro\n", done.stdout
+    )
     best = table_of(done.stdout)[1][0]
-    assert (values[best], best in command) == (max(values.values()), True)
-    git(project, *shlex.split(command)[1:])
+    assert (values[best], best in restore) == (max(values.values()), True)
+    git(project, *restore.split())
+    dvc(project, *checkout.split())
     assert ran(dvc(project, "repro", STAGE).stdout) == []
     bytes_ = (project / WEIGHTS).read_bytes()
     dvc(project, "repro", "--force", "--single-item", STAGE)
