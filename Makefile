@@ -32,7 +32,7 @@ repro: .venv/ready ## run the pipeline: only what changed reruns
 # xdist's would start those with few tests last, and two of these take the longest.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-check: .venv/ready ## lint, types and the fast tests, in about a minute
+check: .venv/ready ## lint, types and the fast tests, in two minutes
 	$(ACTIVATE) ruff check .
 	$(ACTIVATE) ruff format --check .
 	$(ACTIVATE) mypy
