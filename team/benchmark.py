@@ -108,7 +108,7 @@ def measure_search(folder: Path) -> None:
         trial.run(folder, "git", "clone", "--quiet", "--bare", ROOT, origin)
         trial.run(folder, "git", "clone", "--quiet", origin, clone)
         commit = trial.run(clone, "git", "rev-parse", "HEAD").strip()
-        place = f"refs/exps/{commit[:2]}/{commit[2:]}/trial"
+        place = trial.reference_of(commit, "trial")
         made = "".join(f"create {place}-{number:06} {commit}\n" for number in range(trials))
         subprocess.run(["git", "update-ref", "--stdin"], cwd=origin, check=True, input=made, text=True)
         fetch = ("git", "fetch", "--quiet", "--no-tags", "origin", f"+{place}-*:{place}-*")

@@ -38,6 +38,7 @@ from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, pa
 from fashion_cnn.project.process import run_stage, usable_threads
 from fashion_cnn.project.repository import file_at, git
 from fashion_cnn.tracking.store import address
+from team.trial import reference_of
 from team.workers import Workers, here, on_ray
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,6 +227,8 @@ class Search:
 
         seen = self.known.keys() | self.others
         new = [one for one in experiments() if one.baseline == self.commit and one.name not in seen]
+        if not new:  # mostly so: the search looks every few seconds
+            return
         references = [one.reference for one in new]
         params, metrics = (files_at(references, path) for path in (PARAMS_PATH, self.training.metrics))
         for one, content, results in zip(new, params, metrics, strict=True):
@@ -379,7 +382,7 @@ class Search:
             best = self.ranked()[0]
             pull = f"dvc exp pull origin {best} && " if self.cluster else ""
             # `dvc exp apply` would report the other stages' results, which no cache has, as errors.
-            source = f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{best}"
+            source = reference_of(self.commit, best)
             restore = f"git restore --source={source} -- params.yaml dvc.lock metrics"
             steps = f"{pull}{restore} && dvc checkout {self.training.stage} && make repro"
             print(f"\ntake the best    {steps}")

@@ -68,7 +68,7 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
     clones = home / (".dvc/tmp/trials" if is_here else f"clones/{socket.gethostname()}")
     clones.mkdir(parents=True, exist_ok=True)
     sweep(clones)
-    clone, reference = clones / name, f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
+    clone, reference = clones / name, reference_of(commit, name)
     with FileLock(f"{clone}.lock"):  # another search on this machine may run the same trial
         if has(home, repository, reference):
             print(f"{name}: already exists, so it is not rerun")
@@ -101,6 +101,11 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
             print(f"{name}: done")
         finally:
             shutil.rmtree(clone, ignore_errors=True)
+
+
+def reference_of(commit: str, name: str) -> str:
+    """Where git keeps DVC's experiment `name` of a commit."""
+    return f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
 
 
 def sweep(clones: Path) -> None:

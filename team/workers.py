@@ -19,7 +19,7 @@ from typing import NamedTuple
 from fashion_cnn.project.errors import StageError, StoreError
 from fashion_cnn.project.repository import git
 from fashion_cnn.tracking.store import CONNECT, connect
-from team.trial import run, steadily
+from team.trial import reference_of, run, steadily
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 3  # of a trial whose node was lost
@@ -124,7 +124,7 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     # Ray reruns a trial if its node or its process is lost.
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(attempt)
-    names = f"refs/exps/{commit[:2]}/{commit[2:]}/trial-*"
+    names = reference_of(commit, "trial-*")
     # No pruning, whatever git's settings are: trials that ran only here are kept.
     fetch = ("git", "fetch", "--quiet", "--no-prune", "--no-tags", "origin", f"+{names}:{names}")
     try:

@@ -1,4 +1,4 @@
-"""What DVC keeps in files and in git: dvc.lock, the results of a commit, and experiments."""
+"""Run DVC, and read what it keeps: dvc.lock, the results of a commit, and experiments."""
 
 import json
 import shlex
