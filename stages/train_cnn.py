@@ -23,18 +23,23 @@ from fashion_cnn.training.train_data import load_train_data
 def main() -> None:
     training = named_cnn()
     params = load_params()
-    device = prepare_torch(params.train_cnn.device)
+    how = params.train_cnn
+    device = prepare_torch(how.device)
     data = load_train_data(training.images, params.split.val_size, params.split.train_size, params.split.seed)
 
     # Include the params that made the copies, so that runs on different copies can be compared.
     settings = leaves(params, "split", "train_cnn") | data.made_by
     data_digest = digest(data.pool, data.labels, data.train, data.val)
-    key = result_key(training.stage, settings, data_digest)
-    with exclusive_checkpoint(key, training.weights) as checkpoint, open_run(training, settings, key) as run:
+    key = resumed = result_key(training.stage, settings, data_digest)
+    if how.schedule == "constant":  # then a longer training begins with the epochs of a shorter one
+        resumed = result_key(training.stage, settings | {"train_cnn.epochs": None}, data_digest)
+    with (
+        exclusive_checkpoint(resumed, training.weights, how.epochs) as checkpoint,
+        open_run(training, settings, key) as run,
+    ):
         run.log_epochs(checkpoint.rows)
         sizes = {"train_images": len(data.train), "val_images": len(data.val), "variants": len(data.pool)}
         run.log_dataset(training.images, data_digest, "data", sizes)
-        how = params.train_cnn
         model = fresh(lambda: build_cnn(how.model), how.seed)
         rows = train_cnn(model, data, how, device, checkpoint, run.log_epoch)
         model.views = how.tta_views  # only now: six would make each epoch's validation six times as long

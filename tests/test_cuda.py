@@ -75,7 +75,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(device, options, tmp_path
 
     def train(seed, folder, on_epoch=lambda row, speed: None):
         model = fresh(lambda: build_cnn(options["model"]), seed)
-        rows = train_cnn(model, data, SimpleNamespace(**options), device, Checkpoint("key", folder), on_epoch)
+        rows = train_cnn(
+            model, data, SimpleNamespace(**options), device, Checkpoint("key", folder, 9), on_epoch
+        )
         return model.state_dict(), rows
 
     whole, rows = train(0, tmp_path / "whole")

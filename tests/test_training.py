@@ -23,7 +23,7 @@ import small_stages as small
 from fashion_cnn.models.cnns import build_cnn, fresh
 from fashion_cnn.project import provenance
 from fashion_cnn.project.provenance import digest, result_key
-from fashion_cnn.training import loop
+from fashion_cnn.training import checkpoints, loop
 from fashion_cnn.training.batches import COUNT, draw_epoch
 from fashion_cnn.training.checkpoints import Checkpoint, exclusive_checkpoint
 from fashion_cnn.training.cuda_graph import GraphedStep
@@ -56,7 +56,7 @@ def train(tmp_path):
     def run(pool, model=None, checkpoint=None, on_epoch=lambda row, speed: None, **changes):
         settings = LESSON | changes
         model = model or fresh(build_small, 0)
-        checkpoint = checkpoint or Checkpoint(f"{len(list(tmp_path.iterdir()))}", tmp_path)
+        checkpoint = checkpoint or Checkpoint(f"{len(list(tmp_path.iterdir()))}", tmp_path, 9)
         data = TrainData(pool, LABELS, TRAIN, VAL, {})
         rows = train_cnn(model, data, SimpleNamespace(**settings), CPU, checkpoint, on_epoch)
         return model, rows
@@ -209,13 +209,13 @@ def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypa
     monkeypatch.setattr(loop, "tqdm", Bar)
     monkeypatch.setattr(loop, "REFRESH", 3)  # the last of each epoch's three batches
     monkeypatch.setattr(Bar, "shown", [])
-    checkpoint = Checkpoint("k", tmp_path)
+    checkpoint = Checkpoint("k", tmp_path, 9)
     _, [first] = train(images[None], epochs=1, checkpoint=checkpoint, prune_easy=easy)
     assert Bar.shown[-1][:3] == ("epoch 1/1: ", 12, 12)
     means = f"accuracy={first['train_accuracy']:.2%}, loss={first['train_loss']:.4f}"
     assert Bar.shown[-1][3] == means
     Bar.shown.clear()
-    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path), prune_easy=easy)
+    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path, 9), prune_easy=easy)
     assert Bar.shown[0][1:3] == (12, 12 + second)  # starts where the first epoch ended
     assert Bar.shown[-1][:3] == ("epoch 2/2: ", 12 + second, 12 + second)
 
@@ -245,11 +245,11 @@ def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, t
             raise Killed
 
     with pytest.raises(Killed):
-        train(model=fresh(build, 0), checkpoint=Checkpoint("k", tmp_path), on_epoch=kill)
+        train(model=fresh(build, 0), checkpoint=Checkpoint("k", tmp_path, 9), on_epoch=kill)
     heard = []
     resumed, rows = train(
         model=fresh(build, 1),  # other initial weights: all must come from the checkpoint
-        checkpoint=Checkpoint("k", tmp_path),
+        checkpoint=Checkpoint("k", tmp_path, 9),
         on_epoch=lambda row, speed: heard.append(row["epoch"]),
     )
     assert heard == [3, 4]
@@ -282,17 +282,17 @@ def renamed(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damage):
-    _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path))
+    _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path, 9))
     path = tmp_path / "k.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    assert train(images[None], checkpoint=Checkpoint("k", tmp_path))[1] == rows
+    assert train(images[None], checkpoint=Checkpoint("k", tmp_path, 9))[1] == rows
     assert "checkpoint k.safetensors is damaged (" in capsys.readouterr().out
 
 
 def test_the_checkpoint_of_another_key_is_not_resumed(train, images, tmp_path):
-    train(images[None], checkpoint=Checkpoint("k", tmp_path))
+    train(images[None], checkpoint=Checkpoint("k", tmp_path, 9))
     (tmp_path / "k.safetensors").rename(tmp_path / "other.safetensors")
-    assert Checkpoint("other", tmp_path).rows == []
+    assert Checkpoint("other", tmp_path, 9).rows == []
 
 
 @pytest.fixture
@@ -343,18 +343,18 @@ def test_a_training_killed_in_its_first_epoch_starts_over(train, images, tmp_pat
     def kill(module, args):
         raise Killed
 
-    model, checkpoint = fresh(build_small, 0), Checkpoint("k", tmp_path)
+    model, checkpoint = fresh(build_small, 0), Checkpoint("k", tmp_path, 9)
     model.register_forward_pre_hook(kill)
     with pytest.raises(Killed):
         train(images[None], model, checkpoint=checkpoint)
-    again = Checkpoint("k", tmp_path)
+    again = Checkpoint("k", tmp_path, 9)
     assert again.rows == []
 
 
 def test_a_resumed_training_says_after_which_epoch_and_a_new_one_nothing(train, images, tmp_path, capsys):
-    train(images[None], epochs=1, checkpoint=Checkpoint("k", tmp_path))
+    train(images[None], epochs=1, checkpoint=Checkpoint("k", tmp_path, 9))
     assert "after epoch" not in capsys.readouterr().out
-    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path))
+    train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path, 9))
     assert "after epoch 1\n" in capsys.readouterr().out
 
 
@@ -364,20 +364,20 @@ LOSSES = torch.zeros(3)
 
 def test_two_trainings_with_one_key_wait_for_each_other(workspace):
     folder = workspace / ".checkpoints"
-    with exclusive_checkpoint("k", WEIGHTS) as checkpoint:
+    with exclusive_checkpoint("k", WEIGHTS, 2) as checkpoint:
         assert checkpoint.path == folder / "k.safetensors"
         with pytest.raises(Timeout):
             FileLock(folder / "k.lock").acquire(timeout=0)
         with FileLock(folder / "other.lock").acquire(timeout=0):
             pass
-    with exclusive_checkpoint("k", WEIGHTS):  # into an existing folder
+    with exclusive_checkpoint("k", WEIGHTS, 2):  # into an existing folder
         pass
 
 
 def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
     model = fresh(build_small, 0)
     for fault in (Killed, None):
-        with contextlib.suppress(Killed), exclusive_checkpoint("k", WEIGHTS) as checkpoint:
+        with contextlib.suppress(Killed), exclusive_checkpoint("k", WEIGHTS, 2) as checkpoint:
             checkpoint.save(model, torch.optim.Adam(model.parameters()), LOSSES, [])
             if fault:
                 raise fault
@@ -388,7 +388,7 @@ def train_in_dvc(key: str, content: str) -> int:
     """Pretend to train for two epochs; returns how many the checkpoint had before."""
     model = fresh(build_small, 0)
     optimizer = torch.optim.Adam(model.parameters())
-    with exclusive_checkpoint(key, WEIGHTS) as checkpoint:
+    with exclusive_checkpoint(key, WEIGHTS, 2) as checkpoint:
         before = len(checkpoint.load(model, optimizer, LOSSES))
         checkpoint.save(model, optimizer, LOSSES, [{"epoch": 1}, {"epoch": 2}])
         WEIGHTS.write_text(content)
@@ -411,8 +411,32 @@ def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, m
     assert train_in_dvc("k", "some") == 0  # `dvc repro --force` trains again
 
 
+def test_a_longer_training_resumes_a_kept_one_and_a_shorter_one_does_not(workspace, monkeypatch):
+    monkeypatch.setenv("FASHION_CNN_KEEP_CHECKPOINT", "1")
+    assert train_in_dvc("k", "some") == 0
+    assert train_in_dvc("other", "other") == 0
+    with exclusive_checkpoint("k", WEIGHTS, epochs=1) as checkpoint:
+        assert checkpoint.rows == []
+    monkeypatch.delenv("FASHION_CNN_KEEP_CHECKPOINT")
+    with exclusive_checkpoint("k", WEIGHTS, epochs=3) as checkpoint:
+        assert len(checkpoint.rows) == 2
+    assert [path.name for path in sorted((workspace / ".checkpoints").glob("*.safetensors"))] == [
+        "other.safetensors"
+    ]
+
+
+def test_only_the_newest_kept_checkpoints_stay(workspace, monkeypatch):
+    monkeypatch.setenv("FASHION_CNN_KEEP_CHECKPOINT", "1")
+    monkeypatch.setattr(checkpoints, "KEPT", 2)
+    for key in "abcd":
+        train_in_dvc(key, "some")
+        os.utime(workspace / f".checkpoints/{key}.kept", (ord(key), ord(key)))
+    train_in_dvc("d", "some")
+    assert sorted(path.stem for path in (workspace / ".checkpoints").glob("*.safetensors")) == ["c", "d"]
+
+
 def test_a_deleted_checkpoint_is_gone(tmp_path):
-    checkpoint = Checkpoint("k", tmp_path)
+    checkpoint = Checkpoint("k", tmp_path, 9)
     model = fresh(build_small, 0)
     checkpoint.save(model, torch.optim.Adam(model.parameters()), LOSSES, [])
     assert [path.name for path in tmp_path.iterdir()] == ["k.safetensors"]

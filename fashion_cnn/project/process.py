@@ -20,6 +20,7 @@ ELSEWHERE = (
     "GIT_ALTERNATE_OBJECT_DIRECTORIES",
 )  # fmt: skip
 OTHER_CODE = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "BASH_ENV", "ENV")  # these make other code run
+KEEP_CHECKPOINT = "FASHION_CNN_KEEP_CHECKPOINT"  # set if a training with more epochs will resume this one
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 # Prefixes of variables that change the last bits of results, or the speed, or, like Jupyter's backend for

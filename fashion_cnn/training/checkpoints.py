@@ -14,19 +14,22 @@ from safetensors.torch import save
 from torch import nn
 
 from fashion_cnn.project.files import md5_of, replace_atomically, write_text
+from fashion_cnn.project.process import KEEP_CHECKPOINT
 from fashion_cnn.project.provenance import digest
 from fashion_cnn.project.repository import LOCK, repository_root
+
+KEPT = 32  # checkpoints that longer trainings may resume; each is as large as three models
 
 
 class Checkpoint:
     """Weights, the optimizer's moments, the losses of images and the rows of metrics so far, in one file.
 
-    `key` is the digest of everything that determines the result, so that no training resumes from
+    `key` is the digest of everything that determines an epoch's result, so that no training resumes from
     another's. The file is outside DVC's outputs, because DVC deletes those before it runs a stage. It holds a
     digest of its content, because one flipped bit would lead to different weights.
     """
 
-    def __init__(self, key: str, folder: Path):
+    def __init__(self, key: str, folder: Path, epochs: int):
         self.path = folder / f"{key}.safetensors"
         self.rows, self.tensors = [], {}
         try:
@@ -35,7 +38,8 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("digest") != self._digest(tensors, about.get("rows", "")):
                 raise ValueError("its content does not match its digest")
-            self.rows, self.tensors = json.loads(about["rows"]), tensors
+            if len(rows := json.loads(about["rows"])) <= epochs:  # otherwise, of a longer training
+                self.rows, self.tensors = rows, tensors
         except FileNotFoundError:
             pass
         except (SafetensorError, OSError, ValueError) as error:  # the training does not need the file
@@ -85,33 +89,40 @@ class Checkpoint:
 
 
 @contextmanager
-def exclusive_checkpoint(key: str, weights: Path) -> Iterator[Checkpoint]:
-    """The checkpoint of a training that writes `weights`.
+def exclusive_checkpoint(key: str, weights: Path, epochs: int) -> Iterator[Checkpoint]:
+    """The checkpoint of a training that writes `weights` after `epochs` epochs.
 
     If the block succeeds, the checkpoint is deleted. If DVC runs the stage, it is kept until DVC has written
-    dvc.lock, because a kill between the end of the stage and that write would lose the training. If two
-    experiments run the same training at once, the second waits, so that neither resumes from the other's
-    epochs.
+    dvc.lock, because a kill between the end of the stage and that write would lose the training. If the
+    variable KEEP_CHECKPOINT is set, it stays for a longer training. If two experiments run the same training
+    at once, the second waits, so that neither resumes from the other's epochs.
     """
     folder = repository_root() / ".checkpoints"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{key}.lock"):
         _delete_finished(folder, key)
-        checkpoint = Checkpoint(key, folder)
+        checkpoint = Checkpoint(key, folder, epochs)
         yield checkpoint
-        if "DVC_STAGE" in os.environ:
+        (folder / f"{key}.kept").unlink(missing_ok=True)
+        if KEEP_CHECKPOINT in os.environ:
+            (folder / f"{key}.kept").touch()
+        elif "DVC_STAGE" in os.environ:
             write_text(folder / f"{key}.done", md5_of(weights.read_bytes()))
         else:
             checkpoint.delete()
 
 
 def _delete_finished(folder: Path, key: str) -> None:
-    """Delete the checkpoints of finished trainings, except that of `key` if dvc.lock lacks its weights."""
-    for path in folder.glob("*.done"):
-        with suppress(FileNotFoundError):  # another training may delete it first
-            if path.stem != key or _is_recorded(path):
-                path.with_suffix(".safetensors").unlink(missing_ok=True)
-                path.unlink()
+    """Delete the checkpoints of finished trainings, except that of `key` if dvc.lock lacks its weights.
+
+    Of those that longer trainings may resume, the newest stay.
+    """
+    with suppress(FileNotFoundError):  # another training may delete one first
+        finished = [path for path in folder.glob("*.done") if path.stem != key or _is_recorded(path)]
+        kept = sorted(folder.glob("*.kept"), key=lambda path: path.stat().st_mtime_ns)[:-KEPT]
+        for path in finished + [path for path in kept if path.stem != key]:
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+            path.unlink()
 
 
 def _is_recorded(done: Path) -> bool:
