@@ -1,4 +1,4 @@
-"""What params.yaml may hold: each section's values, their types and ranges.
+"""The schema of params.yaml: each section's values, their types and ranges.
 
 This file is in no cache key: it only accepts or rejects values.
 """
@@ -79,7 +79,7 @@ class Split(Section):
 
 
 class AugmentImages(Section):
-    """What augment_images makes."""
+    """The copies that augment_images makes."""
 
     seed: Seed
     copies: Annotated[int, Field(ge=1, le=20)]
@@ -96,7 +96,7 @@ class TrainToyCnn(Section):
 
 
 class VerifyManualConv(Section):
-    """What verify_manual_conv compares, and how closely."""
+    """The comparisons of verify_manual_conv, and their tolerance."""
 
     seed: Seed
     images: Annotated[int, Field(ge=1, le=16)]
@@ -123,7 +123,7 @@ class TrainCnn(Section):
 
 
 class EvaluateCnn(Section):
-    """What evaluate_cnn measures."""
+    """The measurements of evaluate_cnn."""
 
     device: Device
     robustness_images: Annotated[int, Field(ge=1, le=10_000)]

@@ -1,6 +1,6 @@
 """Evaluate a trained CNN on the test split: unmodified, shifted and rotated.
 
-The only stage that reads the test split. Usage: python -m stages.evaluate_cnn original|augmented
+This is the only stage that reads the test split. Usage: python -m stages.evaluate_cnn original|augmented
 """
 
 from fashion_cnn.project.catalog import named_cnn

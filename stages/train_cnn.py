@@ -10,7 +10,7 @@ from fashion_cnn.project.process import run_stage, start
 if __name__ == "__main__":
     start(named_cnn, load_params)  # before the slow imports, which read the environment
 
-from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, input_array, save_weights, summarize
+from fashion_cnn.models.cnns import CNN_SHAPE, build_cnn, fresh, save_weights, summarize
 from fashion_cnn.models.device import prepare_torch
 from fashion_cnn.project.files import write_csv, write_json
 from fashion_cnn.project.provenance import digest, result_key
@@ -48,8 +48,7 @@ def main() -> None:
         last = {name: value for name, value in rows[-1].items() if name != "epoch"}
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
         write_json(training.metrics, {**last, "weights_sha256": [weights_sha256]})
-        example = input_array(data.pool[0, :2])
-        run.log_model(training.weights, weights_sha256, summarize(model, CNN_SHAPE), example)
+        run.log_model(training.weights, weights_sha256, summarize(model, CNN_SHAPE))
 
 
 if __name__ == "__main__":

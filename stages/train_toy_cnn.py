@@ -57,7 +57,7 @@ def main() -> None:
         # In a list, so that `dvc metrics show` leaves the digest out of its table.
         written = write_json(TOY.metrics, metrics | {"weights_sha256": [weights_sha256]})
         run.log_metrics({name: written[name] for name in metrics if name != "train_loss"})  # it is a curve
-        run.log_model(TOY.weights, weights_sha256, summarize(model, TOY_SHAPE), images)
+        run.log_model(TOY.weights, weights_sha256, summarize(model, TOY_SHAPE))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from crash import STAGE_START, Started, Strike, kill, stage_processes, wait_unti
 from fashion_cnn.data.fashion_mnist import TRAIN_IMAGES, TRAIN_LABELS, read_idx
 from fashion_cnn.project.catalog import CNNS
 from fashion_cnn.project.files import numbers
-from fashion_cnn.tracking.runs import ready_models
+from fashion_cnn.tracking.models import CODE, ready_models
 from pipeline import (
     SMALL,
     dvc,
@@ -317,19 +317,28 @@ def test_no_output_and_no_artifact_is_a_pickle(project):
     files = [
         path for folder in ("data", "models", "metrics", "mlruns") for path in (project / folder).rglob("*")
     ]
-    models = [path for path in files if path.name == "model.pt2"]
-    assert models
-    for path in set(files) - set(models):
+    archives = [path for path in files if path.name == CODE]
+    assert len(archives) == 3
+    for path in set(files) - set(archives):
         if path.is_file():
             start = path.read_bytes()[:128]
             # First a pickle or torch.save's archive, then .npy of Python objects.
             assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", start), path
             assert b"'descr': '|O'" not in start, path
-    # In torch's archive the example input is a tensor record: MLflow loads it with pickle disallowed.
-    code = "import mlflow, sys; [mlflow.pytorch.load_model(path) for path in sys.argv[1:]]"
-    command = [sys.executable, "-c", code, *(path.parents[1] for path in models)]
+
+
+def test_mlflow_loads_every_model_with_the_code_that_is_in_it(project, tmp_path):
+    models = [path.parents[1] for path in (project / "mlruns").rglob(CODE)]
+    code = (
+        "import mlflow, sys; [mlflow.pyfunc.load_model(path) for path in sys.argv[1:]]; import fashion_cnn; "
+        "print(fashion_cnn.__file__)"
+    )
     allowed = environment(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
-    subprocess.run(command, cwd=project, check=True, env=allowed, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *models], cwd=tmp_path, check=True, env=allowed, text=True,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith(f"{CODE}/fashion_cnn/__init__.py")
 
 
 def test_nothing_reruns_when_nothing_changed(project):

@@ -318,35 +318,25 @@ def test_the_champion_is_served_with_probabilities_by_class(server, trained, dat
     assert requests.post(server, json={"inputs": {"images": [image]}}, timeout=30).ok  # it still serves
 
 
-def test_no_program_of_a_run_is_loaded(store, trained, data, workspace, capsys):
-    run_id = add_run(store, trained[2])
-    for program in workspace.glob("mlruns/**/model.pt2"):
-        program.write_text("not a program")
-    images = data["train-images"][:2]
-    expected = registry.load_classifier(str(trained[2]))(images)
-    assert (registry.load_classifier(run_id)(images) == expected).all()
-    assert "champion" in run(capsys, run_id)
-    assert (registry.load_classifier("champion")(images) == expected).all()
-
-
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"other weights")])
 def test_a_model_without_the_weights_of_its_run_is_named_with_the_way_out(store, trained, workspace, spoil):
     run_id = add_run(store, trained[2])
-    [weights] = workspace.glob("mlruns/**/extra_files/*.safetensors")
+    [weights] = workspace.glob("mlruns/**/data/*.safetensors")
     spoil(weights)
     with pytest.raises(StageError, match=f"{run_id}: its model in MLflow lacks the weights of the run"):
         registry.load_classifier(run_id)
 
 
-def test_no_code_of_a_version_runs_here(store, trained, data, workspace, capsys):
-    add_run(store, trained[2])
+def test_no_code_of_a_model_runs_here(store, trained, data, workspace, capsys):
+    run_id = add_run(store, trained[2])
     run(capsys, trained[2])
-    for code in workspace.glob("mlruns/**/*.py"):
+    for code in workspace.glob("mlruns/**/code/*"):
         code.write_text("raise SystemExit('ran')")
-    [weights] = workspace.glob("mlruns/**/artifacts/artifacts/*.safetensors")
+    [weights] = workspace.glob("mlruns/**/data/*.safetensors")
     images = data["train-images"][:2]
-    found = registry.load_classifier("champion")(images)
-    assert (found == registry.load_classifier(str(trained[2]))(images)).all()
+    expected = registry.load_classifier(str(trained[2]))(images)
+    for name in (run_id, "champion"):
+        assert (registry.load_classifier(name)(images) == expected).all()
     weights.write_bytes(trained[1].read_bytes())
     with pytest.raises(StageError, match="fashion-cnn version 1: not the weights of its run"):
         registry.load_classifier("champion")

@@ -12,9 +12,11 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
+import mlflow
 import numpy as np
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 
 from fashion_cnn.models.cnns import TOY_SHAPE, build_toy_cnn, fresh, save_weights
@@ -23,7 +25,7 @@ from fashion_cnn.project.catalog import CNNS, TOY
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.record import Record, read_record, records_folder
 from fashion_cnn.project.stage_records import StageRecords, open_run
-from fashion_cnn.tracking import runs
+from fashion_cnn.tracking import models, runs
 from fashion_cnn.tracking.follower import send_left_over
 from fashion_cnn.tracking.store import connect
 from project import SCRIPTS, STAGES, commit_all, imported_files
@@ -54,7 +56,7 @@ def train(key: str = KEY, first: int = 1) -> None:
         for epoch in range(first, 3):
             run.log_epoch({"epoch": epoch, "train_loss": 1 / 2**epoch}, images_per_second=10)
         run.log_metrics({"dead_relu": 0})
-        run.log_model(WEIGHTS, sha256_of(WEIGHTS), "layers", np.ones((2, *TOY_SHAPE), np.float32))
+        run.log_model(WEIGHTS, sha256_of(WEIGHTS), "layers")
 
 
 def stop_training(fault: type[BaseException]) -> None:
@@ -116,7 +118,7 @@ def assert_whole(run) -> None:
     assert data.dataset.profile == f'{{"train_images": 2, "digest": "{"cd" * 16}"}}'
     assert text_of(run, "layers.txt") == "layers"
     client = connect().client
-    assert len(runs.models_of(client, run)) == len(runs.ready_models(client, run)) == 1
+    assert len(models.models_of(client, run)) == len(models.ready_models(client, run)) == 1
     assert folders() == []
 
 
@@ -165,9 +167,19 @@ def test_a_model_whose_upload_was_killed_is_not_left_beside_the_whole_one(unsent
         patch.setattr("mlflow.MlflowClient.log_model_artifacts", Mock(side_effect=SystemExit))
         with pytest.raises(SystemExit):
             send()
-    [model] = runs.models_of(connect().client, all_runs()[0])
+    [model] = models.models_of(connect().client, all_runs()[0])
     connect().client.finalize_logged_model(model.model_id, "PENDING")  # as SIGKILL leaves it
     assert_whole(sent_run())
+
+
+def test_the_toys_model_gives_the_probability_of_label_1(unsent):
+    train()
+    [model] = models.ready_models(connect().client, sent_run())
+    images = np.arange(32, dtype=np.float32).reshape(2, *TOY_SHAPE) / 32
+    found = mlflow.pyfunc.load_model(f"models:/{model.model_id}").predict({"images": images})
+    with torch.inference_mode():
+        expected = fresh(build_toy_cnn, 0)(torch.from_numpy(images))
+    assert found["label 1"].tolist() == expected.flatten().tolist()
 
 
 @pytest.fixture
@@ -407,7 +419,7 @@ def test_reports_add_to_a_run_and_to_its_model_alone(unsent):
     run = sent_run()
     assert dict(run.info) == dict(before.info)
     assert curve(run) == [(1, 0.5), (2, 0.25)]  # no epoch twice
-    [model] = runs.ready_models(connect().client, run)
+    [model] = models.ready_models(connect().client, run)
     assert model.name == "toy_cnn"
     assert {metric.key: (metric.value, metric.step) for metric in model.metrics} == {
         "train_loss": (0.25, 2), "images_per_second": (10, 2), "dead_relu": (0, 0), "test_loss": (0.2, 0),

@@ -9,23 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.cnns import load_cnn, to_input
-from fashion_cnn.project.catalog import CNNS, RUN_ID, TRAININGS
+from fashion_cnn.project.catalog import CNNS, RUN_ID
 from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
-from fashion_cnn.tracking.runs import (
-    WEIGHTS_FOLDER,
-    find_run,
-    find_runs,
-    log_model_metrics,
-    log_to_run,
-    pinned,
-    ready_models,
-)
+from fashion_cnn.tracking.models import WEIGHTS_FOLDER, ready_models
+from fashion_cnn.tracking.runs import find_run, find_runs
 from fashion_cnn.tracking.store import Store, as_store_error, connect
 
-SERVED = "_served"  # suffix of the names of models from pixels to probabilities
 NAME, CHAMPION = "fashion-cnn", "champion"
 # (N, 28, 28) uint8 to probabilities (N, 10).
 Classify = Callable[[np.ndarray], np.ndarray]
@@ -61,49 +52,42 @@ def of_network(network: Callable) -> Classify:
 
 def of_run(client, run) -> Classify:
     """A run's classifier: its weights, with the code of this project. Raises StageError if it has none."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return of_network(load_cnn(weights_of(client, run, scratch)))
+    run_id = run.info.run_id
+    way_out = "delete the model in `fashion-cnn ui`, then `fashion-cnn sync` adds it if the weights are here"
+    place = f"{model_of(client, run).artifact_location}/{WEIGHTS_FOLDER}"
+    return _of_weights(place, run, f"{run_id}: its model in MLflow lacks the weights of the run; {way_out}")
 
 
 def of_version(client, version) -> Classify:
     """The classifier of a version, whose own code does not run: whoever registers one could run any code."""
     run = client.get_run(version.run_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        weights = _download(f"models:/{NAME}/{version.version}/artifacts", run, scratch)
-        if weights is None:
-            raise StageError(
-                f"{NAME} version {version.version}: not the weights of its run, {version.run_id}; delete the "
-                "version in `fashion-cnn ui`, then promote the run again"
-            )
-        return of_network(load_cnn(weights))
+    fault = f"{NAME} version {version.version}: not the weights of its run, {version.run_id}"
+    way_out = "delete the version in `fashion-cnn ui`, then promote the run again"
+    place = f"models:/{NAME}/{version.version}/{WEIGHTS_FOLDER}"
+    return _of_weights(place, run, f"{fault}; {way_out}")
 
 
-def weights_of(client, run, scratch: str) -> Path:
-    """Download the weights of a run's model in MLflow to a folder. Raises StageError if it has none."""
-    run_id, served = run.info.run_id, (SERVED, "classifier")  # "classifier": earlier versions' name
-    ready = [model for model in ready_models(client, run) if not model.name.endswith(served)]
+def model_of(client, run):
+    """The run's model in MLflow. Raises StageError if it has none."""
+    ready = ready_models(client, run)
     if not ready:
         raise StageError(
-            f"{run_id}: the run has no model; `fashion-cnn sync` adds it if its weights are here"
+            f"{run.info.run_id}: the run has no model; `fashion-cnn sync` adds it if its weights are here"
         )
-    weights = _download(f"{ready[-1].artifact_location}/{WEIGHTS_FOLDER}", run, scratch)
-    if weights is None:
-        raise StageError(
-            f"{run_id}: its model in MLflow lacks the weights of the run; delete the model in "
-            "`fashion-cnn ui`, then `fashion-cnn sync` adds it if the weights are here"
-        )
-    return weights
+    return ready[-1]
 
 
-def _download(uri: str, run, scratch: str) -> Path | None:
-    """Download the file of weights in a folder of artifacts; None if it is missing or not that of the run."""
+def _of_weights(place: str, run, fault: str) -> Classify:
+    """The classifier with the weights in a folder of MLflow's artifacts, which must be those of the run."""
     from mlflow.artifacts import download_artifacts, list_artifacts
 
-    if not list_artifacts(uri):
-        return None
-    [*found] = Path(download_artifacts(uri, dst_path=scratch)).glob("*.safetensors")
-    expected = run.data.tags.get("weights_sha256")
-    return found[0] if len(found) == 1 and sha256_of(found[0]) == expected else None
+    with tempfile.TemporaryDirectory() as scratch:
+        found = []
+        if list_artifacts(place):
+            found = [*Path(download_artifacts(place, dst_path=scratch)).glob("*.safetensors")]
+        if len(found) != 1 or sha256_of(found[0]) != run.data.tags.get("weights_sha256"):
+            raise StageError(fault)
+        return of_network(load_cnn(found[0]))
 
 
 def find_version(client, name: str):
@@ -152,9 +136,10 @@ def register(client, run):
             return version
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME, description=DESCRIPTION)
-    info = log_served_model(client, run)
-    log_model_metrics(client, run.info.run_id)
-    return client.create_model_version(NAME, info.model_uri, run.info.run_id, model_id=info.model_id)
+    model = model_of(client, run)
+    return client.create_model_version(
+        NAME, f"models:/{model.model_id}", run.info.run_id, model_id=model.model_id
+    )
 
 
 DESCRIPTION = (
@@ -162,30 +147,3 @@ DESCRIPTION = (
     "Output: the probability of each class, by its name. The alias `champion` is the version to use; "
     "`fashion-cnn promote` decides on it."
 )
-
-
-def log_served_model(client, run):
-    """Log the model to serve: the run's weights, with the code from pixels to probabilities."""
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-
-    here = Path(__file__).resolve().parent
-    with tempfile.TemporaryDirectory() as scratch:
-        return log_to_run(
-            client,
-            run.info.run_id,
-            flavor=mlflow.pyfunc,
-            name=f"{TRAININGS[run.data.tags['dvc_stage']].weights.stem}{SERVED}",
-            python_model=str(here / "serving.py"),
-            artifacts={"weights": str(weights_of(client, run, scratch))},
-            code_paths=[str(here.parent)],
-            signature=ModelSignature(
-                # Objects pass unchanged; for uint8, MLflow would convert 0.5 and "7" before serving.py could
-                # reject them.
-                Schema([TensorSpec(np.dtype("O"), (-1,), "images")]),
-                Schema([ColSpec("double", name) for name in CLASSES]),
-            ),
-            input_example={"images": np.zeros((2, 28, 28), np.uint8)},
-            pip_requirements=pinned("torch", "torchsummary", "numpy", "pandas", "safetensors"),
-        )

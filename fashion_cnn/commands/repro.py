@@ -2,7 +2,8 @@
 
 A single `dvc repro` gives the same results, one stage after the other. Both CNNs at once, with half the cores
 each, take two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation
-proposes, and then one for the rest. If it is stopped half-way, the next run of it or of `dvc repro` resumes.
+proposes, and then one for the rest. If it is stopped halfway, the next `make repro` or `dvc repro`
+resumes it.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What is compared: the results of the working tree, of git revisions, DVC experiments and MLflow runs."""
+"""The sides of a comparison: results of the working tree, git revisions, DVC experiments and MLflow runs."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What a model gets right and wrong on the test split: unmodified, shifted and rotated."""
+"""Evaluation on the test split: unmodified, shifted and rotated images, confusions and mistakes."""
 
 import numpy as np
 import torch

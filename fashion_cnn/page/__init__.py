@@ -1,1 +1,1 @@
-"""What build_page writes: one HTML file with its style, its code, its data and both CNNs' weights."""
+"""The page that build_page writes: one HTML file with style, code, data and both CNNs' weights."""

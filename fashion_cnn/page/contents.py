@@ -1,4 +1,4 @@
-"""What the page shows, as one JSON-serialisable value."""
+"""The page's content, as one JSON-serializable value."""
 
 import base64
 import math

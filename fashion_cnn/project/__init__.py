@@ -1,1 +1,1 @@
-"""What every stage uses: params, the list of trainings, files, errors, process setup, records for MLflow."""
+"""Code that every stage uses: params, the trainings, files, errors, process setup, records for MLflow."""

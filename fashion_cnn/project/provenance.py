@@ -1,4 +1,4 @@
-"""What ties a training to the code, the data and the machine that made it."""
+"""The provenance of a training: its code, data and machine."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def machine_tags() -> dict[str, str]:
-    """What can change the last bits of a result, apart from code and params."""
+    """Everything that can change the last bits of a result, apart from code and params."""
     import torch
 
     return {

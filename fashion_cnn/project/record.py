@@ -35,7 +35,6 @@ class Record(BaseModel):
     dataset: dict[str, Any] = {}  # name, digest, source, and sizes of the splits
     rows: list[dict[str, float]] = []  # metrics of epochs, each with its "epoch" and "time"
     metrics: dict[str, float] = {}  # metrics without an epoch
-    example: list = []  # input of the model, (2 or more, C, H, W)
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "FINISHED"
     begun: int = Field(default_factory=now_ms)
     ended: int = Field(default_factory=now_ms)  # while it is running, the time of its last change

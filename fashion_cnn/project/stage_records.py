@@ -1,4 +1,4 @@
-"""What a stage records for MLflow: one record per training, rewritten atomically at each change.
+"""Recording a stage for MLflow: one record per training, rewritten atomically at each change.
 
 The stage keeps them in a folder under .records/ and starts the follower, the only process that talks to the
 store. The follower deletes the folder once the runs are in line with the records.
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from fashion_cnn.project.catalog import Training
@@ -138,11 +137,11 @@ class Run:
         self.record.metrics |= metrics
         self.records.save(self.record)
 
-    def log_model(self, weights: Path, weights_sha256: str, summary: str, example: np.ndarray) -> None:
-        """Record the weights, the summary of the layers, and `example` (2 or more, C, H, W) float32."""
+    def log_model(self, weights: Path, weights_sha256: str, summary: str) -> None:
+        """Record the weights and the summary of the layers."""
         self.records.keep(self.record, WEIGHTS, weights)
         self.records.keep(self.record, f"{FILES}/layers.txt", summary.encode())
-        self.record.weights_sha256, self.record.example = weights_sha256, example.tolist()
+        self.record.weights_sha256 = weights_sha256
         self.records.save(self.record)
 
 

@@ -1,7 +1,7 @@
 """Follow the records of a stage, and bring MLflow's runs in line with them.
 
 Usage: python -m fashion_cnn.tracking.follower FOLDER. The stage starts it, and holds a lock in the folder
-until the stage ends, however it ends. Prints where the runs are, or what is missing.
+until the stage ends, however it ends. The follower prints where the runs are, or what is missing.
 """
 
 import os
@@ -20,6 +20,7 @@ from fashion_cnn.project.process import run_stage
 from fashion_cnn.project.record import RECORD, WEIGHTS, read_record, records_folder
 from fashion_cnn.project.stage_records import ALIVE, LATER
 from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.models import packed_code
 from fashion_cnn.tracking.store import as_store_error, connect, reason, shown, store_name, store_url
 
 SENDING, STORE = "follower.lock", "store.txt"  # next to the records; STORE names their store
@@ -34,6 +35,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     folder, seen = Path(sys.argv[1]), dict[Path, bytes]()
+    packed_code()
     store, lines = None, list[str]()
     while True:
         ended = has_ended(folder)  # checked before the records are read, so that no change is missed
@@ -132,8 +134,6 @@ def _send_record(store, path: Path, ended: bool) -> str | None:
             if ended and record.status == "RUNNING":  # the stage was killed
                 record.status = "KILLED"
             runs.bring_in_line(store, record)
-            if record.status == "RUNNING":  # preload for the model: takes seconds, while the stage trains
-                import fashion_cnn.models.cnns  # noqa: F401
     except StoreError as error:
         return str(error)
     except Exception as error:  # a damaged record, or one of another version, must not stop the rest

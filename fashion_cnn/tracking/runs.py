@@ -8,17 +8,17 @@ import sys
 import textwrap
 from collections import defaultdict
 from getpass import getuser
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fashion_cnn.project.catalog import TOY, TRAININGS
+from fashion_cnn.project.catalog import TRAININGS
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.params import as_yaml, params_in
 from fashion_cnn.project.record import Record
 from fashion_cnn.project.repository import GitError, git
 from fashion_cnn.schema import N_TRAIN
+from fashion_cnn.tracking.models import log_model, log_model_metrics
 from fashion_cnn.tracking.store import Store, locked
 
 NEWEST = ["attributes.start_time DESC"]
@@ -30,7 +30,6 @@ LOCK_FILE = "dvc.lock.json"  # this entry, and those of the later stages that re
 # The palette is Okabe and Ito's, beginning with the two colours of the figures.
 COLOR = "mlflow.runColor"
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f"]
-WEIGHTS_FOLDER = "extra_files"  # MLflow's name for a model's files other than torch's program
 NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 NOTE = (
     "`fashion-cnn trace {}`, in the project, prints what this run was made from and the "
@@ -162,7 +161,7 @@ def _complete(store: Store, run, record: Record, only_missing: bool) -> list[str
         "data": _log_dataset(client, run, record),
         "curve": _log_epochs(client, run_id, record),
         "metrics": _log_metrics(client, run, record, only_missing),
-        "model": _log_model(client, run, record),
+        "model": log_model(client, run, record),
     }
     added = [name for name, was_sent in sent.items() if was_sent]
     added += _log_files(client, run, files, only_missing)
@@ -285,92 +284,3 @@ def _log_files(client, run, files: dict[str, Path], only_missing: bool) -> list[
         client.set_tag(run.info.run_id, tag, digest)
         added.append(folder)
     return added
-
-
-def models_of(client, run) -> list:
-    """The run's models, also those whose files MLflow has not sent yet."""
-    from mlflow.exceptions import MlflowException
-
-    found = []
-    for output in run.outputs.model_outputs if run.outputs else []:
-        try:
-            found.append(client.get_logged_model(output.model_id))
-        except MlflowException as error:  # deleted, though the run still names it
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    return found
-
-
-def ready_models(client, run) -> list:
-    """The run's models whose files are complete."""
-    return [model for model in models_of(client, run) if model.status == "READY"]
-
-
-def _log_model(client, run, record: Record) -> bool:
-    """Log the model with the record's weights, also as torch's exported program, unless the run has one.
-
-    The record's example becomes the input example; a batch of one would be exported as a fixed batch size.
-    """
-    run_id, weights = run.info.run_id, record.weights
-    if not weights or ready_models(client, run):
-        return False
-    import mlflow
-    import torch
-    from mlflow.models import infer_signature
-
-    from fashion_cnn.models.cnns import CNN_SHAPE, TOY_SHAPE, build_toy_cnn, load_cnn, load_weights
-
-    is_toy = record.training == TOY.stage
-    model = load_weights(build_toy_cnn(), weights) if is_toy else load_cnn(weights)
-    shape = TOY_SHAPE if is_toy else CNN_SHAPE
-    example = np.array(record.example, np.float32) if record.example else np.zeros((2, *shape), np.float32)
-    with torch.inference_mode():
-        outputs = model(torch.from_numpy(example)).numpy()
-    with locked(run_id):
-        models = models_of(client, client.get_run(run_id))
-        if any(one.status == "READY" for one in models):  # another process logged it
-            return False
-        for one in models:  # a kill stopped its upload
-            client.delete_logged_model(one.model_id)
-        log_to_run(
-            client, run_id, flavor=mlflow.pytorch, name=TRAININGS[record.training].weights.stem,
-            pytorch_model=model, serialization_format="pt2", extra_files=[str(weights)],
-            input_example=example, signature=infer_signature(example, outputs),
-            pip_requirements=pinned("torch", "numpy"),
-        )  # fmt: skip
-    return True
-
-
-def log_to_run(client, run_id: str, **model: object):
-    """Log a model to a run, in the experiment of the run; returns MLflow's ModelInfo."""
-    import mlflow
-    from mlflow.models import Model
-
-    # Otherwise the model goes to the experiment "Default", which is not the project's.
-    mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
-    # Not mlflow.pytorch.log_model: it logs to an active run, so it would set this one to RUNNING.
-    return Model.log(None, run_id=run_id, **model)
-
-
-def pinned(*names: str) -> list[str]:
-    """A model's requirements, without the "+cpu" of a local build; MLflow would take 5 s to infer them."""
-    return [f"{name}=={version(name).split('+')[0]}" for name in names]
-
-
-def log_model_metrics(client, run_id: str) -> None:
-    """Give the run's models the last values of its metrics, for the table of models."""
-    from mlflow.entities import Metric
-
-    run = client.get_run(run_id)
-    for model in ready_models(client, run):
-        has = {metric.key: metric.value for metric in model.metrics or []}
-        new = []
-        # The metric to choose by comes first, because the table keeps the order in which columns were added.
-        for name, value in sorted(run.data.metrics.items(), key=lambda one: one[0] != "val_accuracy"):
-            if has.get(name) == value or not math.isfinite(value):  # MLflow would show 0 for NaN
-                continue
-            # Reuse time and epoch of the run's own value; otherwise the run would get the value twice.
-            history = client.get_metric_history(run_id, name)
-            last = max(history, key=lambda one: (one.step, one.timestamp, one.value))
-            new.append(Metric(name, last.value, last.timestamp, last.step, model_id=model.model_id))
-        client.log_batch(run_id, new)

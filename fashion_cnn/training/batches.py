@@ -1,4 +1,4 @@
-"""What each step takes: which images, in which variants, and how they are flipped and shifted."""
+"""The batches of each step: their images, variants, flips and shifts."""
 
 from typing import TYPE_CHECKING
 

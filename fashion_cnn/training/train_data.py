@@ -1,4 +1,4 @@
-"""What a CNN trains on: train images in all their variants, and the split."""
+"""The data of a training: train images in all their variants, and the split."""
 
 from dataclasses import dataclass
 

@@ -15,7 +15,7 @@ import requests
 from mlflow import MlflowClient
 
 from crash import Started, wait_for_text
-from fashion_cnn.tracking.runs import ready_models
+from fashion_cnn.tracking.models import ready_models
 from pipeline import environment, outputs, tool, tracked_runs
 
 

@@ -1,1 +1,1 @@
-"""What verify_manual_conv does: the layers by loops, compared with torch."""
+"""The layers as plain loops, and their comparison with torch, for verify_manual_conv."""
