@@ -15,7 +15,7 @@ import requests
 from mlflow import MlflowClient
 
 from deployment import CADDY, COMPOSE, Deployment, needs_proxy, needs_servers, read_compose, read_settings
-from fashion_cnn.tracking.runs import ready_models
+from fashion_cnn.tracking.models import ready_models
 from pipeline import dvc, environment, set_params, tool, tracked_runs, try_tool, two_stages
 from project import ROOT, git
 from team_servers import SECONDS
@@ -123,30 +123,39 @@ def server() -> Iterator[Deployment]:
         deployment = Deployment(folder, read_settings(folder / ".env"))
         deployment.start()
         try:
-            for member in PASSWORDS:
-                add_member(deployment, member)
+            for member, password in PASSWORDS.items():
+                add_member(deployment, member, password)
             yield deployment
         finally:
             deployment.stop()
 
 
-def add_member(server: Deployment, name: str) -> None:
-    """Run the page's command that adds a member."""
+def as_admin(server: Deployment, start: str, **body: str) -> None:
+    """Run the page's command that begins with `start`, with another body."""
     changes = {
         "--user admin": f"--user admin:{server.settings['MLFLOW_AUTH_ADMIN_PASSWORD']}",
         "--cacert root.crt": f"--cacert {server.certificate}" if CADDY else "",
         "https://mlflow.example.com": server.address,
     }
-    text = command("curl ")
+    text = command(start)
     for there, here in changes.items():
         assert there in text
         text = text.replace(there, here)
     words = shlex.split(text)
-    body = words.index("--json") + 1
-    assert set(json.loads(words[body])) == {"username", "password"}
-    words[body] = json.dumps({"username": name, "password": PASSWORDS[name]})
+    place = words.index("--json") + 1
+    assert set(json.loads(words[place])) == set(body)
+    words[place] = json.dumps(body)
     done = subprocess.run(words, check=False, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def add_member(server: Deployment, name: str, password: str) -> None:
+    as_admin(
+        server,
+        "curl --fail-with-body --user admin --cacert root.crt --json",
+        username=name,
+        password=password,
+    )
 
 
 def as_member(server: Deployment, name: str) -> dict[str, str]:
@@ -204,6 +213,24 @@ def test_who_has_no_password_gets_nothing(server):
 
 
 @needs_servers
+def test_a_member_who_is_removed_gets_nothing(server):
+    add_member(server, "eve", "eve's long password")
+    as_admin(server, "curl --fail-with-body --user admin --cacert root.crt --request", username="eve")
+    assert ask(server, SEARCH, ("eve", "eve's long password"), json={"max_results": 1}).status_code == 401
+
+
+@needs_servers
+@needs_proxy
+def test_an_upload_above_the_limit_is_refused(server):
+    [limit] = re.findall(r"max_size (\d+)MB", (ROOT / "team/deploy/Caddyfile").read_text())
+    place = f"{server.address}/api/2.0/mlflow-artifacts/artifacts/0/a-file"
+    who = ("admin", server.settings["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    for size, status in ((1000, 200), (int(limit) * 10**6 + 1, 413)):
+        done = requests.put(place, b" " * size, auth=who, verify=str(server.certificate), timeout=60)
+        assert done.status_code == status, size
+
+
+@needs_servers
 def test_pages_of_other_hosts_are_refused(server):
     ana, query = ("ana", PASSWORDS["ana"]), {"max_results": 10}
     direct = f"http://127.0.0.1:{server.mlflow_port}{SEARCH}"
@@ -243,7 +270,7 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
     assert server.query("SELECT run_uuid, status FROM runs") == [(run.info.run_id, "FINISHED")]
     [model] = ready_models(MlflowClient(server.address), run)
     folder = model.artifact_location.removeprefix("mlflow-artifacts:/")
-    assert {f"{folder}/MLmodel", f"{folder}/data/model.pt2"} <= set(server.objects())
+    assert {f"{folder}/MLmodel", f"{folder}/data/toy_cnn.safetensors"} <= set(server.objects())
     # Ben trains without the server, and then sends what dvc.lock has of it.
     set_params(project, {STAGE: {"seed": 5}})
     dvc(project, "repro", STAGE)
