@@ -5,30 +5,31 @@
 
 import io
 import math
-import tempfile
+import platform
+import shutil
+import sys
 import zipfile
-from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from fashion_cnn.data.fashion_mnist import CLASSES
-from fashion_cnn.project.catalog import TOY, TRAININGS
+from fashion_cnn.project.catalog import TOY, TRAININGS, Training
 from fashion_cnn.project.record import Record
 from fashion_cnn.tracking.store import locked
 
-WEIGHTS_FOLDER = "data"  # MLflow's name for the folder with a model's weights
-CODE, LOADER = "fashion_cnn.zip", "served"
-# The module that MLflow imports to load a model.
-LOAD = f"""
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).with_name("{CODE}")))
-from fashion_cnn.tracking.serving import _load_pyfunc
-"""
+# In a model's folder: its weights, the package as an archive, and what it needs.
+WEIGHTS_FOLDER, CODE, REQUIREMENTS, ENVIRONMENT = (
+    "data",
+    "fashion_cnn.zip",
+    "requirements.txt",
+    "python_env.yaml",
+)
+TOY_OUTPUTS = ["label 1"]
+LOADER = "fashion_cnn.tracking.serving"  # the module that MLflow imports to load a model
 
 
 def models_of(client, run) -> list:
@@ -50,11 +51,59 @@ def ready_models(client, run) -> list:
     return [model for model in models_of(client, run) if model.status == "READY"]
 
 
+def log_model(client, run, record: Record) -> bool:
+    """Log the model with the record's weights, unless the run has one."""
+    run_id, weights = run.info.run_id, record.weights
+    if not weights or ready_models(client, run):
+        return False
+    import mlflow
+
+    with locked(run_id):
+        models = models_of(client, client.get_run(run_id))
+        if any(one.status == "READY" for one in models):  # another process logged it
+            return False
+        for one in models:  # a kill stopped its upload
+            client.delete_logged_model(one.model_id)
+        # Otherwise the model goes to the experiment "Default", which is not the project's.
+        mlflow.set_experiment(experiment_id=run.info.experiment_id)
+        training = TRAININGS[record.training]
+        mlflow.models.Model.log(
+            None, run_id=run_id, flavor=sys.modules[__name__], name=training.weights.stem,
+            training=training, weights=weights,
+        )  # fmt: skip
+    return True
+
+
+def save_model(path: str, mlflow_model, training: Training, weights: Path) -> None:
+    """Write the folder of a model; MLflow calls this, as for every flavor.
+
+    Not mlflow.pyfunc.save_model: it looks through all installed packages, which takes longer than the rest.
+    """
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    folder, data = Path(path), f"{WEIGHTS_FOLDER}/{training.weights.name}"
+    (folder / WEIGHTS_FOLDER).mkdir(parents=True)
+    shutil.copyfile(weights, folder / data)
+    (folder / CODE).write_bytes(packed_code())
+    (folder / REQUIREMENTS).write_text("".join(f"{line}\n" for line in requirements()))
+    python = {"python": platform.python_version(), "dependencies": [f"-r {REQUIREMENTS}"]}
+    (folder / ENVIRONMENT).write_text(yaml.safe_dump(python))
+    # Objects pass unchanged; for uint8, MLflow would convert 0.5 and "7" before serving.py could reject them.
+    images = TensorSpec(np.dtype("O"), (-1,), "images")
+    outputs = TOY_OUTPUTS if training is TOY else CLASSES
+    probabilities = Schema([ColSpec("double", name) for name in outputs])
+    mlflow_model.signature = ModelSignature(Schema([images]), probabilities)
+    mlflow.pyfunc.add_to_model(mlflow_model, LOADER, data=data, code=CODE, python_env=ENVIRONMENT)
+    mlflow_model.save(folder / "MLmodel")
+
+
 @cache
 def packed_code() -> bytes:
     """The package as an archive from which Python can import; one file, because each would be a request.
 
-    Read it early: a temporary copy of the project may be deleted before its training's model is sent.
+    Call this early: a temporary copy of the project may be deleted before its training's model is sent.
     """
     package, packed = Path(__file__).resolve().parents[1], io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -63,53 +112,10 @@ def packed_code() -> bytes:
     return packed.getvalue()
 
 
-def log_model(client, run, record: Record) -> bool:
-    """Log the model with the record's weights, unless the run has one.
-
-    Neither torch nor the model is loaded, because their imports take longer than the rest of the upload.
-    """
-    run_id, weights = run.info.run_id, record.weights
-    if not weights or ready_models(client, run):
-        return False
-    import mlflow
-
-    training = TRAININGS[record.training]
-    with locked(run_id), tempfile.TemporaryDirectory() as scratch:
-        models = models_of(client, client.get_run(run_id))
-        if any(one.status == "READY" for one in models):  # another process logged it
-            return False
-        for one in models:  # a kill stopped its upload
-            client.delete_logged_model(one.model_id)
-        data, code, load = (Path(scratch, name) for name in (training.weights.name, CODE, f"{LOADER}.py"))
-        data.write_bytes(weights.read_bytes())
-        code.write_bytes(packed_code())
-        load.write_text(LOAD)
-        shape, outputs = ((1, 4, 4), ["label 1"]) if training is TOY else ((28, 28), CLASSES)
-        # Otherwise the model goes to the experiment "Default", which is not the project's.
-        mlflow.set_experiment(experiment_id=run.info.experiment_id)
-        # Not mlflow.pyfunc.log_model: it logs to an active run, so it would set this one to RUNNING.
-        mlflow.models.Model.log(
-            None, run_id=run_id, flavor=mlflow.pyfunc, name=training.weights.stem, loader_module=LOADER,
-            data_path=str(data), code_paths=[str(code), str(load)], signature=signature(outputs),
-            input_example={"images": np.zeros((2, *shape), np.uint8)},
-            pip_requirements=pinned("torch", "torchsummary", "numpy", "pandas", "safetensors"),
-        )  # fmt: skip
-    return True
-
-
-def signature(outputs: Iterable[str]):
-    """From images to a probability for each of the outputs."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-
-    # Objects pass unchanged; for uint8, MLflow would convert 0.5 and "7" before serving.py could reject them.
-    images = TensorSpec(np.dtype("O"), (-1,), "images")
-    return ModelSignature(Schema([images]), Schema([ColSpec("double", name) for name in outputs]))
-
-
-def pinned(*names: str) -> list[str]:
-    """A model's requirements, without the "+cpu" of a local build; MLflow would take 5 s to infer them."""
-    return [f"{name}=={version(name).split('+')[0]}" for name in names]
+def requirements() -> list[str]:
+    """The packages that serve a model, in these versions, without the "+cpu" of a local build."""
+    names = ("mlflow", "numpy", "pandas", "safetensors", "torch", "torchsummary")
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 
 
 def log_model_metrics(client, run_id: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from fashion_cnn.data.fashion_mnist import CLASSES
 from fashion_cnn.models.cnns import build_toy_cnn, load_cnn, load_weights, to_input
 from fashion_cnn.project.catalog import TOY
+from fashion_cnn.tracking.models import TOY_OUTPUTS
 
 
 def _load_pyfunc(path: str) -> "Classifier | ToyClassifier":
@@ -40,7 +41,7 @@ class ToyClassifier(Classifier):
         """From "images" (N, 1, 4, 4), numbers, to the probability of label 1, (N, 1)."""
         images = torch.tensor(model_input["images"].tolist(), dtype=torch.float32)
         with torch.inference_mode():
-            return pd.DataFrame(self.model(images).numpy(), columns=["label 1"])
+            return pd.DataFrame(self.model(images).numpy(), columns=TOY_OUTPUTS)
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
