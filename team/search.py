@@ -9,6 +9,9 @@ Usage, after `make setup-team`:
 interval(a,b), tag(int,interval(a,b)), tag(log,interval(a,b)). Each trial is a DVC experiment of HEAD, named
 by a digest of its params. Existing experiments count and are not rerun, so the same command resumes a
 stopped search.
+
+A trial first trains one epoch, then two, four, …: one experiment each, which resumes the one before. After
+each, the pruner may end a trial that is worse than others were at that point.
 """
 
 import argparse
@@ -23,12 +26,13 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 
 from fashion_cnn.commands.compare import table
 from fashion_cnn.commands.dvc_state import experiments, files_at
@@ -38,16 +42,21 @@ from fashion_cnn.project.params import PARAMS_PATH, Params, as_yaml, explain, pa
 from fashion_cnn.project.process import run_stage, usable_threads
 from fashion_cnn.project.repository import file_at, git
 from fashion_cnn.tracking.store import address
+from team.space import grid, read_space, values_between
 from team.trial import reference_of
 from team.workers import Workers, here, on_ray
 
-ROOT = Path(__file__).resolve().parents[1]
-PICTURE = Path("search.png")
+if TYPE_CHECKING:
+    import optuna
+
+PICTURE, JOURNAL = Path("search.png"), Path("search.journal")
 LOOK = 5  # seconds between checks of how many trials there is room for
 TELL = 60  # seconds between lines on progress, unless a trial ends
 SAME = 200  # give up after this many consecutive proposals of known trials
+ETA = 2  # of two trials that trained equally long, the better one goes on to twice as many epochs
 STAGES = {training.stage: training for training in CNNS.values()}
-EXAMPLE = "train_cnn.epochs=2,4"
+ENDED = ("done", "pruned", "failed")
+EPOCHS, SCHEDULE = "train_cnn.epochs", "train_cnn.schedule"
 
 
 def main() -> None:
@@ -67,8 +76,8 @@ def main() -> None:
     finally:  # also after a stop
         if search.began:
             search.report()
-    if not search.known:
-        raise StageError(f"no trial succeeded ({len(search.failed)} failed); the lines above say why")
+    if not search.ranked():
+        raise StageError(f"no trial succeeded ({search.count('failed')} failed); the lines above say why")
 
 
 def parse() -> argparse.Namespace:
@@ -81,6 +90,11 @@ def parse() -> argparse.Namespace:
         "--trials", type=positive, help="including those that exist; default: 20, or the whole grid"
     )
     parser.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="default: tpe")
+    parser.add_argument(
+        "--pruner", choices=("asha", "median", "none"), default="asha",
+        help="which trials end early: the worse half of those that trained equally long (asha, the default), "
+        "those worse than the median, or none",
+    )  # fmt: skip
     parser.add_argument("--stage", choices=STAGES, default="train_cnn@original", help="stage to train")
     parser.add_argument("--metric", default="val_accuracy", help="a metric of training; a loss is minimized")
     parser.add_argument("--jobs", type=positive, help="trials at once; default: what all cores can take")
@@ -107,80 +121,46 @@ def share(text: str) -> float:
     return number
 
 
-def read_space(settings: list[str]) -> tuple[dict, dict]:
-    """Optuna's distributions of the params that vary, and the values of those that do not.
+@dataclass
+class Trial:
+    """Params that were proposed, and what is known of their trainings, of which there is one a rung."""
 
-    Raises StageError if a setting is not in Hydra's syntax, or if nothing varies.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from optuna.distributions import CategoricalDistribution
+    asked: "optuna.Trial"
+    names: list[str]  # of the experiments, by rung
+    values: list[float] = field(default_factory=list)  # the metric, by rung
+    state: str = "waiting"  # then running, and done, pruned or failed
+    is_ours: bool = False  # this search, not another one, runs it
+    seconds: float = 0  # that it has taken here
 
-    varied: dict[str, Any] = {}
-    fixed: dict[str, Any] = {}
-    for setting in settings:
-        try:
-            override = OverridesParser.create().parse_override(setting)
-            name, value = override.key_or_group, override.value()
-            if name in varied | fixed or setting.startswith(("+", "~")):
-                raise ValueError("name each param once, without + or ~")
-            if override.is_interval_sweep():
-                varied[name] = interval(value)
-            elif override.is_sweep_override():
-                varied[name] = CategoricalDistribution([plain(one) for one in override.sweep_iterator()])
-            else:
-                fixed[name] = plain(value)
-        except (HydraException, ValueError, OverflowError) as error:
-            fault = str(error).splitlines()[0]
-            raise StageError(f"-S {setting}: {fault}; expected PATH=VALUES, such as {EXAMPLE}") from None
-    if not varied:
-        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, expected several, such as {EXAMPLE}")
-    return varied, fixed
+    @property
+    def next(self) -> str:
+        """The experiment that is missing."""
+        return self.names[len(self.values)]
 
-
-def interval(sweep):
-    """Optuna's distribution of Hydra's interval, which may have the tags int and log."""
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    if wrong := sorted(sweep.tags - {"int", "log"}):
-        raise ValueError(f"tag {wrong[0]}, which is not int or log")
-    if "int" in sweep.tags:
-        if sweep.start != int(sweep.start) or sweep.end != int(sweep.end):
-            raise ValueError("the ends of an int interval must be integers")
-        return IntDistribution(int(sweep.start), int(sweep.end), log="log" in sweep.tags)
-    return FloatDistribution(sweep.start, sweep.end, log="log" in sweep.tags)
-
-
-def plain(value: Any) -> str | int | float | None:
-    """Convert a value of Hydra's to one for params.yaml. Raises ValueError for lists and the like."""
-    value = getattr(value, "text", value)  # a quoted string has one
-    if not isinstance(value, str | int | float | None) or "${" in str(value):
-        raise ValueError(f"{value} is not a value for a param")
-    if isinstance(value, str) and YAML(typ="safe").load(value) != value:
-        raise ValueError(f"'{value}' is quoted, but {PARAMS_PATH} reads it unquoted as another value")
-    return value
+    @property
+    def last(self) -> str:
+        """The newest experiment."""
+        return self.names[max(0, len(self.values) - 1)]
 
 
 class Search:
-    """The trials of a space: those that are done, running, failed."""
+    """The trials of a space, by the names of their last experiments."""
 
     def __init__(self, arguments: argparse.Namespace):
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.training, self.metric = STAGES[arguments.stage], arguments.metric
-        self.minimizes = "loss" in self.metric
+        self.sign = 1 if minimizes(self.metric) else -1
         self.varied, self.fixed = read_space(arguments.set)
         self.commit = git("rev-parse", "HEAD").decode().strip()
         self.base = params_in(file_at(self.commit, PARAMS_PATH) or b"")
         for name in (*self.varied, *self.fixed):
             if name not in self.base:
                 raise StageError(f"-S {name}: no param of this name, expected one of {PARAMS_PATH}")
-        check(self.base | self.fixed)
+        self.base |= self.fixed
+        check(self.base)
         for name, values in self.varied.items():
             if hasattr(values, "low"):  # also one in between, which need not be an integer
                 for value in (values.low, values.high, *values_between(values)):
-                    check(self.base | self.fixed | {name: value})
+                    check(self.base | {name: value})
         # Reject a wrong --metric before hours of training.
         self.value_in(file_at(self.commit, self.training.metrics))
         self.jobs, self.threads, self.gpus = arguments.jobs, arguments.threads, arguments.gpus
@@ -189,30 +169,37 @@ class Search:
             raise StageError("RAY_ADDRESS: not set, expected a cluster's address, such as 10.0.0.1:6379")
         if self.gpus and not self.cluster:
             raise StageError(f"--gpus {self.gpus:g}: there is no cluster, expected one in RAY_ADDRESS")
-        self.known: dict[str, float] = {}  # metrics by trial name
-        self.failed: dict[str, str] = {}  # faults by trial name
-        self.params: dict[str, dict] = {}  # varied params by trial name
-        self.running: dict[Future, str] = {}
-        self.starts: dict[str, float] = {}  # of trials, monotonic seconds
-        self.seconds: list[float] = []  # that each ended trial took
-        self.began = False
-        self.asked: dict[str, optuna.trial.Trial] = {}  # whose results the study awaits
+        self.rungs = self.rungs_of(arguments.pruner)
+        self.results: dict[str, float] = {}  # metrics by experiment; NaN if it is not a number
         self.others: set[str] = set()  # experiments of HEAD outside the space
-        samplers = optuna.samplers
-        self.study = optuna.create_study(
-            sampler=samplers.TPESampler() if arguments.sampler == "tpe" else samplers.RandomSampler(),
-            direction="minimize" if self.minimizes else "maximize",
-        )
-        if arguments.sampler == "grid":
-            points = grid(self.varied)
-            random.shuffle(points)  # two searches at once begin at different ends
-            self.trials = arguments.trials or len(points)
-            self.proposals: Iterator[dict] = (
-                point for point in points if self.name_of(point) not in self.known
-            )
+        self.trials: dict[str, Trial] = {}
+        # With the experiment that it trains, and the monotonic time in seconds when that began.
+        self.running: dict[Future, tuple[Trial, str, float]] = {}
+        self.began = False
+        self.study, self.journal = studies(arguments.sampler, arguments.pruner, self.metric)
+        points = grid(self.varied) if arguments.sampler == "grid" else []
+        random.shuffle(points)  # two searches at once begin at different ends
+        self.target = arguments.trials or len(points) or 20
+        self.points: Iterator[dict | None] = itertools.repeat(None)
+        if points:
+            self.points = (point for point in points if self.names_of(point)[-1] not in self.trials)
+
+    def rungs_of(self, pruner: str) -> list[dict[str, int]]:
+        """The params of each rung: numbers of epochs after which a trial may end, and the last one."""
+        if pruner == "none":
+            return [{}]
+        last = int(str(self.base[EPOCHS]))
+        if EPOCHS in self.varied:
+            why = f"{EPOCHS} varies"
+        elif SCHEDULE in self.varied or self.base[SCHEDULE] != "constant":
+            why = "the schedule depends on the number of epochs"
+        elif last == 1:
+            why = "a training has one epoch"
         else:
-            self.trials = arguments.trials or 20
-            self.proposals = self.ask()
+            early = [ETA**rung for rung in range(last.bit_length()) if ETA ** (rung + 1) <= last]
+            return [{EPOCHS: epochs} for epochs in (*early, last)]
+        print(f"pruning is off: {why}")
+        return [{}]
 
     def workers(self) -> AbstractContextManager[Workers]:
         """What runs the trials."""
@@ -221,101 +208,133 @@ class Search:
         jobs = self.jobs or max(1, usable_threads() // self.threads)
         return here(self.commit, self.training.stage, jobs, self.threads)
 
-    def note_known(self) -> None:
-        """Add HEAD's trials that lie in the space, including new ones of another search."""
-        import optuna
+    def value_in(self, content: bytes | None) -> float:
+        """The metric in a file of metrics; NaN if it is absent or not finite.
 
-        seen = self.known.keys() | self.others
+        Raises StageError for a wrong name.
+        """
+        if content is None:
+            return math.nan
+        metrics = json.loads(content)
+        allowed = [name for name in metrics if name.startswith("val_")]
+        if self.metric not in allowed:
+            raise StageError(f"--metric {self.metric}: expected one of {', '.join(allowed)}")
+        return metrics[self.metric] if math.isfinite(metrics[self.metric]) else math.nan
+
+    def names_of(self, varied: dict) -> list[str]:
+        """The names of a trial's experiments, by rung: digests of its stage and of all params."""
+        facts = (
+            json.dumps([self.training.stage, self.base | varied | rung], sort_keys=True)
+            for rung in self.rungs
+        )
+        return [f"trial-{hashlib.sha256(fact.encode()).hexdigest()[:10]}" for fact in facts]
+
+    def note_results(self) -> None:
+        """Read HEAD's new experiments that lie in the space, also those of another search."""
+        seen = self.results.keys() | self.others
         new = [one for one in experiments() if one.baseline == self.commit and one.name not in seen]
         if not new:  # mostly so: the search looks every few seconds
             return
         references = [one.reference for one in new]
         params, metrics = (files_at(references, path) for path in (PARAMS_PATH, self.training.metrics))
+        found: dict[str, dict] = {}  # varied params, by a trial's last experiment
         for one, content, results in zip(new, params, metrics, strict=True):
             has = params_in(content or b"")
             varied = {name: has.get(name) for name in self.varied}
-            if one.name != self.name_of(varied) or (value := self.value_in(results)) is None:
-                self.others.add(one.name)  # other fixed params, or it diverged
-                continue
-            if one.name in self.asked:
-                self.study.tell(self.asked.pop(one.name), value)
+            names = self.names_of(varied)
+            if one.name in names and self.contains(varied):
+                self.results[one.name] = self.value_in(results)
+                found[names[-1]] = varied
             else:
-                try:
-                    self.study.add_trial(
-                        optuna.trial.create_trial(params=varied, distributions=self.varied, value=value)
-                    )
-                except ValueError:  # from a wider space
-                    self.others.add(one.name)
-                    continue
-            self.known[one.name], self.params[one.name] = value, varied
-            self.failed.pop(one.name, None)  # it failed here, not in another search
+                self.others.add(one.name)
+        for name, varied in found.items():
+            trial = self.trials.get(name)
+            if trial is None or trial.state == "failed":  # it failed here, not in another search
+                self.study.enqueue_trial(varied)
+                trial = self.add(self.study.ask(self.varied))
+            self.report_results(trial)
 
-    def value_in(self, content: bytes | None) -> float | None:
-        """The metric in a file of metrics; None if absent or not a number.
+    def contains(self, varied: dict) -> bool:
+        """Whether params lie in the space; otherwise they are those of a wider search."""
+        import optuna
 
-        Raises StageError for a wrong name.
-        """
-        if content is None:
-            return None
-        metrics = json.loads(content)
-        allowed = [name for name in metrics if name.startswith("val_")]
-        if self.metric not in allowed:
-            raise StageError(f"--metric {self.metric}: expected one of {', '.join(allowed)}")
-        return metrics[self.metric] if math.isfinite(metrics[self.metric]) else None
+        try:
+            optuna.trial.create_trial(params=varied, distributions=self.varied, value=0.0)
+        except ValueError:
+            return False
+        return True
 
-    def name_of(self, varied: dict) -> str:
-        """The name of a trial: a digest of its stage and of all params."""
-        facts = json.dumps([self.training.stage, self.base | self.fixed | varied], sort_keys=True)
-        return f"trial-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+    def add(self, asked: "optuna.Trial") -> Trial:
+        """Add what Optuna proposes to the trials."""
+        names = self.names_of(asked.params)
+        trial = self.trials[names[-1]] = Trial(asked, names)
+        return trial
 
-    def ask(self) -> Iterator[dict]:
-        """Optuna's proposals, without end."""
-        while True:
-            trial = self.study.ask(self.varied)
-            name = self.name_of(trial.params)
-            if name in self.asked | self.known | self.failed:
-                self.drop(trial)
-            else:
-                self.asked[name] = trial
-            yield trial.params
+    def report_results(self, trial: Trial) -> None:
+        """Tell Optuna what a trial has reached, and note whether that ends it."""
+        while trial.state in ("waiting", "running") and trial.next in self.results:
+            value = self.results[trial.next]
+            if math.isnan(value):
+                self.end(trial, "failed")
+                return
+            rung = self.rungs[len(trial.values)]
+            trial.values.append(value)
+            trial.asked.report(value, rung.get(EPOCHS, 1))
+            is_worse = (
+                trial.asked.should_prune()
+            )  # asked at each rung, because the pruner compares later trials
+            if len(trial.values) == len(self.rungs):
+                self.end(trial, "done", value)
+            elif is_worse and self.results.keys().isdisjoint(trial.names[len(trial.values) :]):
+                self.end(trial, "pruned")
 
-    def drop(self, trial) -> None:
-        """Report a proposal to the study as failed."""
+    def end(self, trial: Trial, state: str, value: float | None = None) -> None:
+        """Tell Optuna how a trial ended, and add it to what optuna-dashboard shows."""
         from optuna.trial import TrialState
 
-        self.study.tell(trial, state=TrialState.FAIL)
+        trial.state = state
+        kind = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
+        self.journal.add_trial(self.study.tell(trial.asked, value, kind))
 
-    def propose(self) -> str | None:
-        """The name of the next new trial; None if there are no more."""
-        for params in itertools.islice(self.proposals, SAME):
-            name = self.name_of(params)
-            if name not in self.known | self.failed and name not in self.running.values():
-                self.params[name] = params
-                return name
+    def propose(self) -> Trial | None:
+        """The next new trial; None if there are no more."""
+        from optuna.trial import TrialState
+
+        for point in itertools.islice(self.points, SAME):
+            if point is not None:
+                self.study.enqueue_trial(point)
+            asked = self.study.ask(self.varied)
+            if self.names_of(asked.params)[-1] not in self.trials:
+                return self.add(asked)
+            self.study.tell(asked, state=TrialState.FAIL)
         return None
+
+    def next(self) -> Trial | None:
+        """The trial to run next: one that goes on, a new one, or one that another search left."""
+        waiting = [trial for trial in self.trials.values() if trial.state == "waiting"]
+        if ours := [trial for trial in waiting if trial.is_ours]:
+            return ours[0]
+        if len(self.trials) < self.target:
+            if trial := self.propose():
+                return trial
+            self.target = len(self.trials)
+            print(f"no new values were proposed: the search ends after {self.target} trials")
+        return waiting[0] if waiting else None
 
     def run(self, workers: Workers) -> None:
         """Keep as many trials running as there is room for, until there are enough."""
         workers.fetch()
-        self.note_known()
+        self.note_results()
         self.began, room, told = True, -1, time.monotonic() + TELL
-        print(f"{self.trials} trials; done already: {len(self.known)}", flush=True)
+        print(f"{self.target} trials; done already: {self.count('done', 'pruned')}", flush=True)
         while True:
             free = workers.room()  # it also reports lost nodes
             if (now := self.jobs or free) != room:
                 room = now
                 waits = "" if room else f": no node has {self.threads} CPUs and {self.gpus:g} GPUs for one"
                 print(f"trials at once: {room}{waits}", flush=True)
-            while len(self.running) < room and self.left() > len(self.running):
-                if (name := self.propose()) is None:
-                    self.trials = len(self.known | self.failed) + len(self.running)
-                    print(f"no new values were proposed: the search ends after {self.trials} trials")
-                    break
-                changes = self.fixed | self.params[name]
-                settings = {path: as_yaml(value) for path, value in changes.items()}
-                self.running[workers.submit(name, settings)] = name
-                self.starts[name] = time.monotonic()
-                print(f"{name}  {self.values_of(name)}: started", flush=True)
+            while len(self.running) < room and (trial := self.next()):
+                self.start(workers, trial)
             if time.monotonic() > told:
                 print(self.progress(room), flush=True)
                 told = time.monotonic() + TELL
@@ -330,56 +349,82 @@ class Search:
             except StageError as error:
                 print(f"{error}; the search tries again", flush=True)
                 continue
-            self.note_known()  # also another search's, so that both end at the same number
+            self.note_results()  # also another search's, so that both end at the same number
             for future in done:
-                self.seconds.append(time.monotonic() - self.starts[self.running[future]])
                 self.finish(future)
                 told = 0
 
-    def left(self) -> int:
-        """How many trials have not ended."""
-        return max(0, self.trials - len(self.known | self.failed))
+    def start(self, workers: Workers, trial: Trial) -> None:
+        """Start a trial's next training."""
+        name, rung = trial.next, len(trial.values)
+        trial.state, trial.is_ours = "running", True
+        print(f"{name}  {self.words(trial, rung)}: started", flush=True)
+        changes = self.fixed | self.changes_of(trial, rung)
+        settings = {path: as_yaml(value) for path, value in changes.items()}
+        future = workers.submit(name, settings, name != trial.names[-1])
+        self.running[future] = (trial, name, time.monotonic())
 
     def finish(self, future: Future) -> None:
-        """Record how a trial ended."""
-        name = self.running.pop(future)
-        if name in self.known:
-            said = f"{self.metric} {self.known[name]:.4f}"
-        else:
-            self.failed[name] = fault_of(future) or f"{self.metric} is not a number"
-            said = f"failed: {self.failed[name]}"
-            if name in self.asked:
-                self.drop(self.asked.pop(name))
-        print(f"{name}  {self.values_of(name)}: {said}", flush=True)
+        """Note and print how a trial's training ended."""
+        trial, name, began = self.running.pop(future)
+        trial.seconds += time.monotonic() - began
+        value = self.results.get(name, math.nan)
+        said = f"{self.metric} {value:.4f}{'; pruned' if trial.state == 'pruned' else ''}"
+        if math.isnan(value):
+            said = f"failed: {fault_of(future) or f'{self.metric} is not a number'}"
+        if trial.state == "running":
+            if name in self.results:
+                trial.state = "waiting"
+            else:
+                self.end(trial, "failed")
+        print(f"{name}  {self.words(trial, trial.names.index(name))}: {said}", flush=True)
 
-    def values_of(self, name: str) -> str:
-        """The values of a trial, in words."""
-        return ", ".join(f"{path}={short(value)}" for path, value in self.params[name].items())
+    def changes_of(self, trial: Trial, rung: int) -> dict:
+        """The params in which a trial's training differs from the others."""
+        return trial.asked.params | self.rungs[rung]
+
+    def words(self, trial: Trial, rung: int) -> str:
+        """These params in words."""
+        return ", ".join(f"{path}={short(value)}" for path, value in self.changes_of(trial, rung).items())
+
+    def count(self, *states: str) -> int:
+        """How many trials are in one of the states."""
+        return sum(trial.state in states for trial in self.trials.values())
+
+    def left(self) -> int:
+        """How many trials have not ended."""
+        return max(0, self.target - self.count(*ENDED))
 
     def progress(self, room: int) -> str:
         """One line: how many are done, running and failed, the best, and how long the rest will take."""
-        counts = f"{len(self.known)} of {self.trials} done"
-        counts += f", {len(self.running)} running, {len(self.failed)} failed"
-        best = f"best {self.known[self.ranked()[0]]:.4f}" if self.known else "none yet"
-        if not self.seconds:
+        pruned = f" ({self.count('pruned')} pruned)" if len(self.rungs) > 1 else ""
+        counts = f"{self.count('done', 'pruned')} of {self.target} done{pruned}"
+        counts += f", {len(self.running)} running, {self.count('failed')} failed"
+        best = f"best {self.ranked()[0].values[-1]:.4f}" if self.ranked() else "none yet"
+        took = [trial.seconds for trial in self.trials.values() if trial.seconds and trial.state in ENDED]
+        if not took:
             return f"  {counts}; {best}"
-        minutes = statistics.fmean(self.seconds) * math.ceil(self.left() / max(1, room)) / 60
+        minutes = statistics.fmean(took) * math.ceil(self.left() / max(1, room)) / 60
         return f"  {counts}; {best}; {minutes:.0f} minutes left"
 
-    def ranked(self) -> list[str]:
-        """The trials that are done, the best first."""
-        return sorted(sorted(self.known), key=self.known.__getitem__, reverse=not self.minimizes)
+    def ranked(self) -> list[Trial]:
+        """The trials that have a result: those that trained longest first, and of these the best."""
+        found = [trial for trial in self.trials.values() if trial.values and trial.state != "failed"]
+        return sorted(found, key=lambda trial: (-len(trial.values), self.sign * trial.values[-1], trial.last))
 
     def report(self) -> None:
         """Print the table and the command for the best, and draw the metric against each param."""
-        self.note_known()  # also those that ended after a stop
-        rows = [("trial", self.metric, *(name.rpartition(".")[2] for name in self.varied))]
-        for name in [*self.ranked(), *self.failed]:
-            value = f"{self.known[name]:.4f}" if name in self.known else "failed"
-            rows.append((name, value, *(short(self.params[name][one]) for one in self.varied)))
+        self.note_results()  # also those that ended after a stop
+        names = [*self.varied, *([EPOCHS] if len(self.rungs) > 1 else [])]
+        rows = [("trial", self.metric, *(name.rpartition(".")[2] for name in names))]
+        failed = [trial for trial in self.trials.values() if trial.state == "failed"]
+        for trial in [*self.ranked(), *failed]:
+            value = "failed" if trial.state == "failed" else f"{trial.values[-1]:.4f}"
+            has = self.changes_of(trial, trial.names.index(trial.last))
+            rows.append((trial.last, value, *(short(has[name]) for name in names)))
         print("\n" + "\n".join(table(rows)))
-        if self.known:
-            best = self.ranked()[0]
+        if self.ranked():
+            best = self.ranked()[0].last
             pull = f"dvc exp pull origin {best} && " if self.cluster else ""
             # `dvc exp apply` would report the other stages' results, which no cache has, as errors.
             source = reference_of(self.commit, best)
@@ -388,6 +433,35 @@ class Search:
             print(f"\ntake the best    {steps}")
             draw(self.study, [*self.varied], self.metric)
             print(f"the picture      {PICTURE}")
+            print(f"the dashboard    optuna-dashboard {JOURNAL}")
+
+
+def minimizes(metric: str) -> bool:
+    """Whether less is better."""
+    return "loss" in metric
+
+
+def studies(sampler: str, pruner: str, metric: str) -> tuple["optuna.Study", "optuna.Study"]:
+    """Optuna's study, and its copy in JOURNAL, which optuna-dashboard shows."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    directions = optuna.study.StudyDirection
+    direction = directions.MINIMIZE if minimizes(metric) else directions.MAXIMIZE
+    asha = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=ETA)
+    study = optuna.create_study(
+        sampler=optuna.samplers.TPESampler() if sampler == "tpe" else optuna.samplers.RandomSampler(),
+        pruner=asha if pruner == "asha" else optuna.pruners.MedianPruner(),
+        direction=direction,
+    )
+    journal = optuna.create_study(
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(JOURNAL))),
+        study_name=f"{metric} {datetime.now():%Y-%m-%d %H:%M:%S.%f}",
+        direction=direction,
+    )
+    return study, journal
 
 
 def fault_of(future: Future) -> str:
@@ -409,21 +483,6 @@ def check(params: dict[str, object]) -> None:
         Params.model_validate(sections)
     except ValidationError as error:
         raise StageError(f"{PARAMS_PATH} of the last commit, with -S: {explain(error)}") from None
-
-
-def values_between(interval) -> list[float]:
-    """A non-integer inside an interval of floats; none for an interval of integers."""
-    between = interval.low + (interval.high - interval.low) / math.e
-    return [] if isinstance(interval.low, int) else [between]
-
-
-def grid(varied: dict) -> list[dict]:
-    """Every combination of values. Raises StageError if a param has an interval."""
-    for name, values in varied.items():
-        if not hasattr(values, "choices"):
-            raise StageError(f"-S {name}: an interval, expected values such as 16,32,64 for a grid")
-    choices = itertools.product(*(values.choices for values in varied.values()))
-    return [dict(zip(varied, point, strict=True)) for point in choices]
 
 
 def draw(study, names: list[str], metric: str) -> None:

@@ -17,6 +17,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from fashion_cnn.project.errors import StageError, StoreError
+from fashion_cnn.project.process import KEEP_CHECKPOINT
 from fashion_cnn.project.repository import git
 from fashion_cnn.tracking.store import CONNECT, connect
 from team.trial import reference_of, run, steadily
@@ -28,7 +29,9 @@ RETRIES = 3  # of a trial whose node was lost
 class Workers(NamedTuple):
     """What runs trials."""
 
-    submit: Callable[[str, dict[str, str]], Future]  # its result is the reason why it failed, or ""
+    # Takes an experiment's name, its params, and whether a longer training will resume it. The result is the
+    # reason why it failed, or "".
+    submit: Callable[[str, dict[str, str], bool], Future]
     room: Callable[[], int]  # how many trials may run at once, now
     fetch: Callable[[], object]  # fetches the experiments of trials
 
@@ -43,7 +46,7 @@ def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
     processes: list[subprocess.Popen] = []
     starting, is_over = Lock(), False
 
-    def attempt(name: str, settings: dict[str, str]) -> str:
+    def attempt(name: str, settings: dict[str, str], is_resumed: bool) -> str:
         with starting:
             if is_over:
                 return "stopped"
@@ -51,7 +54,7 @@ def here(commit: str, stage: str, jobs: int, threads: int) -> Iterator[Workers]:
             # Ctrl-C reaches it once, from here.
             process = subprocess.Popen(
                 command(str(ROOT), commit, name, stage, settings), cwd=ROOT,
-                start_new_session=True, text=True, env=environment(threads),
+                start_new_session=True, text=True, env=environment(threads, is_resumed),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip
             processes.append(process)
@@ -86,13 +89,13 @@ def on_ray(commit: str, stage: str, address: str, threads: int, gpus: float) -> 
     # The code is sent with each trial, so that a node needs only the project's environment.
     code = git("archive", commit, "fashion_cnn", "team")
 
-    def attempt(name: str, settings: dict[str, str]) -> str:
+    def attempt(name: str, settings: dict[str, str], is_resumed: bool) -> str:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(["tar", "--extract", "--directory", folder], input=code, check=True)
             done = subprocess.run(
                 command(repository, commit, name, stage, settings), cwd=folder,
                 check=False, text=True, stdin=subprocess.DEVNULL, capture_output=True,
-                env=environment(threads),
+                env=environment(threads, is_resumed),
             )  # fmt: skip
         return fault(done.returncode, done.stderr)
 
@@ -152,9 +155,10 @@ def command(repository: str, commit: str, name: str, stage: str, settings: dict)
     return ["setpriv", "--pdeathsig", "KILL", *trial]
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, is_resumed: bool) -> dict[str, str]:
     """This process's environment, for a trial with `threads` threads."""
-    return os.environ | {"FASHION_CNN_THREADS": str(threads)}
+    keep = {KEEP_CHECKPOINT: "1"} if is_resumed else {}
+    return os.environ | {"FASHION_CNN_THREADS": str(threads)} | keep
 
 
 def fault(code: int, said: str) -> str:

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and boto
 ]
 
-RATES = ["--sampler", "grid", "-S"]
+RATES = ["--sampler", "grid", "--pruner", "none", "-S"]
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,17 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from crash import Started, wait_for_stage, wait_until_gone
 from fashion_cnn.project.errors import StageError
-from pipeline import dvc, ran, run_module, tracked_runs
+from pipeline import dvc, ran, run_module, set_params, tracked_runs
 from project import ROOT, git
 from searching import METRICS, STAGE, WEIGHTS, rates, table_of, trained, trials_of
 from team import search as search_tool
@@ -23,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
-GRID = ["--sampler", "grid", "-S", "train_cnn.learning_rate=1e-5,0.002"]
+GRID = ["--sampler", "grid", "--pruner", "none", "-S", "train_cnn.learning_rate=1e-5,0.002"]
 SIZES = ["-S", "train_cnn.batch_size=25,50"]
 
 
@@ -95,7 +99,7 @@ def test_no_value_of_a_trial_is_an_option_of_a_command(words, change, monkeypatc
 
 
 def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
-    command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
+    command = ["--sampler", "grid", "--pruner", "none", "-S", "train_cnn.batch_size=0,50"]
     done = run_module(project, "team.search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [params["batch_size"] for params, _ in trials_of(project).values()] == [50]
@@ -125,6 +129,100 @@ def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
     assert {params["epochs"] for params, _ in found.values()} == {1}
     losses = sorted(metrics["val_loss"] for _, metrics in found.values())
     assert [row[1] for row in table_of(done.stdout)[1:]] == [f"{loss:.4f}" for loss in losses]
+
+
+ACCURACY = {  # by learning rate and epochs
+    0.1: {1: 0.5, 2: 0.55, 4: 0.6},
+    0.2: {1: 0.6, 2: 0.65, 4: 0.7},
+    0.3: {1: 0.4, 2: 0.99, 4: 0.99},
+    0.4: {1: 0.45, 2: 0.56, 4: 0.57},
+    0.5: {1: 0.58, 2: 0.7, 4: 0.8},
+}
+
+
+def search_of_a_table(monkeypatch, *arguments: str) -> tuple[search_tool.Search, list]:
+    """A search of ACCURACY, one trial at a time, without trainings; also what it asked for, in order."""
+    rates = ",".join(map(str, ACCURACY))
+    command = ["--sampler", "grid", "-S", f"train_cnn.learning_rate={rates}", "-S", "train_cnn.epochs=4"]
+    monkeypatch.setattr(sys, "argv", ["search.py", *command, *arguments])
+    monkeypatch.setattr(search_tool, "experiments", list)
+    monkeypatch.setattr(search_tool.random, "shuffle", lambda _: None)
+    found, asked = search_tool.Search(search_tool.parse()), []
+
+    def submit(name: str, settings: dict, is_resumed: bool) -> Future:
+        rate, epochs = float(settings["train_cnn.learning_rate"]), int(settings["train_cnn.epochs"])
+        asked.append((rate, epochs, is_resumed))
+        found.results[name] = ACCURACY[rate][epochs]
+        for one in [*found.trials.values()]:
+            found.report_results(one)
+        (future := Future()).set_result("")
+        return future
+
+    found.run(workers.Workers(submit, lambda: 1, lambda: None))
+    return found, asked
+
+
+def test_asha_ends_the_worse_half(finished, monkeypatch):
+    """By hand: after one epoch, 0.3 is the last of three, 0.4 the third of four, 0.5 the second of five."""
+    monkeypatch.chdir(finished)
+    found, asked = search_of_a_table(monkeypatch)
+    whole = [(1, True), (2, True), (4, False)]
+    expected = {0.1: whole, 0.2: whole, 0.3: whole[:1], 0.4: whole[:1], 0.5: whole}
+    assert asked == [(rate, *one) for rate, rungs in expected.items() for one in rungs]
+    states = {one.asked.params["train_cnn.learning_rate"]: one.state for one in found.trials.values()}
+    assert states == {0.1: "done", 0.2: "done", 0.3: "pruned", 0.4: "pruned", 0.5: "done"}
+    assert [one.values[-1] for one in found.ranked()] == [0.8, 0.7, 0.6, 0.45, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--pruner", "none"], None),
+        (["-S", "train_cnn.schedule=one-cycle"], "the schedule depends on the number of epochs"),
+    ],
+)
+def test_a_search_that_cannot_prune_trains_all(finished, monkeypatch, capsys, arguments, why):
+    monkeypatch.chdir(finished)
+    _, asked = search_of_a_table(monkeypatch, *arguments)
+    assert asked == [(rate, 4, False) for rate in ACCURACY]
+    assert (f"pruning is off: {why}" in capsys.readouterr().out) == bool(why)
+
+
+def test_a_pruned_search_resumes_and_ends_with_the_bytes_of_a_whole_training(project):
+    """With two epochs, so that each trial has two trainings."""
+    command = ["--sampler", "grid", "--jobs", "1", "-S", "train_cnn.learning_rate=0.001,0.002"]
+    done = run_module(project, "team.search", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, best, *_ = table_of(done.stdout)
+    assert (head, best[3]) == (["trial", "val_accuracy", "learning_rate", "epochs"], "2")
+    again = run_module(project, "team.search", *command)
+    assert table_of(again.stdout) == table_of(done.stdout)
+    assert "started" not in again.stdout
+    [(restore, checkout)] = re.findall(
+        r"take the best +git (restore .*) && dvc (checkout .*) && make repro\n", done.stdout
+    )
+    git(project, *restore.split())
+    dvc(project, *checkout.split())
+    bytes_ = (project / WEIGHTS).read_bytes()
+    dvc(project, "repro", "--force", "--single-item", STAGE)
+    assert (project / WEIGHTS).read_bytes() == bytes_
+    # What optuna-dashboard shows: both searches, with two trials each.
+    journal = JournalStorage(JournalFileBackend(str(project / "search.journal")))
+    assert [one.n_trials for one in optuna.get_all_study_summaries(journal)] == [2, 2]
+
+
+@pytest.mark.parametrize(("schedule", "resumes"), [("constant", True), ("one-cycle", False)])
+def test_more_epochs_resume_fewer_if_these_are_the_same(project, schedule, resumes):
+    def train(epochs: int, **more: str) -> tuple[bool, bytes]:
+        set_params(project, {"train_cnn": {"epochs": epochs, "schedule": schedule}})
+        done = run_module(project, "stages.train_cnn", "original", **more)
+        assert done.returncode == 0, done.stderr
+        return "resuming after epoch 1\n" in done.stdout, (project / WEIGHTS).read_bytes()
+
+    train(1, FASHION_CNN_KEEP_CHECKPOINT="1")
+    resumed, whole = train(2)
+    assert resumed == resumes
+    assert train(2) == (False, whole)
 
 
 def search(project: Path, number: int = 0, **more: str) -> Started:
@@ -177,7 +275,7 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
     ],
 )
 def test_values_are_those_that_dvc_would_take(setting, values):
-    from team.search import read_space
+    from team.space import read_space
 
     varied, fixed = read_space([setting, "c.d=residual"])
     assert [(type(one), one) for one in varied["a.b"].choices] == [(type(one), one) for one in values]
@@ -187,7 +285,7 @@ def test_values_are_those_that_dvc_would_take(setting, values):
 def test_intervals_are_optunas():
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    from team.search import read_space
+    from team.space import read_space
 
     settings = ["a.a=interval(0.5,2)", "a.b=tag(int,interval(1,5))", "a.c=tag(log,interval(1e-4,1e-2))"]
     assert read_space(settings)[0] == {
@@ -217,7 +315,7 @@ def test_intervals_are_optunas():
     ],
 )
 def test_what_is_no_space_is_one_line(setting):
-    from team.search import read_space
+    from team.space import read_space
 
     with pytest.raises(StageError, match=re.escape(f"-S {setting}: ") + r".*expected .*$"):
         read_space([setting])
@@ -337,7 +435,7 @@ def test_a_trial_gets_as_many_threads_as_the_search_says(monkeypatch):
     monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-c", found])
     monkeypatch.setenv("FASHION_CNN_THREADS", "5")  # the user's setting, in this process
     with workers.here("commit", STAGE, jobs=1, threads=3) as pool:
-        assert pool.submit("a-trial", {}).result() == "threads: 3"
+        assert pool.submit("a-trial", {}, False).result() == "threads: 3"
 
 
 def test_a_trial_has_one_thread_unless_asked_otherwise(monkeypatch):
