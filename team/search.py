@@ -185,7 +185,10 @@ class Search:
             self.points = (point for point in points if self.names_of(point)[-1] not in self.trials)
 
     def rungs_of(self, pruner: str) -> list[dict[str, int]]:
-        """The params of each rung: numbers of epochs after which a trial may end, and the last one."""
+        """The params of each rung: numbers of epochs after which a trial may end, and the last one.
+
+        With few epochs, the trainings of the rungs would cost more than they save.
+        """
         if pruner == "none":
             return [{}]
         last = int(str(self.base[EPOCHS]))
@@ -193,8 +196,8 @@ class Search:
             why = f"{EPOCHS} varies"
         elif SCHEDULE in self.varied or self.base[SCHEDULE] != "constant":
             why = "the schedule depends on the number of epochs"
-        elif last == 1:
-            why = "a training has one epoch"
+        elif last < ETA * ETA:
+            why = f"a training has fewer than {ETA * ETA} epochs"
         else:
             early = [ETA**rung for rung in range(last.bit_length()) if ETA ** (rung + 1) <= last]
             return [{EPOCHS: epochs} for epochs in (*early, last)]

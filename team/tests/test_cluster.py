@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # warnings of MLflow and boto
 ]
 
-RATES = ["--sampler", "grid", "--pruner", "none", "-S"]
+RATES = ["--sampler", "grid", "-S"]
 
 
 @pytest.fixture(scope="module")

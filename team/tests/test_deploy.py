@@ -225,9 +225,9 @@ def test_an_upload_above_the_limit_is_refused(server):
     [limit] = re.findall(r"max_size (\d+)MB", (ROOT / "team/deploy/Caddyfile").read_text())
     place = f"{server.address}/api/2.0/mlflow-artifacts/artifacts/0/a-file"
     who = ("admin", server.settings["MLFLOW_AUTH_ADMIN_PASSWORD"])
-    for size, status in ((1000, 200), (int(limit) * 10**6 + 1, 413)):
+    for size, statuses in ((1000, {200}), (int(limit) * 10**6 + 1, {413, 502})):  # 502: Caddy 2.6
         done = requests.put(place, b" " * size, auth=who, verify=str(server.certificate), timeout=60)
-        assert done.status_code == status, size
+        assert done.status_code in statuses, size
 
 
 @needs_servers

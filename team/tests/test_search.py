@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # MLflow's own warnings
 ]
 
-GRID = ["--sampler", "grid", "--pruner", "none", "-S", "train_cnn.learning_rate=1e-5,0.002"]
+GRID = ["--sampler", "grid", "-S", "train_cnn.learning_rate=1e-5,0.002"]
 SIZES = ["-S", "train_cnn.batch_size=25,50"]
 
 
@@ -99,7 +99,7 @@ def test_no_value_of_a_trial_is_an_option_of_a_command(words, change, monkeypatc
 
 
 def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
-    command = ["--sampler", "grid", "--pruner", "none", "-S", "train_cnn.batch_size=0,50"]
+    command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
     done = run_module(project, "team.search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [params["batch_size"] for params, _ in trials_of(project).values()] == [50]
@@ -140,11 +140,12 @@ ACCURACY = {  # by learning rate and epochs
 }
 
 
-def search_of_a_table(monkeypatch, *arguments: str) -> tuple[search_tool.Search, list]:
+def search_of_a_table(monkeypatch, project: Path, *arguments: str) -> tuple[search_tool.Search, list]:
     """A search of ACCURACY, one trial at a time, without trainings; also what it asked for, in order."""
     rates = ",".join(map(str, ACCURACY))
     command = ["--sampler", "grid", "-S", f"train_cnn.learning_rate={rates}", "-S", "train_cnn.epochs=4"]
     monkeypatch.setattr(sys, "argv", ["search.py", *command, *arguments])
+    monkeypatch.chdir(project)
     monkeypatch.setattr(search_tool, "experiments", list)
     monkeypatch.setattr(search_tool.random, "shuffle", lambda _: None)
     found, asked = search_tool.Search(search_tool.parse()), []
@@ -162,10 +163,9 @@ def search_of_a_table(monkeypatch, *arguments: str) -> tuple[search_tool.Search,
     return found, asked
 
 
-def test_asha_ends_the_worse_half(finished, monkeypatch):
+def test_asha_ends_the_worse_half(project, monkeypatch):
     """By hand: after one epoch, 0.3 is the last of three, 0.4 the third of four, 0.5 the second of five."""
-    monkeypatch.chdir(finished)
-    found, asked = search_of_a_table(monkeypatch)
+    found, asked = search_of_a_table(monkeypatch, project)
     whole = [(1, True), (2, True), (4, False)]
     expected = {0.1: whole, 0.2: whole, 0.3: whole[:1], 0.4: whole[:1], 0.5: whole}
     assert asked == [(rate, *one) for rate, rungs in expected.items() for one in rungs]
@@ -181,20 +181,19 @@ def test_asha_ends_the_worse_half(finished, monkeypatch):
         (["-S", "train_cnn.schedule=one-cycle"], "the schedule depends on the number of epochs"),
     ],
 )
-def test_a_search_that_cannot_prune_trains_all(finished, monkeypatch, capsys, arguments, why):
-    monkeypatch.chdir(finished)
-    _, asked = search_of_a_table(monkeypatch, *arguments)
+def test_a_search_that_cannot_prune_trains_all(project, monkeypatch, capsys, arguments, why):
+    _, asked = search_of_a_table(monkeypatch, project, *arguments)
     assert asked == [(rate, 4, False) for rate in ACCURACY]
     assert (f"pruning is off: {why}" in capsys.readouterr().out) == bool(why)
 
 
 def test_a_pruned_search_resumes_and_ends_with_the_bytes_of_a_whole_training(project):
-    """With two epochs, so that each trial has two trainings."""
-    command = ["--sampler", "grid", "--jobs", "1", "-S", "train_cnn.learning_rate=0.001,0.002"]
+    rates = "train_cnn.learning_rate=1e-5,0.002"
+    command = ["--sampler", "grid", "-S", rates, "-S", "train_cnn.epochs=4", "-S", "split.train_size=500"]
     done = run_module(project, "team.search", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     head, best, *_ = table_of(done.stdout)
-    assert (head, best[3]) == (["trial", "val_accuracy", "learning_rate", "epochs"], "2")
+    assert (head, best[3]) == (["trial", "val_accuracy", "learning_rate", "epochs"], "4")
     again = run_module(project, "team.search", *command)
     assert table_of(again.stdout) == table_of(done.stdout)
     assert "started" not in again.stdout
