@@ -487,6 +487,30 @@ def test_steps_from_an_epoch_and_after_an_edit_are_those_of_torchs_adam(page):
 
 
 @needs_browser
+def test_a_step_tells_the_loss_of_its_image_and_of_both(page):
+    def losses(model) -> list[float]:
+        outputs = model(torch.from_numpy(TOY_IMAGES)).flatten()
+        return F.binary_cross_entropy(
+            outputs, torch.from_numpy(TOY_LABELS).flatten(), reduction="none"
+        ).tolist()
+
+    model = fresh(build_toy_cnn, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=contents_rate(page))
+    before = losses(model)
+    F.binary_cross_entropy(
+        model(torch.from_numpy(TOY_IMAGES[:1]))[0], torch.from_numpy(TOY_LABELS[:1])
+    ).backward()
+    optimizer.step()
+    after = losses(model)
+    page.locator("#toy-moment").press("Home")
+    page.get_by_role("button", name="One step").click()
+    note = page.locator("#step-note").inner_text()
+    assert [to_number(found) for found in re.findall(r"\d\.\d{6}", note)] == pytest.approx(
+        [before[0], after[0], np.mean(before), np.mean(after)], abs=2e-6
+    )
+
+
+@needs_browser
 def test_the_browsers_adam_is_torchs(page):
     gradients = np.random.default_rng(0).normal(0, [1e-4, 1, 100, *[0.1] * 9], (20, 12)).astype(np.float32)
     gradients[::3, 5] = 0
@@ -747,7 +771,7 @@ def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch, of):
         for place in ("#cnn-label", "#moved-label"):
             assert "gives no number: its training diverged" in page.locator(place).inner_text()
         assert page.locator("#cnn-bars .share").all_inner_texts() == ["–"] * 10
-        assert page.locator("#toy-loss circle").count() == 1  # a curve of one epoch
+        assert page.locator("#toy-loss circle").count() == 2  # a curve of one epoch, and the loss now
         assert faults == []
 
 

@@ -50,7 +50,8 @@ function start_conv(network, place, number, mark) {
     opened = element("div", {}),
     read = element("canvas", {role: "img"}),
     field = element("canvas", {role: "img"});
-  const of_read = element("figcaption", {});
+  const of_read = element("figcaption", {}),
+    of_field = element("figcaption", {});
   const figure = (caption, ...children) =>
     element("figure", {}, element("figcaption", {}, caption), ...children);
   by_id("cnn-convs").append(
@@ -89,7 +90,7 @@ function start_conv(network, place, number, mark) {
           "div",
           {class: "fields"},
           channels > 1 ? element("figure", {}, of_read, read) : "",
-          figure("Its receptive field in the image", field),
+          element("figure", {}, of_field, field),
         ),
       ),
     ),
@@ -174,7 +175,9 @@ function start_conv(network, place, number, mark) {
     frame(one, cell[1] * zoom, cell[0] * zoom, zoom, zoom, 2);
     one.setAttribute("aria-label", `Map ${map + 1}, cell in ${where(cell[0] * width + cell[1], width)}`);
     title.textContent = `Map ${map + 1}, ${where(cell[0] * width + cell[1], width)}`;
-    draw_field(field, now.pixels, receptive_field(now.layers, place, cell));
+    const seen = receptive_field(now.layers, place, cell);
+    of_field.textContent = `Its receptive field in the image, ${seen.size}×${seen.size}`;
+    draw_field(field, now.pixels, seen);
     explain();
   }
 

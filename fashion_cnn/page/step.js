@@ -79,16 +79,23 @@ function start_step(toy, now, stepped) {
   }
 
   function step(count) {
-    const before = mean_loss();
+    const before = mean_loss(),
+      {turn, loss} = next();
     for (let made = 0; made < count; made++) {
       const found = next();
       kept().forEach(({values, at}, number) => (values[at] += found.steps[number]));
       state = found.next;
     }
     stepped();
+    const {images, layers} = now(),
+      own = toy_gradients(layers, images[turn], toy.labels[turn]).loss;
     by_id("step-note").textContent =
-      `${count > 1 ? `The last ${count} steps` : "The last step"} changed the mean loss of both images from ` +
-      `${shown(before, 6)} to ${shown(mean_loss(), 6)}. Steps so far: ${state.count}.`;
+      (count > 1
+        ? `The last ${count} steps`
+        : `The last step fitted the image with label ${toy.labels[turn]}, whose loss went from ${shown(loss, 6)} to ` +
+          `${shown(own, 6)}. It`) +
+      ` changed the mean loss of both images from ${shown(before, 6)} to ${shown(mean_loss(), 6)}. ` +
+      `Steps so far: ${state.count}.`;
   }
 
   function mean_loss() {

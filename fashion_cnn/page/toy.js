@@ -145,6 +145,7 @@ function start_toy(toy) {
       ...images.flatMap((one) => [...one.values]),
       ...layers[conv].weight.values,
       ...steps[conv].values,
+      ...steps[dense].values,
     ];
     const largest = largest_of(all);
     const untouched = new Map([
@@ -263,7 +264,9 @@ function start_toy(toy) {
       (dead ? " The ReLU gives 0 for both images, so no gradient reaches the kernel: a dead ReLU." : "") +
       thinned;
     const highest = Math.max(...toy.curve.train_loss.filter((value) => value !== null), 0.01);
-    draw_curves(by_id("toy-loss"), [{color: "original", x: toy.curve.epoch, y: toy.curve.train_loss}], {
+    const curve = {color: "original", x: toy.curve.epoch, y: toy.curve.train_loss},
+      dot = {color: "original", x: [epoch], y: [Math.min(loss, highest)]};
+    draw_curves(by_id("toy-loss"), Number.isFinite(loss) ? [curve, dot] : [curve], {
       label: "Loss of the toy CNN by epoch",
       x_label: "epoch",
       lowest: 0,
