@@ -7,9 +7,8 @@ MKL in matrix products), or into blocks whose size depends on instruction set, c
 long sums, and where rows of outputs are longer than rows of inputs).
 
 This module replaces ATen's kernels for these operations on the CPU, so models and training loops need no
-change. Weight gradients and linear layers become matrix products. A matrix product becomes a grouped
-1×1 convolution. Each group is a chain of at most CHAIN terms, and the results of the groups are then added
-in order.
+change. Weight gradients and linear layers become matrix products, which become grouped 1×1 convolutions: each
+group is a chain of at most CHAIN terms, and the groups' results are then added in order.
 """
 
 from collections.abc import Callable
