@@ -23,7 +23,8 @@ SETTINGS = {"copies": 2, "max_shift": 4, "max_rotation": 20.0, "seed": 0}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, workers):
+def test_copies_independent_of_workers(images, monkeypatch, workers):
+    """The copies do not depend on the number of workers."""
     monkeypatch.setattr(augmentation, "BLOCK", 4)  # four blocks of the sixteen images
     copies = np.stack(list(augmentation.augment(images, **SETTINGS, workers=workers)))
     assert copies.shape == (2, *images.shape)
@@ -31,15 +32,16 @@ def test_copies_do_not_depend_on_the_number_of_workers(images, monkeypatch, work
     assert hashlib.sha256(copies).hexdigest().startswith("07ee61c2b2b0cf50")
 
 
-def test_a_block_is_drawn_by_its_seed_alone(images):
-    """The block is computed in this process; the workers give the same bytes."""
+def test_block_depends_on_seed_alone(images):
+    """A block depends on its seed alone: this process computes the same bytes as the workers."""
     block = augmentation._augment_block(images, (0, 0, 0), max_shift=4, max_rotation=20.0)
     [copy] = augmentation.augment(images, copies=1, max_shift=4, max_rotation=20.0, seed=0)
     assert (block == copy).all()
     assert hashlib.sha256(block).hexdigest().startswith("03b6e7ff50edaf73")
 
 
-def test_blocks_and_copies_are_drawn_apart(images, monkeypatch):
+def test_blocks_drawn_independently(images, monkeypatch):
+    """Each block of each copy is drawn independently of the others."""
     monkeypatch.setattr(augmentation, "BLOCK", 4)
     same = np.repeat(images[:4], 4, axis=0).reshape(4, 4, 28, 28).transpose(1, 0, 2, 3).reshape(16, 28, 28)
     copies = [*augmentation.augment(same, **SETTINGS)]
@@ -74,7 +76,8 @@ class InThisProcess:
 
 
 @pytest.mark.parametrize(("asked", "made"), [(None, 5), (2, 2)])
-def test_there_is_a_worker_for_each_core_unless_asked_otherwise(images, monkeypatch, asked, made):
+def test_worker_per_core(images, monkeypatch, asked, made):
+    """`augment` starts a worker for each core unless it is asked for another number."""
     monkeypatch.setattr(augmentation, "usable_threads", lambda: 5)
     monkeypatch.setattr(augmentation, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(augmentation, "die_with_parent", lambda: cv2.setNumThreads(4))
@@ -85,7 +88,8 @@ def test_there_is_a_worker_for_each_core_unless_asked_otherwise(images, monkeypa
     assert (copies[0] == next(augmentation.augment(images, **SETTINGS))).all()
 
 
-def test_numpy_gets_what_imgaug_reads_and_keeps_what_it_has(monkeypatch):
+def test_numpy_sctypes(monkeypatch):
+    """NumPy gets the `sctypes` that imgaug reads, and keeps its own if it has them."""
     monkeypatch.delattr(np, "sctypes", raising=False)
     assert imgaug_augmenters().__name__ == "imgaug.augmenters"
     assert {kind: [np.dtype(t).name for t in types] for kind, types in np.sctypes.items()} == {
@@ -101,12 +105,14 @@ def test_numpy_gets_what_imgaug_reads_and_keeps_what_it_has(monkeypatch):
     assert np.sctypes is has
 
 
-def test_there_is_no_bar_but_on_a_terminal(images, capfd):
+def test_no_progress_bar_off_terminal(images, capfd):
+    """`augment` shows a progress bar only on a terminal."""
     list(augmentation.augment(images, **SETTINGS))
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_bar_counts_the_images_of_all_copies(images, monkeypatch):
+def test_progress_bar_counts_all_copies(images, monkeypatch):
+    """The progress bar counts the images of all copies."""
     monkeypatch.setattr(augmentation, "tqdm", Bar)
     monkeypatch.setattr(Bar, "made", [])
     list(augmentation.augment(images, **SETTINGS))
@@ -114,7 +120,9 @@ def test_the_bar_counts_the_images_of_all_copies(images, monkeypatch):
     assert (bar.n, bar.total, bar.unit, bar.desc) == (32, 32, " images", "augment")
 
 
-def test_a_dev_shm_that_is_not_writable_is_named(images, monkeypatch):
+def test_unwritable_dev_shm(images, monkeypatch):
+    """The error names /dev/shm if it is not writable."""
+
     def refuse(*arguments, **settings):
         raise OSError(30, "Read-only file system")
 
@@ -123,7 +131,8 @@ def test_a_dev_shm_that_is_not_writable_is_named(images, monkeypatch):
         next(augmentation.augment(images, copies=1, max_shift=1, max_rotation=1, seed=0))
 
 
-def test_workers_start_beside_threads_of_opencv():
+def test_workers_beside_opencv_threads():
+    """Workers start even if OpenCV has threads."""
     # In a process of its own, with a time limit: a worker forked next to those threads would hang.
     code = (
         "import cv2, numpy as np\n"
@@ -137,14 +146,16 @@ def test_workers_start_beside_threads_of_opencv():
     assert done.stdout.split() == ["2"], done.stderr
 
 
-def test_copies_differ_from_their_image_from_each_other_and_with_the_seed(images):
+def test_copies_differ(images):
+    """Copies differ from their image, from each other and from those of another seed."""
     first, second = augmentation.augment(images, **SETTINGS)
     other, _ = augmentation.augment(images, **{**SETTINGS, "seed": 1})
     for one, two in ((first, images), (first, second), (first, other)):
         assert (one != two).any(axis=(1, 2)).all()
 
 
-def test_row_i_is_made_from_image_i():
+def test_copies_keep_image_order():
+    """Row i of a copy is made from image i."""
     # Image i is a central block of brightness 10·(i + 1); a shift of 2 px keeps it inside.
     images = np.zeros((16, 28, 28), np.uint8)
     images[:, 8:20, 8:20] = 10 * (np.arange(16)[:, None, None] + 1)
@@ -153,7 +164,8 @@ def test_row_i_is_made_from_image_i():
     assert (copy.sum((1, 2), dtype=int) == images.sum((1, 2), dtype=int)).all()
 
 
-def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
+def test_shift_and_rotation_limits():
+    """Shifts and rotations reach their limits in both directions, and shifts bring in black."""
     images = np.full((2000, 28, 28), 200, np.uint8)
     copy = augmentation._augment_block(images, (0, 0, 0), max_shift=3, max_rotation=0.0)
     # The number of black columns or rows at each side of each image.
@@ -176,12 +188,14 @@ def test_shifts_and_turns_reach_their_limits_either_way_and_bring_in_black():
     assert angles.mean() == pytest.approx(0, abs=2)
 
 
-def test_no_shift_and_no_rotation_change_nothing(images):
+def test_no_shift_no_rotation(images):
+    """Without a shift and a rotation, a copy equals its image."""
     [copy] = augmentation.augment(images, copies=1, max_shift=0, max_rotation=0.0, seed=0)
     assert (copy == images).all()
 
 
-def test_shifts_move_by_whole_pixels_and_bring_in_black(images):
+def test_shift_whole_pixels(images):
+    """Shifts move an image by whole pixels and bring in black."""
     right = evaluation.move(images, "shift_x", 3)
     assert (right[:, :, 3:] == images[:, :, :-3]).all()
     assert not right[:, :, :3].any()
@@ -190,13 +204,15 @@ def test_shifts_move_by_whole_pixels_and_bring_in_black(images):
     assert not up[:, -2:].any()
 
 
-def test_rotation_is_counterclockwise_and_none_is_none(images):
+def test_rotation_direction(images):
+    """Rotation is counterclockwise, and a rotation by 0° changes nothing."""
     assert (evaluation.move(images, "rotation", 0) == images).all()
     assert (evaluation.move(images, "rotation", 90) == np.rot90(images, axes=(1, 2))).all()
 
 
 @pytest.mark.parametrize("degrees", [-30, -15, 5, 20])
-def test_rotation_takes_each_pixel_from_the_four_about_its_place(images, degrees):
+def test_rotation_interpolates(images, degrees):
+    """Rotation interpolates each pixel from the four pixels around its source."""
     expected = small_stages.rotated(images, degrees).astype(int)
     difference = np.abs(evaluation.move(images, "rotation", degrees).astype(int) - expected)
     assert difference.max() <= 1  # a value halfway between two integers
@@ -212,17 +228,20 @@ def test_per_class_by_hand():
     assert rows[2] == {"class": CLASSES[2], "precision": 0, "recall": 0, "n": 0}
 
 
-def test_a_class_predicted_once_and_rightly_has_full_precision():
+def test_precision_of_one_prediction():
+    """A class that is predicted once, and correctly, has full precision."""
     rows = evaluation.per_class(np.array([4, 4]), np.array([4, 5]))
     assert (rows[4]["precision"], rows[4]["recall"]) == (1.0, 0.5)
 
 
-def test_confusion_takes_a_prediction_for_each_label():
+def test_confusion_length_mismatch():
+    """`confusion` requires a prediction for each label."""
     with pytest.raises(ValueError, match="shorter"):
         evaluation.confusion(np.array([0, 9]), np.array([6]))
 
 
-def test_confusion_has_a_row_an_image():
+def test_confusion_rows():
+    """`confusion` returns one row per image."""
     rows = evaluation.confusion(np.array([0, 9]), np.array([6, 9]))
     assert rows == [
         {"actual": "T-shirt/top", "predicted": "Shirt"},
@@ -230,7 +249,8 @@ def test_confusion_has_a_row_an_image():
     ]
 
 
-def test_mistakes_are_the_surest_first_and_only_mistakes(images):
+def test_mistakes_most_confident_first(images):
+    """`mistakes` returns only mistakes, the most confident first."""
     logits = torch.zeros(4, 10)
     logits[torch.arange(4), torch.tensor([1, 1, 2, 3])] = torch.tensor([1.0, 5.0, 9.0, 3.0])
     rows = evaluation.mistakes(images[:4], np.array([1, 0, 2, 0]), logits, count=12)["surest"]
@@ -245,7 +265,8 @@ def test_mistakes_are_the_surest_first_and_only_mistakes(images):
     assert fewer == {"surest": rows[:1], "of_each_kind": rows}
 
 
-def test_mistakes_of_one_confidence_come_in_order(images):
+def test_mistakes_of_equal_confidence(images):
+    """Mistakes of equal confidence keep the order of their images."""
     many = np.repeat(images, 30, axis=0)
     rows = evaluation.mistakes(many, np.ones(480, np.uint8), torch.zeros(480, 10), count=480)
     assert [row["image"] for row in rows["surest"]] == list(range(480))
@@ -268,7 +289,8 @@ class UpperLeft(nn.Module):
         return torch.stack([share, 1 - share], dim=1)
 
 
-def test_robustness_sees_what_a_shift_down_and_a_turn_do():
+def test_robustness_shift_down_and_rotation():
+    """`robustness` measures the effect of a shift down and of a rotation."""
     images = np.zeros((3, 28, 28), np.uint8)
     images[:, 6, 13] = 255  # a shift down by 2 or right by 1, or a clockwise rotation, moves it out
     labels, device = np.zeros(3, np.uint8), torch.device("cpu")
@@ -281,7 +303,8 @@ def test_robustness_sees_what_a_shift_down_and_a_turn_do():
     ]
 
 
-def test_robustness_sees_what_a_shift_does():
+def test_robustness_shift():
+    """`robustness` measures the effect of a shift to the right."""
     images = np.zeros((4, 28, 28), np.uint8)
     images[:, 14, 12] = 255  # two pixels left of the middle: a shift right by 2 moves it across
     moved = evaluation.robustness(LeftOrRight(), images, np.zeros(4, np.uint8), torch.device("cpu"))

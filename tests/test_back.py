@@ -60,14 +60,16 @@ def assert_back_without_training(project: Path, weights: bytes) -> None:
     assert (project / WEIGHTS).read_bytes() == weights
 
 
-def test_back_from_an_edit(project):
+def test_back_from_edit(project):
+    """`back` restores the committed params and results after an edit and a `dvc repro`."""
     weights = (project / WEIGHTS).read_bytes()
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     dvc(project, "repro")
     assert_back_without_training(project, weights)
 
 
-def test_back_from_an_experiment_which_stays(project):
+def test_back_from_experiment(project):
+    """`back` returns from an experiment, which DVC keeps."""
     weights = (project / WEIGHTS).read_bytes()
     dvc(project, "exp", "run", "--name", "other-seed", "-S", "train_toy_cnn.seed=1")
     other = (project / WEIGHTS).read_bytes()
@@ -98,7 +100,8 @@ def branch(project: Path) -> str:
     return git(project, "branch", "--show-current").strip()
 
 
-def test_back_from_an_experiment_that_was_killed(finished, project, training):
+def test_back_from_killed_experiment(finished, project, training):
+    """`back` returns from an experiment that was killed."""
     weights = (finished / WEIGHTS).read_bytes()
     kill_all(training)
     assert branch(project) == ""
@@ -107,7 +110,8 @@ def test_back_from_an_experiment_that_was_killed(finished, project, training):
     assert ran(dvc(project, "exp", "run", "-S", "train_toy_cnn.epochs=101").stdout) == ["train_toy_cnn"]
 
 
-def test_no_way_back_while_dvc_is_at_work(project, training):
+def test_back_refused_while_dvc_runs(project, training):
+    """`back` changes nothing while DVC is at work."""
     assert "-S train_toy_cnn.epochs=99999` is running here" in refused(project)
     assert yaml.safe_load((project / "params.yaml").read_text())["train_toy_cnn"]["epochs"] == 99999
 
@@ -119,8 +123,11 @@ def refused(project: Path) -> str:
     return line
 
 
-def test_folders_that_dvcs_cache_lacks_are_dropped_from_dvc_lock_too(tmp_path, monkeypatch):
-    """DVC lists them with a trailing slash."""
+def test_drop_folders_absent_from_cache(tmp_path, monkeypatch):
+    """Folders that DVC's cache lacks are dropped from dvc.lock, too.
+
+    DVC lists them with a trailing slash.
+    """
     monkeypatch.chdir(tmp_path)
     out = {"path": "data/augmented", "md5": "ab.dir", "hash": "md5"}
     entries = {name: {"cmd": "true", "outs": [out | {"path": name}]} for name in ("data/augmented", "models")}
@@ -131,12 +138,14 @@ def test_folders_that_dvcs_cache_lacks_are_dropped_from_dvc_lock_too(tmp_path, m
     assert list(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) == ["models"]
 
 
-def test_a_lock_of_git_is_named_with_the_way_out(project):
+def test_git_index_lock(project):
+    """The error names git's lock file and says to remove it."""
     (project / ".git/index.lock").touch()
     assert re.search(r"index\.lock': File exists\. .* remove the file manually to continue", refused(project))
 
 
-def test_back_with_dvcs_list_of_readers_and_writers_cut_short(project):
+def test_back_with_truncated_rwlock(project):
+    """`back` works even if DVC's list of readers and writers was cut short."""
     weights = (project / WEIGHTS).read_bytes()
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     dvc(project, "repro")
@@ -145,7 +154,8 @@ def test_back_with_dvcs_list_of_readers_and_writers_cut_short(project):
 
 
 @pytest.mark.parametrize("ref", ["refs/stash", "refs/exps/exec/EXEC_MERGE"])
-def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
+def test_changes_kept_by_killed_experiment(project, ref):
+    """`back` names changes of code that a killed experiment kept in git, and the command to restore them."""
     name, notes = branch(project), project / "my notes.txt"
     for text in ("one", "two"):
         notes.write_text(text)
@@ -173,7 +183,8 @@ def test_changes_of_code_that_a_killed_experiment_kept_are_named(project, ref):
     assert "git has changes" not in tool(project, "back")
 
 
-def test_a_commit_that_the_user_went_to_stays(project):
+def test_back_keeps_detached_head(project):
+    """`back` stays at a commit that the user has checked out."""
     git(project, "commit", "--quiet", "--allow-empty", "--message", "later")
     git(project, "checkout", "--quiet", "HEAD~1")
     tool(project, "back")
@@ -189,7 +200,8 @@ def of_another_machine(project: Path) -> None:
     git(project, "commit", "--quiet", "--all", "--message", "results of another machine")
 
 
-def test_back_to_a_lock_of_another_machine_trains_nothing_and_deletes_nothing(project):
+def test_back_to_foreign_lock(project):
+    """`back` to a dvc.lock of another machine trains nothing and deletes nothing."""
     weights = (project / WEIGHTS).read_bytes()
     of_another_machine(project)
     set_params(project, {"train_toy_cnn": {"seed": 1}})
@@ -201,7 +213,8 @@ def test_back_to_a_lock_of_another_machine_trains_nothing_and_deletes_nothing(pr
     assert changes(project) == " M dvc.lock\n"  # it now names this machine's own weights
 
 
-def test_back_in_an_empty_clone_makes_what_is_not_there(project, tmp_path):
+def test_back_in_empty_clone(project, tmp_path):
+    """`back` makes the missing results in an empty clone."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(project), str(clone)], check=True)
     assert ran(tool(clone, "back")) == ["build_toy_tensors", "train_toy_cnn"]
@@ -215,7 +228,8 @@ def summary_of(project: Path) -> str:
     return said.getvalue()
 
 
-def test_the_summary_tells_the_same_other_params_and_other_bytes_apart(project):
+def test_summary_distinguishes_results(project):
+    """The summary distinguishes the same results, those of other params and those with other bytes."""
     assert "The results are the committed ones, byte for byte." in summary_of(project)
     set_params(project, {"train_toy_cnn": {"seed": 1}})
     dvc(project, "repro")
@@ -231,7 +245,8 @@ def test_the_summary_tells_the_same_other_params_and_other_bytes_apart(project):
         assert command in told
 
 
-def test_a_baseline_is_what_later_results_are_compared_with(project):
+def test_baseline(project):
+    """`baseline` commits the results that later ones are compared with."""
     of_another_machine(project)
     tool(project, "back")
     assert "1 of 5 outputs differ" in summary_of(project)

@@ -12,14 +12,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mutate", [mutations.params, mutations.idx, mutations.weights])
-def test_mutated_inputs_are_read_or_refused_in_one_line(mutate, tmp_path):
+def test_mutated_inputs(mutate, tmp_path):
+    """Mutated inputs are read, or refused with a one-line error."""
     lost = [seed for seed in range(80) if not mutations.survives(mutate, seed, tmp_path)]
     assert lost == []
 
 
 @pytest.mark.parametrize("limit", [0, 1])
-def test_a_disk_without_room_is_one_line_and_the_earlier_file_stays(workspace, limit):
-    """A file size limit stands in for a full disk: both fail in the middle of a write."""
+def test_full_disk(workspace, limit):
+    """A full disk gives a one-line error, and the earlier file stays.
+
+    A file size limit stands in for a full disk: both fail in the middle of a write.
+    """
     (workspace / "data").mkdir()
     (workspace / "data/toy.safetensors").write_text("earlier")
     code = (
@@ -36,7 +40,8 @@ def test_a_disk_without_room_is_one_line_and_the_earlier_file_stays(workspace, l
     assert [path.name for path in (workspace / "data").iterdir()] == ["toy.safetensors"]
 
 
-def test_an_output_folder_that_is_a_file_is_one_line(workspace):
+def test_file_in_place_of_folder(workspace):
+    """A file in place of an output folder gives a one-line error."""
     (workspace / "data").write_text("in the way")
     command = [sys.executable, str(ROOT / "stages/build_toy_tensors.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -46,7 +51,8 @@ def test_an_output_folder_that_is_a_file_is_one_line(workspace):
 
 
 @pytest.mark.parametrize("arguments", [[], ["both"], ["original", "augmented"]])
-def test_a_wrong_argument_is_one_line(workspace, arguments):
+def test_wrong_argument(workspace, arguments):
+    """A wrong argument gives a one-line error."""
     command = [sys.executable, str(ROOT / "stages/train_cnn.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

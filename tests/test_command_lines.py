@@ -47,7 +47,8 @@ def folder(tmp_path):
     return folder
 
 
-def test_the_folders_name_is_no_command(folder):
+def test_folder_name_not_executed(folder):
+    """`make` does not execute commands in the folder's name."""
     stand_in(folder / ".venv/bin/python")
     (folder / ".venv/ready").write_text(f"{folder}\n")
     done = make(folder, "repro")
@@ -65,8 +66,11 @@ def no_uv(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
 
 
-def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_path, no_uv):
-    """The environment names the original folder, so that folder's code would run."""
+def test_copied_environment_rebuilt(folder, tmp_path, no_uv):
+    """`make` rebuilds an environment that was copied with its folder.
+
+    The environment names the original folder, so that folder's code would run.
+    """
     stand_in(folder / ".venv/bin/python")
     (folder / ".venv/ready").write_text(f"{folder}\n")
     stand_in(tmp_path / "bin/python3")
@@ -79,7 +83,8 @@ def test_an_environment_that_came_with_a_copied_folder_is_made_anew(folder, tmp_
     assert "called with: -m venv" not in make(folder, "repro").stdout
 
 
-def test_the_name_of_python_is_no_command(folder, no_uv):
+def test_python_name_not_executed(folder, no_uv):
+    """`make` does not execute commands in the name of the Python that it is given."""
     stand_in(folder / ODD)
     done = make(folder, "setup", f"PYTHON=./{ODD.replace('$', '$$')}")
     assert (done.returncode, done.stderr) == (0, "")
@@ -88,7 +93,8 @@ def test_the_name_of_python_is_no_command(folder, no_uv):
     assert not (folder / "ran").exists()
 
 
-def test_an_old_python_is_named(folder):
+def test_old_python(folder):
+    """`make setup` names a Python that is too old."""
     old = folder / "old python"
     code = "import collections, sys; v = collections.namedtuple('v', 'a b'); sys.version_info = v(3, 9);"
     old.write_text(f'#!/bin/sh\nexec python3 -c "{code} sys.version = \'3.9.1 x\'; exec(sys.argv[1])" "$2"\n')
@@ -104,7 +110,8 @@ def restored(params: dict, **tags: str) -> list[str]:
     return trace.restore(run, {"dvc_stage": "train_toy_cnn"} | tags, has_diff=False)
 
 
-def test_the_commands_that_trace_prints_are_quoted():
+def test_trace_quotes_commands():
+    """The commands that `trace` prints are quoted."""
     params = {"train_cnn.device": ODD, "split.train_size": "null", "split.seed": "0", "train_images": "55000"}
     [checkout, run] = restored(params, git_commit="0a" * 20)
     assert checkout == f"git checkout {'0a' * 20}"
@@ -114,12 +121,14 @@ def test_the_commands_that_trace_prints_are_quoted():
     ]
 
 
-def test_a_param_of_another_file_is_left_out():
+def test_trace_omits_other_files_params():
+    """`trace` leaves out params of files other than params.yaml."""
     assert restored({"dvc.yaml:stages.x.cmd": "rm -rf ~"})[1:] == ["dvc exp run train_toy_cnn"]
 
 
 @pytest.mark.parametrize("value", ["1\n    rm -rf ~", "\x1b[2K1", "\u202e1"])
-def test_a_value_from_the_store_can_forge_no_line(value):
+def test_trace_values_cannot_forge_lines(value):
+    """A value from the store cannot forge a line of what `trace` prints."""
     for lines in (restored({"split.seed": value}), restored({value: "1"}), restored({}, git_commit=value)):
         assert lines[0].startswith("# left out: ")
         assert lines[1:] == ["dvc exp run train_toy_cnn"]
@@ -141,7 +150,8 @@ def test_a_value_from_the_store_can_forge_no_line(value):
         assert len(told.splitlines()) == 7
 
 
-def test_a_command_refuses_a_folder_that_is_not_the_project(tmp_path, monkeypatch):
+def test_refuse_folder_without_project(tmp_path, monkeypatch):
+    """A command refuses a folder that is not the project."""
     (tmp_path / "dvc.yaml").write_text("stages:\n  other:\n    cmd: python other.py\n")
     for folder in (tmp_path / "empty", tmp_path):
         folder.mkdir(exist_ok=True)
@@ -150,7 +160,8 @@ def test_a_command_refuses_a_folder_that_is_not_the_project(tmp_path, monkeypatc
             cli(["back"], standalone_mode=False)
 
 
-def test_a_command_refuses_a_copy_whose_code_it_is_not(workspace):
+def test_refuse_copy_with_other_code(workspace):
+    """A command refuses a copy of the project if it would run the code of another one."""
     (workspace / "fashion_cnn").mkdir()
     with pytest.raises(
         StageError, match=f"^{workspace}: this command runs the code of {ROOT}; `make setup` here"
@@ -165,13 +176,17 @@ def test_help_needs_no_project(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("level", ["0", "1", "nan"])
-def test_a_level_is_between_0_and_1(workspace, level):
+def test_level_range(workspace, level):
+    """`--level` takes only numbers between 0 and 1."""
     with pytest.raises(StageError, match=f"^--level is {float(level)}, expected a number between 0 and 1$"):
         cli(["promote", "params.yaml", "--level", level], standalone_mode=False)
 
 
-def test_the_python_of_stages_is_that_of_the_command(tmp_path):
-    """Even without an activated environment, and with a setting that would import other code."""
+def test_stages_use_own_python(tmp_path):
+    """Stages run with the Python that runs the command.
+
+    This holds without an activated environment, and with a setting that would import other code.
+    """
     code = "import os, shutil; from fashion_cnn import cli; cli.run_stage = lambda run: None; cli.main();"
     code += "print(shutil.which('python'), 'PYTHONSAFEPATH' in os.environ)"
     settings = {"PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"}

@@ -76,7 +76,8 @@ def read(path: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.committed
-def test_the_answers_of_the_lesson_are_the_committed_results():
+def test_lesson_answers():
+    """The answers of the lesson agree with the committed results."""
     answers = " ".join((ROOT / "docs/lesson.md").read_text().split())
 
     pairs = [(row["actual"], row["predicted"]) for row in read("metrics/evaluate_cnn/original_confusion.csv")]
@@ -96,7 +97,8 @@ def test_the_answers_of_the_lesson_are_the_committed_results():
 
 
 @pytest.mark.committed
-def test_the_model_card_has_the_committed_results():
+def test_model_card():
+    """The model card shows the committed results."""
     rows = {
         "unmodified": [],
         "shifted by ±3 px": [],
@@ -121,8 +123,8 @@ def seed_runs() -> list[dict[str, str]]:
 
 
 @pytest.mark.committed
-def test_the_readmes_table_is_that_of_the_committed_runs():
-    """NumPy recomputes the table."""
+def test_readme_table():
+    """The README's table is that of the committed runs, recomputed by NumPy."""
     lines = []
     for metric in ("test_accuracy", "test_accuracy_shift_3px", "test_accuracy_rotation_15deg"):
         cells = []
@@ -136,7 +138,8 @@ def test_the_readmes_table_is_that_of_the_committed_runs():
 
 @pytest.mark.committed
 @pytest.mark.parametrize("images", ["original", "augmented"])
-def test_the_committed_results_are_the_run_of_their_seed(images):
+def test_results_match_run_of_seed(images):
+    """The committed results are those of the committed run with their seed."""
     [run] = [run for run in seed_runs() if (run["seed"], run["images"]) == ("0", images)]
     for stage in ("train_cnn", "evaluate_cnn"):
         metrics = json.loads((ROOT / f"metrics/{stage}/{images}.json").read_text())
@@ -145,8 +148,8 @@ def test_the_committed_results_are_the_run_of_their_seed(images):
 
 
 @pytest.mark.committed
-def test_the_table_of_recipes_is_that_of_the_committed_runs():
-    """NumPy recomputes the table."""
+def test_recipes_table():
+    """The table of recipes is that of the committed runs, recomputed by NumPy."""
     with (ROOT / "benchmarks/ladder.csv").open() as file:
         runs = list(csv.DictReader(file))
     lines = []
@@ -163,8 +166,11 @@ def test_the_table_of_recipes_is_that_of_the_committed_runs():
     assert table.split("\n\n")[0].splitlines() == lines
 
 
-def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
-    """Every file and every value changes at once; each stage must list exactly its own."""
+def test_rerun_for_own_changes(project):
+    """A stage reruns for its own code and params, and for no others.
+
+    Every file and every value changes at once; each stage must list exactly its own.
+    """
     for path in [*(project / "stages").glob("[!_]*.py"), *(project / "fashion_cnn").rglob("*.py")]:
         path.write_text(path.read_text() + "\n# changed\n")
     path = project / "params.yaml"
@@ -179,7 +185,8 @@ def test_a_stage_reruns_for_its_own_code_and_params_and_for_no_others(project):
 
 
 @pytest.mark.parametrize("name", ["style.css", "page.html", "draw.js"])
-def test_the_page_is_written_again_for_what_it_is_made_of(project, name):
+def test_page_rerun(project, name):
+    """DVC writes the page again if a file that it is made of changes."""
     before = changed(project).get("build_page", set())
     path = project / "fashion_cnn/page" / name
     path.write_text(path.read_text() + "\n")
@@ -187,8 +194,11 @@ def test_the_page_is_written_again_for_what_it_is_made_of(project, name):
     git(project, "restore", ".")
 
 
-def test_nothing_else_reruns_a_stage(project):
-    """The follower, the schema, the tools, and what an editor or Python leaves next to the code."""
+def test_no_other_rerun(project):
+    """Changes of other files rerun no stage.
+
+    These are the follower, the schema, the tools, and what an editor or Python leaves next to the code.
+    """
     before = changed(project)
     package = project / "fashion_cnn"
     files = [path for folder in ("tracking", "commands") for path in (package / folder).glob("*.py")]
@@ -204,7 +214,8 @@ def test_nothing_else_reruns_a_stage(project):
     git(project, "clean", "--force", "-d", "-x", "--quiet", "fashion_cnn")
 
 
-def test_a_lock_file_in_conflict_is_left_to_a_person(project, monkeypatch):
+def test_mend_lock_leaves_conflict(project, monkeypatch):
+    """`mend_lock` leaves a dvc.lock with a merge conflict to a person."""
     monkeypatch.chdir(project)
     path = project / "dvc.lock"
     whole = path.read_text()
@@ -216,9 +227,8 @@ def test_a_lock_file_in_conflict_is_left_to_a_person(project, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [slice(0), slice(12), slice(-12), slice(2, None)])
-def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_stays(
-    project, cut, monkeypatch
-):
+def test_mend_truncated_lock(project, cut, monkeypatch):
+    """`mend_lock` restores the committed dvc.lock if the file was cut short, and keeps a whole one."""
     monkeypatch.chdir(project)
     path = project / "dvc.lock"
     whole = path.read_text()
@@ -230,9 +240,8 @@ def test_a_lock_file_cut_short_gives_way_to_the_committed_one_and_a_whole_one_st
 
 
 @pytest.mark.parametrize("cut", ["", '{"write": {"/project/models/toy'])
-def test_dvcs_list_of_readers_and_writers_cut_short_is_taken_away_and_a_whole_one_is_not(
-    project, cut, monkeypatch
-):
+def test_mend_truncated_rwlock(project, cut, monkeypatch):
+    """`mend_rwlock` deletes DVC's list of readers and writers if it was cut short, and keeps a whole one."""
     monkeypatch.chdir(project)
     path = project / ".dvc/tmp/rwlock"
     path.parent.mkdir(parents=True, exist_ok=True)

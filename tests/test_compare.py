@@ -19,8 +19,11 @@ from project import git
 CLASSES = ("Bag", "Coat")
 
 
-def test_mcnemars_exact_test_by_hand():
-    """Of 10 images that only one model gets right, A has 1: p = 2 · (C(10,0) + C(10,1)) / 2^10."""
+def test_mcnemar_by_hand():
+    """McNemar's exact test agrees with a computation by hand.
+
+    Of 10 images that only one model gets right, A has 1: p = 2 · (C(10,0) + C(10,1)) / 2^10.
+    """
     a = np.array([True] * 20 + [True] + [False] * 9)
     b = np.array([True] * 20 + [False] + [True] * 9)
     judged = judgement.same_images("all", a, b)
@@ -30,7 +33,8 @@ def test_mcnemars_exact_test_by_hand():
     assert judgement.same_images("all", b, a).verdict == "worse"
 
 
-def test_the_interval_of_the_difference_is_about_that_of_drawing_images_again():
+def test_interval_matches_bootstrap():
+    """The interval of the difference is about that of drawing the images again."""
     rng = np.random.default_rng(1)
     a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.93
     judged = judgement.same_images("all", a, b)
@@ -40,7 +44,8 @@ def test_the_interval_of_the_difference_is_about_that_of_drawing_images_again():
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 5), (0, 6), (1, 7), (2, 9), (10, 22), (10, 25), (30, 30)])
-def test_the_interval_never_contradicts_the_test(only_a, only_b):
+def test_interval_agrees_with_test(only_a, only_b):
+    """The interval never contradicts the test: it excludes 0 if and only if p < 0.05."""
     a, b = np.zeros(100, bool), np.zeros(100, bool)
     a[:only_a], b[only_a : only_a + only_b] = True, True
     judged = judgement.same_images("all", a, b)
@@ -48,7 +53,11 @@ def test_the_interval_never_contradicts_the_test(only_a, only_b):
     assert (judged.verdict == "not significantly different") == (judged.p >= 0.05)
 
 
-def test_models_that_agree_on_all_images_do_not_differ_significantly_and_no_number_would_decide():
+def test_models_that_agree():
+    """Models that agree on all images do not differ significantly.
+
+    No number of images would decide between them.
+    """
     right = np.array([True, False] * 50)
     judged = judgement.same_images("all", right, right)
     assert (judged.p, judged.needed) == (1.0, None)
@@ -57,7 +66,8 @@ def test_models_that_agree_on_all_images_do_not_differ_significantly_and_no_numb
     assert judged.verdict == "not significantly different"
 
 
-def test_as_many_images_as_would_tell_do_so_in_four_of_five_cases():
+def test_images_needed():
+    """As many images as `images_needed` gives show the difference in four of five cases."""
     shares = np.array([0.04, 0.05, 0.91])  # only A right, only B right, neither or both
     needed = judgement.images_needed(0.01, 0.09 - 0.01**2)
     assert needed == math.ceil((1.959964 + 0.841621) ** 2 * (0.09 - 0.0001) / 0.0001)
@@ -66,7 +76,8 @@ def test_as_many_images_as_would_tell_do_so_in_four_of_five_cases():
     assert np.mean(told) == pytest.approx(0.8, abs=0.04)
 
 
-def test_seeds_are_paired_where_both_sides_have_the_same():
+def test_paired_seeds():
+    """Seeds are paired if both sides have the same ones."""
     a, b = {0: 0.90, 1: 0.92, 2: 0.91}, {2: 0.92, 1: 0.925, 0: 0.91}
     judged = judgement.seeds("all", a, b)
     # Differences 0.01, 0.005, 0.01: mean 1/120, sd 1/346.41, t = 5; 4.3027 is the 97.5 % point of t with 2.
@@ -76,7 +87,8 @@ def test_seeds_are_paired_where_both_sides_have_the_same():
     assert (judged.verdict, judged.n, judged.unit) == ("better", 3, "seeds")
 
 
-def test_other_seeds_are_not_paired():
+def test_unpaired_seeds():
+    """Seeds are not paired if the sides have different ones."""
     judged = judgement.seeds("all", {0: 0.90, 1: 0.92, 2: 0.91}, {3: 0.92, 4: 0.925, 5: 0.91})
     # Variances 1e-4 and 5.8333e-5 of three values each: t = 0.0083333 / sqrt(5.2778e-5).
     assert judged.difference / judged_deviation(judged) == pytest.approx(1.147079, rel=1e-5)
@@ -92,7 +104,8 @@ def test_other_seeds_are_not_paired():
     assert np.mean(told) == pytest.approx(0.8, abs=0.04)
 
 
-def test_as_many_pairs_of_seeds_as_would_tell_do_so_in_four_of_five_cases():
+def test_seeds_needed():
+    """As many pairs of seeds as `seeds_needed` gives show the difference in four of five cases."""
     needed = judgement.seeds_needed(1.2, 1.0, sides=1)
     assert needed == 8  # the normal distribution gives six, which is too few
     drawn = np.random.default_rng(0).normal(1.2, 1, (4000, needed))
@@ -100,7 +113,8 @@ def test_as_many_pairs_of_seeds_as_would_tell_do_so_in_four_of_five_cases():
     assert judgement.seeds_needed(0, 1.0, sides=1) is None
 
 
-def test_seeds_that_both_sides_have_are_paired_and_the_others_named():
+def test_partly_shared_seeds():
+    """Seeds that both sides have are paired, and the others are named."""
     judged = judgement.seeds("all", {0: 0.90, 1: 0.92, 2: 0.5}, {0: 0.91, 1: 0.935})
     assert judged.n == 2
     assert judged.difference == pytest.approx(0.0125)
@@ -108,14 +122,16 @@ def test_seeds_that_both_sides_have_are_paired_and_the_others_named():
 
 
 @pytest.mark.parametrize("n", [(100, 1000), (1000, 100)])
-def test_moved_images_count_as_few_as_either_side_has(n):
+def test_moved_images_smaller_count(n):
+    """The count of moved images is the smaller one of the two sides."""
     names = {"test_accuracy": 0.5, "test_accuracy_shift_3px": 0.7}
     a, b = (Result("x", "train_cnn@original", "", 0, names, ["Bag"] * 9, ["Coat"] * 9, count) for count in n)
     assert [judged.n for judged in compare.judgements([a], [b])] == [9, 100]
 
 
 @pytest.mark.parametrize("more", [0, 0.001])
-def test_the_same_difference_in_every_seed_says_nothing_about_chance(more):
+def test_same_difference_in_every_seed(more):
+    """The same difference in every seed says nothing about chance."""
     judged = judgement.seeds("all", {0: 0.91, 1: 0.92}, {0: 0.91 + more, 1: 0.92 + more})
     assert judged.difference == pytest.approx(more)
     assert (judged.p, judged.needed, judged.verdict) == (None, None, "not significantly different")
@@ -128,7 +144,8 @@ def judged_deviation(judged) -> float:
     return (judged.high - judged.low) / 2 / stats.t.isf(0.025, freedom)
 
 
-def test_accuracies_without_predictions_are_taken_as_of_different_images():
+def test_accuracies_without_predictions():
+    """Accuracies without predictions are treated as those of different images."""
     judged = judgement.accuracies("moved", 0.5, 0.6, 100)
     assert (judged.high - judged.low) / 2 == pytest.approx(1.959964 * math.sqrt((0.25 + 0.24) / 100))
     assert judged.verdict == "not significantly different"
@@ -188,7 +205,8 @@ def run(capsys, *arguments: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_a_worse_experiment_is_reported_with_the_numbers(results, capsys):
+def test_compare_worse_experiment(results, capsys):
+    """`compare` reports a worse experiment with the numbers."""
     told = run(capsys, "HEAD", "slow-0")
     assert "test_accuracy 0.9 0.8 −0.1" in told
     assert "Test images unmodified: B is worse than A. Difference −10.00 points" in told
@@ -198,12 +216,14 @@ def test_a_worse_experiment_is_reported_with_the_numbers(results, capsys):
     assert "To compare their settings, train each with several seeds" in told
 
 
-def test_the_same_weights_are_reported_as_identical(results, capsys):
+def test_compare_same_weights(results, capsys):
+    """`compare` reports the same weights as identical."""
     told = run(capsys, "HEAD", "workspace")
     assert told.endswith("the same weights on both sides, so A and B are identical")
 
 
-def test_several_seeds_are_compared_by_seed(results, capsys):
+def test_compare_several_seeds(results, capsys):
+    """`compare` pairs the results of several seeds by seed."""
     [compared] = json.loads(run(capsys, "wide-*", "slow-0,slow-1", "--json"))
     assert compared["sources"] == [["wide-0", "wide-1"], ["slow-0", "slow-1"]]
     assert compared["metrics"]["test_accuracy"][1]["mean"] == pytest.approx(0.79)
@@ -213,7 +233,8 @@ def test_several_seeds_are_compared_by_seed(results, capsys):
     assert "paired by seed" in judged["how"]
 
 
-def test_each_training_or_the_two_that_are_named(results):
+def test_pairs_of_trainings(results):
+    """`pairs` gives each training that both sides have, or the two that are named."""
     write_results(results, "augmented", 0, 30)
     assert [a[0].training for a, _ in compare.pairs("workspace", "workspace")] == [
         "train_cnn@original", "train_cnn@augmented",
@@ -242,12 +263,17 @@ def test_each_training_or_the_two_that_are_named(results):
         ("--all", "--all: expected workspace"),
     ],
 )
-def test_a_side_that_is_nothing_is_named(results, side, words):
+def test_unknown_side(results, side, words):
+    """The error names a side that matches nothing."""
     with pytest.raises(StageError, match=words):
         read_side(side)
 
 
-def test_a_name_as_a_whole_comes_before_its_parts(results):
+def test_whole_name_before_parts(results):
+    """A side's name as a whole comes before its parts.
+
+    `workspace` and HEAD keep their meaning even if experiments have these names.
+    """
     head = git(results, "rev-parse", "HEAD").strip()
     wide = git(results, "for-each-ref", "--format=%(objectname)", "refs/exps/??/*/wide-0").strip()
     for name in ("slow-0,slow-1", "wide@original", "HEAD", "workspace"):
@@ -265,7 +291,8 @@ def test_a_name_as_a_whole_comes_before_its_parts(results):
     assert wrong("HEAD") == [77]
 
 
-def test_an_experiment_that_is_damaged_is_named_and_the_others_are_listed(results, capsys):
+def test_list_with_damaged_experiment(results, capsys):
+    """`compare` names an experiment that is damaged and lists the others."""
     head = git(results, "rev-parse", "HEAD").strip()
     (results / "metrics/train_cnn/original.json").write_text("{")
     git(results, "commit", "--quiet", "--all", "--message", "damage")
@@ -277,7 +304,8 @@ def test_an_experiment_that_is_damaged_is_named_and_the_others_are_listed(result
     assert {row["name"] for row in json.loads(told.out)} >= {"workspace", "slow-0", "wide-1"}
 
 
-def test_an_evaluation_of_other_weights_does_not_count(results, capsys):
+def test_evaluation_of_other_weights(results, capsys):
+    """An evaluation of other weights does not count."""
     lock = yaml.safe_load((results / "dvc.lock").read_text())
     weights = {"path": "models/cnn_original.safetensors"}
     lock["stages"]["train_cnn@original"]["outs"] = [{**weights, "md5": "new"}]
@@ -290,14 +318,16 @@ def test_an_evaluation_of_other_weights_does_not_count(results, capsys):
     assert "not evaluated on both sides" in run(capsys, "workspace")
 
 
-def test_an_evaluation_before_a_training_by_hand_does_not_count(results):
+def test_evaluation_before_training(results):
+    """An evaluation that came before a training by hand does not count."""
     lock = yaml.safe_load((results / "dvc.lock").read_text())
     lock["stages"]["train_cnn@original"]["outs"] = [{"path": "metrics/train_cnn/original.json", "md5": "old"}]
     (results / "dvc.lock").write_text(yaml.safe_dump(lock))
     assert "test_accuracy" not in read_side("workspace")["train_cnn@original"][0].metrics
 
 
-def test_results_of_an_early_version_are_compared_by_what_they_have(results, capsys):
+def test_results_of_early_version(results, capsys):
+    """Results of an early version are compared by the metrics that they have."""
     path = results / "metrics/evaluate_cnn/original.json"
     path.write_text(json.dumps({"test_accuracy": 0.5}))
     metrics = results / "metrics/train_cnn/original.json"
@@ -312,13 +342,15 @@ CUT = "schema: '2.0'\nstages:\n  train_cnn@original:\n"
 @pytest.mark.parametrize(
     "content", ["", "stages:\n", "stages: [", "- a\n", CUT, f"{CUT}    outs:\n    - path: x\n"]
 )
-def test_a_dvc_lock_that_was_cut_short_is_named(results, content):
+def test_truncated_dvc_lock(results, content):
+    """The error names a dvc.lock that was cut short."""
     (results / "dvc.lock").write_text(content)
     with pytest.raises(StageError, match=r"dvc\.lock of workspace: "):
         read_side("workspace")
 
 
-def test_damaged_results_are_named(results):
+def test_damaged_results(results):
+    """The error names results that are damaged."""
     path = results / "metrics/evaluate_cnn/original_confusion.csv"
     for content in ("Bag\n", "actual,predicted\nBag\n", ""):
         path.write_text(content)
@@ -331,7 +363,8 @@ def test_damaged_results_are_named(results):
         compare.judgements([a], [b])
 
 
-def test_the_list_fits_a_hundred_columns_and_says_what_was_changed(results, capsys):
+def test_list_width_and_changes(results, capsys):
+    """The list fits 100 columns and says what each experiment changed."""
     experiment(results, "a-name-that-is-longer-than-its-column", 5, 10)
     cli(["compare"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()

@@ -42,7 +42,9 @@ def device():
 
 
 @each
-def test_the_graph_gives_the_bytes_of_its_step(device, options):
+def test_graph_matches_step(device, options):
+    """The CUDA graph gives the same bytes as the step that it captures."""
+
     def run(wrap):
         params = SimpleNamespace(**options)
         model = fresh(lambda: build_cnn(params.model), 0).to(device)
@@ -63,7 +65,8 @@ def test_the_graph_gives_the_bytes_of_its_step(device, options):
 
 
 @each
-def test_a_killed_training_goes_on_to_the_same_weights(device, options, tmp_path):
+def test_resume_after_kill(device, options, tmp_path):
+    """A killed training resumes and ends with the same weights."""
     data = TrainData(POOL, LABELS, TRAIN, VAL, {})
 
     class Killed(Exception):
@@ -88,7 +91,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(device, options, tmp_path
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def test_the_stages_give_the_same_bytes_again_and_nearly_those_of_the_cpu(tmp_path):
+def test_stages_same_bytes(tmp_path):
+    """The stages give the same bytes again, and nearly the same numbers as on the CPU."""
     found = []
     for number, name in enumerate(("cuda", "cuda", "cpu")):
         folder = tmp_path / str(number)

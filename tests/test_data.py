@@ -27,7 +27,8 @@ SMALL = IdxFile("small-idx3-ubyte", (3, 2, 2), "unused")
 CONTENT = SMALL.header + bytes(range(12))
 
 
-def test_an_idx_file_is_read_in_its_shape(tmp_path):
+def test_idx_shape(tmp_path):
+    """An IDX file is read in its shape."""
     (tmp_path / SMALL.name).write_bytes(CONTENT)
     assert read_idx(SMALL, tmp_path).tolist() == np.arange(12).reshape(3, 2, 2).tolist()
 
@@ -43,14 +44,16 @@ def test_an_idx_file_is_read_in_its_shape(tmp_path):
         (CONTENT[:9], "shape (3,), expected (3, 2, 2)"),
     ],
 )
-def test_a_damaged_idx_file_is_named_with_what_was_expected(tmp_path, content, words):
+def test_damaged_idx(tmp_path, content, words):
+    """The error names a damaged IDX file and says what was expected."""
     (tmp_path / SMALL.name).write_bytes(content)
     with pytest.raises(StageError, match="small-idx3-ubyte") as raised:
         read_idx(SMALL, tmp_path)
     assert str(raised.value).endswith(words)
 
 
-def test_the_four_files_are_those_of_fashion_mnist():
+def test_fashion_mnist_files():
+    """The four files and the classes are those of Fashion-MNIST."""
     assert [(file.name, file.size, file.sha256[:8]) for file in FILES] == [
         ("train-images-idx3-ubyte", 47_040_016, "c59f468a"),
         ("train-labels-idx1-ubyte", 60_008, "bad3541b"),
@@ -65,21 +68,24 @@ def test_the_four_files_are_those_of_fashion_mnist():
     assert RAW_DIR.as_posix() == "data/FashionMNIST/raw"
 
 
-def test_an_idx_file_is_writable_bytes(tmp_path):
+def test_idx_writable(tmp_path):
+    """An IDX file is read as writable bytes."""
     (tmp_path / SMALL.name).write_bytes(CONTENT)
     values = read_idx(SMALL, tmp_path)
     assert values.dtype == np.uint8
     values += 1  # torch warns about read-only arrays
 
 
-def test_a_missing_idx_file_says_how_to_get_it(tmp_path):
+def test_missing_idx(tmp_path):
+    """The error for a missing IDX file says how to get it."""
     with pytest.raises(StageError) as raised:
         read_idx(SMALL, tmp_path)
     path = tmp_path / SMALL.name
     assert str(raised.value) == f"{path}: not found; `dvc repro fetch_fashion_mnist` fetches it"
 
 
-def test_tensors_come_back_and_their_bytes_do_not_vary(tmp_path):
+def test_tensors_round_trip(tmp_path):
+    """Tensors are read as they were written, and the same values give the same bytes."""
     tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(2, np.float32)}
     write_tensors(tmp_path / "one.safetensors", tensors)
     # The same values in another order and another memory layout.
@@ -91,7 +97,8 @@ def test_tensors_come_back_and_their_bytes_do_not_vary(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda c: c[:-1], lambda c: b"\xff" * 8 + c[8:], lambda c: b"", lambda c: c[:20]]
 )
-def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
+def test_damaged_safetensors(tmp_path, damage):
+    """The error names a damaged safetensors file."""
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": np.zeros(4, np.float32)})
     path.write_bytes(damage(path.read_bytes()))
@@ -99,13 +106,15 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
         read_tensors(path)
 
 
-def test_other_tensors_than_expected_are_named(tmp_path):
+def test_unexpected_tensors(tmp_path):
+    """The error names tensors other than the expected ones."""
     write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(4, np.float32)})
     with pytest.raises(StageError, match=r"x\.safetensors: holds a, expected images, labels"):
         read_tensors(tmp_path / "x.safetensors", "images", "labels")
 
 
-def test_a_failed_write_leaves_the_earlier_file(tmp_path):
+def test_failed_write(tmp_path):
+    """A failed write leaves the earlier file in place."""
     path = tmp_path / "out.txt"
     path.write_text("earlier")
     with pytest.raises(IsADirectoryError), replace_atomically(path) as partial:
@@ -114,7 +123,8 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_floats_keep_six_significant_digits():
+def test_round_floats():
+    """`round_floats` keeps six significant digits."""
     assert round_floats(1 / 3) == 0.333333
     assert round_floats(123456.7) == 123457.0
     assert round_floats(1234567) == 1234567  # not a float
@@ -122,7 +132,8 @@ def test_floats_keep_six_significant_digits():
     assert round_floats(float("nan")) != round_floats(float("nan"))
 
 
-def test_metrics_are_written_as_they_are_returned_and_read_back(tmp_path):
+def test_write_json_round_trip(tmp_path):
+    """Metrics are written as they are returned, and read as they were written."""
     path = tmp_path / "new/folder/m.json"
     written = write_json(path, {"loss": 1 / 3, "n": 7, "names": ["é"]})
     assert written == {"loss": 0.333333, "n": 7}
@@ -132,42 +143,49 @@ def test_metrics_are_written_as_they_are_returned_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff"])
-def test_damaged_json_is_named(tmp_path, content):
+def test_damaged_json(tmp_path, content):
+    """The error names a damaged JSON file."""
     path = tmp_path / "m.json"
     path.write_bytes(content)
     with pytest.raises(StageError, match=r"/m\.json: .*; expected JSON as a stage writes it$"):
         read_json(path)
 
 
-def test_json_that_is_no_object_is_shown(tmp_path):
+def test_json_not_an_object(tmp_path):
+    """The error shows JSON that is not an object."""
     (tmp_path / "m.json").write_text("[1, 2]")
     with pytest.raises(StageError, match=r"m\.json: holds \[1, 2\], expected a JSON object"):
         read_json(tmp_path / "m.json")
 
 
-def test_rows_are_written_as_they_are_returned(tmp_path):
+def test_write_csv(tmp_path):
+    """Rows are written as they are returned."""
     path = tmp_path / "new/t.csv"
     rows = [{"epoch": 1, "loss": 1 / 3, "name": 'é, "x"'}, {"epoch": 2, "loss": 0.5, "name": ""}]
     assert write_csv(path, rows) == [rows[0] | {"loss": 0.333333}, rows[1]]
     assert path.read_bytes() == 'epoch,loss,name\n1,0.333333,"é, ""x"""\n2,0.5,\n'.encode()
 
 
-def test_one_row_is_a_table(tmp_path):
+def test_write_csv_one_row(tmp_path):
+    """A single row is written as a table."""
     write_csv(tmp_path / "t.csv", [{"epoch": 1}])
     assert (tmp_path / "t.csv").read_text() == "epoch\n1\n"
 
 
-def test_text_is_utf_8_with_plain_line_feeds(tmp_path):
+def test_write_text(tmp_path):
+    """Text is written as UTF-8 with plain line feeds."""
     write_text(tmp_path / "t.md", "é\n4×4\n")
     assert (tmp_path / "t.md").read_bytes() == b"\xc3\xa9\n4\xc3\x974\n"
 
 
-def test_a_digest_is_that_of_the_bytes(tmp_path):
+def test_sha256_of(tmp_path):
+    """`sha256_of` gives the digest of a file's bytes."""
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_an_array_comes_back_and_one_of_objects_is_refused(tmp_path):
+def test_write_array(tmp_path):
+    """An array is read as it was written, and an array of objects is refused."""
     write_array(tmp_path / "a.npy", np.arange(3))
     assert np.load(tmp_path / "a.npy", allow_pickle=False).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="pickle"):
@@ -175,7 +193,8 @@ def test_an_array_comes_back_and_one_of_objects_is_refused(tmp_path):
     assert np.load(tmp_path / "a.npy", allow_pickle=False).tolist() == [0, 1, 2]
 
 
-def test_a_file_is_seen_only_when_it_is_whole(tmp_path):
+def test_replace_atomically(tmp_path):
+    """A file appears only when it is whole."""
     path = tmp_path / "new/out.txt"
     with replace_atomically(path) as partial:
         partial.write_text("half")
@@ -188,7 +207,8 @@ def test_a_file_is_seen_only_when_it_is_whole(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_missing_tensors_say_how_to_get_them(tmp_path):
+def test_missing_tensors(tmp_path):
+    """The error for missing tensors says how to get them."""
     with pytest.raises(StageError) as raised:
         read_tensors(tmp_path / "x.safetensors")
     words = "not found, expected a safetensors file; `dvc repro` makes it"
@@ -201,7 +221,8 @@ def test_missing_tensors_say_how_to_get_them(tmp_path):
         read_tensors(tmp_path / "x.safetensors", "images")
 
 
-def test_metrics_have_a_line_a_row_and_numbers_of_six_digits(tmp_path):
+def test_write_json_layout(tmp_path):
+    """Metrics have one line per row, and numbers have six digits."""
     path = tmp_path / "metrics.json"
     rows = [{"by": -1, "share": 1 / 3}, {"by": 1, "share": 2 / 3}]
     returned = write_json(path, {"loss": 1 / 7, "count": 3, "weights_sha256": ["ab"], "rows": rows})
@@ -212,11 +233,13 @@ def test_metrics_have_a_line_a_row_and_numbers_of_six_digits(tmp_path):
     assert returned == {"loss": 0.142857, "count": 3}
 
 
-def test_pixels_survive_being_text(images):
+def test_pixels_round_trip(images):
+    """Pixels survive the conversion to text and back."""
     assert (pixels_from_text(pixels_to_text(images[0])) == images[0]).all()
 
 
-def test_splits_are_disjoint_complete_and_seeded():
+def test_split_indices():
+    """Splits are disjoint and complete, and depend on the seed."""
     train, val = split_indices(100, 20, None, seed=3)
     assert sorted([*train, *val]) == list(range(100))
     assert [list(train), list(val)] == [sorted(train), sorted(val)]
@@ -226,7 +249,8 @@ def test_splits_are_disjoint_complete_and_seeded():
     assert train.tolist() == again.tolist() != other.tolist()
 
 
-def test_a_quick_look_keeps_the_validation_images():
+def test_split_train_size():
+    """A quick look with few train images keeps the validation images."""
     train, val = split_indices(100, 20, None, seed=3)
     few, same_val = split_indices(100, 20, 10, seed=3)
     assert val.tolist() == same_val.tolist()
@@ -234,7 +258,8 @@ def test_a_quick_look_keeps_the_validation_images():
     assert len(few) == 10
 
 
-def test_copies_come_back_and_stale_ones_go(tmp_path, images):
+def test_copies_round_trip(tmp_path, images):
+    """Copies are read as they were saved, and saving deletes stale ones."""
     labels = np.arange(16, dtype=np.uint8)
     save_copies([images, images + 1, images + 2], labels, {"copies": 3}, tmp_path)
     save_copies([images, images + 1], labels, {"copies": 2, "max_rotation": 12.3456789}, tmp_path)
@@ -248,7 +273,8 @@ def test_copies_come_back_and_stale_ones_go(tmp_path, images):
     assert read_labels.tolist() == labels.tolist()
 
 
-def test_damaged_or_absent_copies_are_named(tmp_path, images):
+def test_damaged_copies(tmp_path, images):
+    """The error names damaged or absent copies."""
     with pytest.raises(StageError) as raised:
         load_copies(tmp_path)
     assert str(raised.value) == f"{tmp_path}: no copies found; `dvc repro augment_images` makes them"

@@ -84,7 +84,8 @@ def run_page(folder: Path, page: str) -> dict[str, str]:
     return {command: run(folder, command) for command in found if not command.startswith(LEFT_OUT)}
 
 
-def test_the_walkthrough_goes_the_whole_way(project):
+def test_walkthrough_commands(project):
+    """The walkthrough's commands run from the first to the last."""
     told = run_page(project, "docs/walkthrough.md")
     assert "train_cnn@original" in told["fashion-cnn compare HEAD slow"]
     seeds = told["fashion-cnn compare 'base-*' 'slow-*'"]
@@ -99,7 +100,8 @@ def test_the_walkthrough_goes_the_whole_way(project):
     assert git(project, "status", "--porcelain", "--", "params.yaml", "dvc.lock", "metrics") == ""
 
 
-def test_the_commands_of_the_readme_run(project):
+def test_readme_commands(project):
+    """The README's commands run."""
     dvc(project, "exp", "remove", "slow", check=False)  # the walkthrough made one of that name
     told = run_page(project, "README.md")
     assert "restored from the last commit" in told["fashion-cnn back"]

@@ -79,7 +79,8 @@ def draw():
 
 
 @pytest.mark.parametrize("name", [*TABLES, "augmentation"])
-def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
+def test_redraw_same_bytes(name, tmp_path):
+    """A figure has the same bytes when it is redrawn."""
     for folder in ("first", "second"):
         figures.save(getattr(figures, name)(*arguments(name)), tmp_path / folder / "figure.png", dpi=50)
     first, second = ((tmp_path / folder / "figure.png").read_bytes() for folder in ("first", "second"))
@@ -90,6 +91,7 @@ def test_a_figure_is_the_same_bytes_when_redrawn(name, tmp_path):
 
 
 def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
+    """A user's matplotlibrc does not change a byte of a figure."""
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: pink\nlines.linewidth: 9\n")
     code = (
         "from pathlib import Path; from fashion_cnn.lesson import figures;"
@@ -118,7 +120,8 @@ def test_a_users_matplotlibrc_moves_no_byte(tmp_path):
         ("mistakes", 6 * 1.75, 2 * 2 * 2.25 + 0.4),  # six in a row, two rows for each model
     ],
 )
-def test_the_file_has_its_size_in_inches_times_dpi(name, width, height, draw, tmp_path):
+def test_file_size_in_pixels(name, width, height, draw, tmp_path):
+    """A figure's file has its size in inches times the dpi."""
     figures.save(draw(name), tmp_path / "figure.png", dpi=50)
     assert imread(tmp_path / "figure.png").shape[:2] == pytest.approx((height * 50, width * 50), abs=1)
 
@@ -144,7 +147,8 @@ def ticks(axis) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
-def test_training_curves_show_each_models_own_values(draw):
+def test_training_curves(draw):
+    """The training curves show each model's own values."""
     axes = draw("training_curves").axes
     for part, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         expected = {}
@@ -164,7 +168,8 @@ def test_training_curves_show_each_models_own_values(draw):
     assert ticks(axes[1].yaxis) == ["65%", "70%", "75%", "80%", "85%", "90%"]
 
 
-def test_the_toys_loss_is_its_curve_beside_that_of_a_guess(draw):
+def test_toy_loss(draw):
+    """The toy's loss is shown as a curve beside that of a guess."""
     [axes] = draw("toy_loss").axes
     curve, guess = axes.lines
     assert np.asarray(curve.get_data()).tolist() == [column(TOY, "epoch"), column(TOY, "train_loss")]
@@ -177,7 +182,8 @@ def test_the_toys_loss_is_its_curve_beside_that_of_a_guess(draw):
     assert axes.get_ylim()[0] == 0
 
 
-def test_robustness_shows_each_models_own_accuracies(draw):
+def test_robustness(draw):
+    """The robustness figure shows each model's own accuracies."""
     figure = draw("robustness")
     assert figure.get_suptitle() == "Test accuracy when the image is moved (n = 1,234 at each point)"
     parts = [
@@ -199,7 +205,8 @@ def test_robustness_shows_each_models_own_accuracies(draw):
     assert {text.get_text() for text in left.get_legend().get_texts()} == set(curves(left))
 
 
-def test_confusion_shows_each_models_own_shares(draw):
+def test_confusion(draw):
+    """The confusion figure shows each model's own shares."""
     figure = draw("confusion")
     for axes, (images, rows) in zip(figure.axes, TABLES["confusion"].items(), strict=True):
         assert axes.get_title() == f"trained on {images} images, n = {len(rows)}"
@@ -223,7 +230,8 @@ def test_confusion_shows_each_models_own_shares(draw):
     assert figure.get_suptitle() == title
 
 
-def test_confusion_leaves_out_half_a_percent_and_takes_a_class_with_one_image_or_none():
+def test_confusion_small_shares():
+    """The confusion figure leaves out half a percent and accepts a class with one image or none."""
     rows = [{"actual": CLASSES[0], "predicted": CLASSES[1 if n == 0 else 0]} for n in range(200)]
     rows += [{"actual": CLASSES[1], "predicted": CLASSES[n % 2]} for n in range(2)]
     rows += [{"actual": CLASSES[2], "predicted": CLASSES[3 if n == 0 else 2]} for n in range(100)]
@@ -248,7 +256,8 @@ def shown(axes) -> str:
     return image.get_array().tobytes().hex()
 
 
-def test_mistakes_show_each_models_own_images(draw):
+def test_mistakes(draw):
+    """The figure of mistakes shows each model's own images."""
     for part, (images, rows) in zip(draw("mistakes").subfigs, TABLES["mistakes"].items(), strict=True):
         assert part.get_suptitle() == f"Trained on {images} images: most confident mistakes on the test split"
         assert len(part.axes) == 12  # two rows of at most six
@@ -261,7 +270,8 @@ def test_mistakes_show_each_models_own_images(draw):
             assert [*axes.get_xticks(), *axes.get_yticks()] == []
 
 
-def test_augmentation_shows_each_copy_below_its_image(draw):
+def test_augmentation(draw):
+    """The augmentation figure shows each copy below its image."""
     figure = draw("augmentation")
     assert [shown(axes) for axes in figure.axes] == [
         image.tobytes().hex() for image in EXAMPLES.reshape(-1, 28, 28)
@@ -276,13 +286,15 @@ def test_augmentation_shows_each_copy_below_its_image(draw):
 @pytest.mark.parametrize(
     ("name", "axis"), [("training_curves", "x"), ("robustness", "y"), ("confusion", "y")]
 )
-def test_parts_that_are_compared_share_their_axis(draw, name, axis):
+def test_shared_axes(draw, name, axis):
+    """Parts of a figure that are compared share their axis."""
     first, *others = draw(name).axes
     shared = getattr(first, f"get_shared_{axis}_axes")()
     assert all(shared.joined(first, other) for other in others)
 
 
-def test_one_mistake_of_each_model_and_one_image_are_drawn():
+def test_single_mistake_and_image():
+    """The figures also draw a single mistake of each model and a single image."""
     figure = figures.mistakes({images: rows[:1] for images, rows in TABLES["mistakes"].items()})
     assert [len(part.axes) for part in figure.subfigs] == [1, 1]
     assert [shown(part.axes[0]) for part in figure.subfigs] == [

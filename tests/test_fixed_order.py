@@ -73,16 +73,22 @@ def differing(*parts: str) -> list[tuple[str, str, str]]:
 
 @needs_avx2
 @pytest.mark.slow
-def test_neither_threads_nor_instructions_move_a_byte_of_an_operation():
-    """Outputs and gradients, for usual, last and large batches."""
+def test_neither_threads_nor_isa_operation():
+    """Neither threads nor instructions change a byte of an operation.
+
+    The bytes are those of outputs and gradients, for usual, last and large batches.
+    """
     assert differing("operations:32,24,7,500") == []
 
 
 @needs_avx2
 @pytest.mark.slow
 @pytest.mark.parametrize("training", ["lesson", "options"])
-def test_neither_threads_nor_instructions_move_a_byte_of_a_training(training):
-    """Layers, gradients, the weights after 1 and 20 steps, and logits."""
+def test_neither_threads_nor_isa_training(training):
+    """Neither threads nor instructions change a byte of a training.
+
+    The bytes are those of layers, gradients, the weights after 1 and 20 steps, and logits.
+    """
     assert differing(training) == []
 
 
@@ -99,14 +105,18 @@ def toy() -> dict:
 @needs_avx2
 @pytest.mark.slow
 @pytest.mark.parametrize("cap", CAPS[:-1])
-def test_instructions_move_no_byte_of_the_toy(toy, cap):
-    """The toy uses one thread, and oneDNN's own order with AVX2."""
+def test_instructions_move_no_toy_byte(toy, cap):
+    """Instructions do not change a byte of the toy.
+
+    The toy uses one thread, and oneDNN's own order with AVX2.
+    """
     assert fingerprint("toy", cap=cap) == toy
 
 
 @needs_avx2
 @pytest.mark.slow
-def test_aten_uses_avx2_even_if_the_cpu_has_more(here):
+def test_aten_uses_avx2(here):
+    """ATen uses AVX2 even if the CPU has more."""
     assert here["instructions"] == "AVX2"
 
 
@@ -141,22 +151,28 @@ def test_aten_uses_avx2_even_if_the_cpu_has_more(here):
     ],
     ids=["libraries", "instructions", "threads"],
 )
-def test_no_setting_in_the_environment_moves_a_byte(here, settings, threads):
-    """Only FASHION_CNN_THREADS sets the number of threads."""
+def test_environment_settings(here, settings, threads):
+    """No setting in the environment changes a byte.
+
+    Only FASHION_CNN_THREADS sets the number of threads.
+    """
     assert fingerprint(*SMALL, **settings) == here | {"threads": threads}
 
 
 @needs_avx2
 @pytest.mark.slow
-def test_one_core_gives_the_same_bytes(here):
-    """A process that is limited to one core uses one thread."""
+def test_one_core_same_bytes(here):
+    """A process that is limited to one core uses one thread and gives the same bytes."""
     assert fingerprint(*SMALL, before=("taskset", "-c", "0")) == here | {"threads": 1}
 
 
 @needs_qemu
 @pytest.mark.slow
-def test_an_emulated_cpu_of_another_vendor_gives_the_same_bytes(here, toy):
-    """The toy, operations with their gradients, and a step of each CNN."""
+def test_emulated_cpu_same_bytes(here, toy):
+    """An emulated CPU of another vendor gives the same bytes.
+
+    They are those of the toy, operations with their gradients, and a step of each CNN.
+    """
     before = (QEMU, "-cpu", OTHER)
     found = fingerprint("toy", *EMULATED, cap="EMULATED", before=before, FASHION_CNN_THREADS="2")
     emulated = found["digests"]["own"]
@@ -167,8 +183,8 @@ def test_an_emulated_cpu_of_another_vendor_gives_the_same_bytes(here, toy):
 
 @needs_qemu
 @pytest.mark.slow
-def test_a_cpu_without_avx2_is_named_in_a_line():
-    """It still computes."""
+def test_cpu_without_avx2():
+    """A line names a CPU without AVX2, which still computes."""
     code = (
         "import fingerprint as made; made.leave_out_compiler(); made.prepare_torch('cpu');"
         "print(made.torch.ones(64).exp().sum().item())"
@@ -242,8 +258,8 @@ each_layer = pytest.mark.parametrize(("channels", "outputs", "height", "width", 
 
 @needs_avx2
 @each_layer
-def test_a_convolution_is_a_chain_by_row_column_and_channel(channels, outputs, height, width, down, right):
-    """Its bias is added last."""
+def test_convolution_order(channels, outputs, height, width, down, right):
+    """A convolution is a chain by row, column and channel, and its bias is added last."""
     images, weight = drawn(2, channels, 6, 7), drawn(outputs, channels, height, width, seed=1)
     bias = drawn(outputs, seed=2)
     found = F.conv2d(*map(torch.from_numpy, (images, weight, bias)), padding=(down, right)).numpy()
@@ -252,8 +268,11 @@ def test_a_convolution_is_a_chain_by_row_column_and_channel(channels, outputs, h
 
 @needs_avx2
 @each_layer
-def test_its_gradients_are_chains(channels, outputs, height, width, down, right):
-    """By images: one with the flipped kernel, by row, column, output; by weights: by image, row, column."""
+def test_convolution_gradients_order(channels, outputs, height, width, down, right):
+    """A convolution's gradients are chains.
+
+    By images: one with the flipped kernel, by row, column, output; by weights: by image, row, column.
+    """
     images, weight = made.numbers(2, channels, 6, 7), made.numbers(outputs, channels, height, width, seed=1)
     given = images.clone().requires_grad_(), weight.clone().requires_grad_()
     found = F.conv2d(*given, padding=(down, right))
@@ -271,8 +290,11 @@ def test_its_gradients_are_chains(channels, outputs, height, width, down, right)
     ("terms", "chains"), [(1, 1), (3, 1), (320, 1), (321, 3), (509, 2), (1000, 4), (2047, 7)]
 )
 @pytest.mark.parametrize(("rows", "columns"), [(9, 32), (1, 45), (45, 1), (1, 1)])
-def test_a_product_is_chains_of_at_most_320_terms(terms, chains, rows, columns):
-    """The chains are equally long, zero-padded at the end if the terms do not divide, and added in order."""
+def test_product_order(terms, chains, rows, columns):
+    """A product consists of chains of at most 320 terms.
+
+    The chains are equally long, zero-padded at the end if the terms do not divide, and added in order.
+    """
     a, b = drawn(rows, terms), drawn(terms, columns, seed=1)
     more = -terms % chains
     parts = zip(
@@ -286,38 +308,44 @@ def test_a_product_is_chains_of_at_most_320_terms(terms, chains, rows, columns):
     assert ((torch.from_numpy(a) @ torch.from_numpy(b)).numpy() == total).all()
 
 
-def test_a_product_of_nothing_is_zeros():
+def test_empty_product():
+    """A product of no terms is zero."""
     assert (torch.ones(2, 0) @ torch.ones(0, 3)).tolist() == [[0] * 3] * 2
     assert (torch.ones(0, 2) @ torch.ones(2, 3)).shape == (0, 3)
 
 
 @needs_avx2
-def test_logits_of_an_image_are_the_same_in_any_batch():
+def test_logits_independent_of_batch():
+    """The logits of an image are the same in any batch."""
     images = made.numbers(40, 1, 28, 28)
     for model in ("lesson", "residual"):
         cnn = made.fresh(partial(made.build_cnn, model), 0).eval()
         assert torch.equal(cnn(images), torch.cat([cnn(image[None]) for image in images]))
 
 
-def test_batch_norm_of_images_that_do_not_train_has_gradients():
+def test_batch_norm_without_image_gradients():
+    """Batch norm has gradients even if its images do not need them."""
     scale, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     F.batch_norm(torch.ones(2, 3, 4, 4), None, None, scale, bias, training=True).sum().backward()
     assert (scale.grad.tolist(), bias.grad.tolist()) == ([0] * 3, [32] * 3)
 
 
-def test_ones_over_ones_count_the_pixels_below_the_kernel():
+def test_convolution_of_ones():
+    """A convolution of ones with ones counts the pixels below the kernel."""
     found = F.conv2d(torch.ones(1, 1, 5, 5), torch.ones(1, 1, 3, 3), padding=1)
     edge, inside = [4, 6, 6, 6, 4], [6, 9, 9, 9, 6]
     assert found[0, 0].tolist() == [edge, inside, inside, inside, edge]
 
 
-def test_a_product_of_two_by_two():
+def test_product_by_hand():
+    """Products of two 2×2 matrices agree with a computation by hand."""
     a, b = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]])
     assert (a @ b).tolist() == [[19, 22], [43, 50]]
     assert (a.T @ b).tolist() == [[26, 30], [38, 44]]
 
 
-def test_the_gradient_by_the_weights_of_one_pixel_is_what_they_met():
+def test_weight_gradient_of_one_pixel():
+    """The gradient by the weights of one output pixel is the input that they met, here times 2."""
     images, weight = torch.arange(9.0).view(1, 1, 3, 3), torch.ones(1, 1, 3, 3, requires_grad=True)
     (2 * F.conv2d(images, weight)).sum().backward()
     assert weight.grad[0, 0].tolist() == [[0, 2, 4], [6, 8, 10], [12, 14, 16]]
@@ -332,8 +360,10 @@ def ones(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*made.CONVOLUTIONS, *made.LINEAR, *made.PRODUCTS])
-def test_sums_are_as_exact_as_float32_can_be(name):
-    """A term is rounded once for each later term of its chain, and once for each later chain.
+def test_sums_exactness(name):
+    """Sums are as exact as float32 can be.
+
+    A term is rounded once for each later term of its chain, and once for each later chain.
 
     So the error is at most UNIT times these roundings times the sum of the terms' absolute values. Absolute
     values as arguments give that sum, ones the number of terms, and torch's own float64 the exact values.
@@ -357,8 +387,10 @@ def test_pooling_is_exact():
 
 
 @pytest.mark.parametrize("name", ["batch norm of 32", "batch norm of 64", "batch norm of 128"])
-def test_batch_norm_is_as_exact_as_float32_can_be(name):
-    """The numbers here and their statistics are below 1, and the scale is at most 2 (1 / 0.29).
+def test_batch_norm_exactness(name):
+    """Batch norm is as exact as float32 can be.
+
+    The numbers here and their statistics are below 1, and the scale is at most 2 (1 / 0.29).
 
     Sums are in float64, so only a few roundings remain, except in the gradients by weights and biases.
     """
@@ -369,8 +401,11 @@ def test_batch_norm_is_as_exact_as_float32_can_be(name):
         assert found[part].double() == pytest.approx(exact[part], abs=1e-3), part
 
 
-def test_cross_entropy_is_as_exact_as_float32_can_be():
-    """The loss is near log 10, and each gradient is at most 1 / 60,000."""
+def test_cross_entropy_exactness():
+    """Cross-entropy is as exact as float32 can be.
+
+    The loss is near log 10, and each gradient is at most 1 / 60,000.
+    """
     found, exact = (made.computed("cross entropy", 0, kind) for kind in (torch.clone, torch.Tensor.double))
     assert found["outputs"].item() == pytest.approx(exact["outputs"].item(), abs=16 * UNIT * math.log(10))
     error = (found["gradient 0"].double() - exact["gradient 0"]).abs().max()
@@ -378,8 +413,11 @@ def test_cross_entropy_is_as_exact_as_float32_can_be():
 
 
 @pytest.mark.parametrize("name", ["orthogonal 64×9", "orthogonal 128×1152"])
-def test_orthogonal_is_as_exact_as_float32_can_be(name):
-    """Each of five steps amplifies an error up to 3.4445 times; there are 16 products of numbers up to 1."""
+def test_orthogonal_exactness(name):
+    """Orthogonalization is as exact as float32 can be.
+
+    Each of five steps amplifies an error up to 3.4445 times; there are 16 products of numbers up to 1.
+    """
     found, exact = (made.computed(name, 0, kind) for kind in (torch.clone, torch.Tensor.double))
     error = (found["outputs"].double() - exact["outputs"]).abs().max()
     assert error < 16 * UNIT * 3.4445**5
@@ -423,7 +461,8 @@ each_refused = pytest.mark.parametrize("what", REFUSED)
 
 @needs_avx2
 @each_refused
-def test_what_has_no_fixed_order_is_refused_in_one_line(what):
+def test_refuse_operation_without_order(what):
+    """An operation without a fixed order is refused with a one-line error."""
     function, shapes, line, named, _ = REFUSED[what]
     with pytest.raises(StageError) as raised:
         function(*(torch.ones(shape) for shape in shapes))
@@ -432,13 +471,16 @@ def test_what_has_no_fixed_order_is_refused_in_one_line(what):
 
 
 @each_refused
-def test_float64_is_computed_as_before(what):
+def test_float64_unchanged(what):
+    """Operations in float64 are computed as before."""
     function, shapes, *_, found = REFUSED[what]
     assert {*function(*(torch.ones(shape).double() for shape in shapes)).unique().tolist()} == found
 
 
 @needs_avx2
-def test_a_second_call_changes_nothing(monkeypatch):
+def test_use_fixed_order_twice(monkeypatch):
+    """A second call of `use_fixed_order` changes nothing."""
+
     def refuse(*_):
         raise AssertionError("registered again")
 
@@ -460,8 +502,11 @@ def test_a_second_call_changes_nothing(monkeypatch):
         ("del torch.library.get_kernel", "module 'torch.library' has no attribute 'get_kernel'"),
     ],
 )
-def test_a_torch_that_lacks_an_operation_is_named_with_the_pin(change, fault):
-    """With such a torch, a stage ends with one line, whatever changed in torch."""
+def test_torch_without_operation(change, fault):
+    """The error names a torch that lacks an operation, and where the expected one is pinned.
+
+    With such a torch, a stage ends with one line, whatever changed in torch.
+    """
     code = (
         "import torch, types\n"
         "from fashion_cnn.models.device import prepare_torch\n"
@@ -500,8 +545,11 @@ DIGESTS = {
 
 
 @needs_avx2
-def test_this_torch_sums_in_the_order_of_the_one_that_was_tested():
-    """This test is for upgrades of torch."""
+def test_torch_keeps_tested_order():
+    """This torch sums in the order of the one that was tested.
+
+    This test is for upgrades of torch.
+    """
     found = {name: made.digest(*made.computed(name, 2).values()) for name in DIGESTS}
     assert found == DIGESTS, (
         f"torch {torch.__version__} gives different bytes from 2.14.1. If the other tests here pass, the "

@@ -39,7 +39,8 @@ def run_artifacts() -> set[str]:
     return {file.path for file in store.client.list_artifacts(run.info.run_id)}
 
 
-def test_the_users_index_is_neither_locked_nor_written(repository):
+def test_git_index_untouched(repository):
+    """The user's index is neither locked nor written."""
     index = repository / ".git/index"
     os.utime(repository / "code.py", (0, 0))  # gives `git status` a reason to refresh the index
     before = index.read_bytes()
@@ -54,9 +55,8 @@ def test_the_users_index_is_neither_locked_nor_written(repository):
     assert index.read_bytes() != before
 
 
-def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_continues(
-    repository, monkeypatch, capsys
-):
+def test_folder_of_another_user(repository, monkeypatch, capsys):
+    """A line names a folder of another user and the command that allows it, and the stage continues."""
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     with open_run(TOY, {}, "12" * 32):
         pass
@@ -76,7 +76,8 @@ def test_a_folder_of_another_user_is_named_with_the_command_and_the_stage_contin
         (lambda folder: os.environ.update(PATH=""), "git cannot be run: No such file or directory"),
     ],
 )
-def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoil, words):
+def test_no_commit(workspace, monkeypatch, capsys, spoil, words):
+    """Without a commit, one line says why."""
     monkeypatch.setenv("PATH", os.environ["PATH"])  # restored after the test
     spoil(workspace)
     assert code_state() == ({}, b"")
@@ -84,14 +85,16 @@ def test_without_a_commit_one_line_says_why(workspace, monkeypatch, capsys, spoi
     assert line.startswith(f"the run records no commit: {words}")
 
 
-def test_a_damaged_index_hides_no_change(repository):
+def test_damaged_index(repository):
+    """A damaged index does not hide a change."""
     (repository / ".git/index").write_bytes(b"damaged")
     assert code_tags()["git_dirty"] == "false"
     (repository / "code.py").write_text("two\n")
     assert code_tags()["git_dirty"] == "true"
 
 
-def test_a_diff_that_fails_is_no_empty_diff(repository, capsys):
+def test_failed_diff(repository, capsys):
+    """A diff that fails is not recorded as an empty diff."""
     (repository / "code.py").write_text("two\n")
     shutil.rmtree(repository / ".git/objects")
     (repository / ".git/objects").mkdir()
@@ -106,7 +109,8 @@ def test_a_diff_that_fails_is_no_empty_diff(repository, capsys):
     assert trace["restore"][1] == "# the run had uncommitted changes, which it does not record"
 
 
-def test_a_hook_of_another_repository_changes_no_tag(repository, tmp_path_factory, monkeypatch):
+def test_hook_of_other_repository(repository, tmp_path_factory, monkeypatch):
+    """A hook of another repository does not change the tags."""
     plain, other = code_tags(), tmp_path_factory.mktemp("other")
     git(other, "init", "--quiet")
     git(other, "commit", "--quiet", "--allow-empty", "--message", "other")
@@ -115,7 +119,8 @@ def test_a_hook_of_another_repository_changes_no_tag(repository, tmp_path_factor
     assert code_tags() == plain
 
 
-def test_the_diff_does_not_depend_on_the_users_settings(repository):
+def test_diff_ignores_user_settings(repository):
+    """The diff does not depend on the user's settings."""
     (repository / "new.py").write_text("new\n")
     plain = code_state()
     for setting in ("color.ui=always", "diff.noprefix=true", "status.showUntrackedFiles=no"):
@@ -124,16 +129,20 @@ def test_the_diff_does_not_depend_on_the_users_settings(repository):
     assert code_state() == plain
 
 
-def test_settings_and_results_make_no_tree_dirty(repository):
+def test_git_dirty(repository):
+    """Changed settings and results do not make a tree dirty, but changed code does."""
     assert code_tags()["git_dirty"] == "false"
-    (repository / "params.yaml").write_text("changed by -S")
+    (repository / "metrics").mkdir()
+    for name in ("params.yaml", "dvc.lock", "metrics/a.json"):
+        (repository / name).write_text("changed")
     assert code_tags()["git_dirty"] == "false"
     (repository / "code.py").write_text("new")
     assert code_tags()["git_dirty"] == "true"
 
 
 @pytest.mark.parametrize("how", ["ignored", "skip-worktree", "assume-unchanged"])
-def test_code_that_git_is_set_to_overlook_counts(repository, how):
+def test_code_overlooked_by_git(repository, how):
+    """Changed code counts even if git is set to overlook it."""
     (repository / "stages").mkdir()
     code = repository / "stages/a.py"
     if how == "ignored":
@@ -150,7 +159,8 @@ def test_code_that_git_is_set_to_overlook_counts(repository, how):
     assert b"+two" in diff
 
 
-def test_a_large_file_is_named_and_left_out(repository, capsys):
+def test_large_file(repository, capsys):
+    """A large file is named and left out."""
     with (repository / "big.bin").open("wb") as file:
         file.truncate(200_000_000)
     (repository / "new.py").write_text("new\n")
@@ -161,7 +171,8 @@ def test_a_large_file_is_named_and_left_out(repository, capsys):
     assert "no copy of big.bin" in capsys.readouterr().out
 
 
-def test_the_diff_of_a_dirty_tree_gives_it_back(repository):
+def test_diff_restores_dirty_tree(repository):
+    """The diff of a dirty tree restores the tree."""
     (repository / "code.py").write_text("two\n\n")
     (repository / "new.bin").write_bytes(b"\x00\xff")
     (repository / "latin.txt").write_bytes("é\r\n".encode("latin-1"))
@@ -178,7 +189,8 @@ def test_the_diff_of_a_dirty_tree_gives_it_back(repository):
 
 
 @pytest.mark.parametrize("what", ["-x", "--all", "no-such-commit"])
-def test_trace_takes_no_option_for_a_commit(repository, what):
+def test_trace_refuses_option(repository, what):
+    """`trace` does not mistake an option for a commit."""
     command = [sys.executable, "-m", "fashion_cnn", "trace", "--", what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -186,7 +198,8 @@ def test_trace_takes_no_option_for_a_commit(repository, what):
     assert done.stderr.count("\n") == 1
 
 
-def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
+def test_sync_without_repository(workspace, capsys):
+    """`sync` says why it did not look for experiments."""
     from fashion_cnn.commands.sync import sync_experiments
 
     sync_experiments(None)
@@ -195,14 +208,16 @@ def test_sync_says_why_it_looked_for_no_experiments(workspace, capsys):
     )
 
 
-def test_sync_skips_an_experiment_that_lacks_a_file_and_no_other_fault(repository):
+def test_file_at(repository):
+    """`file_at` gives None for a file that a commit lacks, and raises an error for any other fault."""
     assert file_at("HEAD", "code.py") == b"one\n"
     assert file_at("HEAD", Path("absent")) is None
     with pytest.raises(Exception, match="git ls-tree: fatal: Not a valid object name refs/exps/gone"):
         file_at("refs/exps/gone", "code.py")
 
 
-def test_files_of_many_commits_are_those_of_each(repository):
+def test_files_at(repository):
+    """`files_at` gives each commit's own version of a file."""
     (repository / "code.py").write_text("two\n\nlines")
     git(repository, "commit", "--quiet", "--all", "--message", "two")
     commits = ["HEAD~1", "HEAD", "HEAD~1"]
@@ -210,7 +225,8 @@ def test_files_of_many_commits_are_those_of_each(repository):
     assert list(files_at(["HEAD"], "absent")) == [None]
 
 
-def test_the_summary_says_why_it_compares_nothing(repository, capsys):
+def test_summary_without_committed_lock(repository, capsys):
+    """The summary says why it compares nothing."""
     from fashion_cnn.commands.summary import committed_lock, compared
 
     assert compared({}, committed_lock()) == "The pipeline is up to date."

@@ -18,36 +18,42 @@ from fashion_cnn.models.residual import Residual
 ONES = np.ones((1, 1, 3, 3))
 
 
-def test_ones_over_padded_ones_count_their_neighbours():
+def test_conv2d_counts_neighbours():
+    """A kernel of ones over padded ones counts the ones around each cell, itself included."""
     padded = np.pad(np.ones((1, 1, 5, 5)), ((0, 0), (0, 0), (1, 1), (1, 1)))
     counts = layers.conv2d(padded, ONES, np.zeros(1))[0, 0]
     assert counts.tolist() == [[4, 6, 6, 6, 4], *([[6, 9, 9, 9, 6]] * 3), [4, 6, 6, 6, 4]]
 
 
-def test_bias_is_added_once_and_channels_are_summed():
+def test_conv2d_bias_and_channels():
+    """A convolution sums over the channels and adds the bias once."""
     images = np.stack([np.full((3, 3), 1.0), np.full((3, 3), 10.0)])[None]  # (1, 2, 3, 3)
     assert layers.conv2d(images, np.ones((1, 2, 3, 3)), np.array([0.5])).item() == 9 + 90 + 0.5
 
 
-def test_a_kernel_meets_each_patch_in_place():
+def test_conv2d_kernel_orientation():
+    """A kernel is laid over each patch as it is, without being flipped or transposed."""
     images = np.arange(12.0).reshape(1, 1, 3, 4)
     kernel = np.array([[[[1.0, 0, 0], [0, 0, 10.0]]]])  # 2×3: its corners distinguish rows from columns
     by_hand = [[0 + 60 + 2, 1 + 70 + 2], [4 + 100 + 2, 5 + 110 + 2]]
     assert layers.conv2d(images, kernel, np.array([2.0]))[0, 0].tolist() == by_hand
 
 
-def test_pooling_takes_the_largest_and_drops_the_border():
+def test_max_pool2d():
+    """Max pooling takes the largest value of each window and drops an incomplete border."""
     images = np.arange(25.0).reshape(1, 1, 5, 5)
     assert layers.max_pool2d(images)[0, 0].tolist() == [[6, 8], [16, 18]]
 
 
-def test_linear_relu_and_sigmoid_by_hand():
+def test_linear_relu_and_sigmoid():
+    """The linear layer, ReLU and the sigmoid return the values computed by hand."""
     assert layers.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]), np.array([5.0])).item() == 16
     assert layers.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
     assert layers.sigmoid(np.zeros(1)).item() == 0.5
 
 
-def test_gradients_by_hand():
+def test_conv2d_gradients():
+    """The gradients of a convolution are those computed by hand."""
     images = np.arange(9.0).reshape(1, 1, 3, 3)
     by_image, by_kernel, by_bias = layers.conv2d_gradients(images, 2 * ONES, np.full((1, 1, 1, 1), 3.0))
     assert by_image.tolist() == (6 * ONES).tolist()
@@ -55,7 +61,8 @@ def test_gradients_by_hand():
     assert by_bias.tolist() == [3]
 
 
-def test_random_layers_and_gradients_agree_with_torch():
+def test_layers_match_torch():
+    """Layers on random inputs, and the gradients of a convolution, agree with torch."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, 3, 7, 6), np.float32)
     layer = nn.Conv2d(3, 4, kernel_size=(2, 3))
@@ -65,7 +72,8 @@ def test_random_layers_and_gradients_agree_with_torch():
     assert compare_gradients(layer, images, rng) < 1e-4
 
 
-def test_batch_norm_by_hand():
+def test_batch_norm():
+    """Batch norm's statistics and outputs, and padding, are those computed by hand."""
     values = np.array([1.0, 3, 5, 7]).reshape(2, 1, 1, 2)
     mean, variance = layers.batch_statistics(values)
     assert (mean.item(), variance.item()) == (4, 5)
@@ -84,7 +92,8 @@ def test_batch_norm_by_hand():
     ],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip
-def test_layers_of_the_residual_cnn_agree_with_torch_in_training_and_after(layer):
+def test_residual_layers_match_torch(layer):
+    """The residual CNN's layers agree with torch during training and after it."""
     rng = np.random.default_rng(1)
     images = rng.standard_normal((3, 4, 6, 7))
     model = nn.Sequential(layer)
@@ -102,7 +111,8 @@ def test_layers_of_the_residual_cnn_agree_with_torch_in_training_and_after(layer
 
 
 @pytest.mark.parametrize("wrong", ["batch_statistics", "batch_norm", "batch_norm_gradients", "pad", "relu"])
-def test_an_error_in_a_residual_block_shows(monkeypatch, wrong):
+def test_residual_block_errors(monkeypatch, wrong):
+    """An error in any part of a residual block shows in the comparison."""
     block = Residual(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)).train()
     images = np.random.default_rng(2).standard_normal((2, 2, 5, 5))
     right = getattr(layers, wrong)
@@ -119,7 +129,8 @@ def test_an_error_in_a_residual_block_shows(monkeypatch, wrong):
     assert max(*by_hand, gradients) > 0.001
 
 
-def test_numbers_of_batch_norm_are_drawn_so_that_each_matters():
+def test_fill_batch_norms():
+    """The numbers of a batch norm are drawn so that each of them matters."""
     model = fresh(lambda: build_cnn("residual"), 0)
     fill_batch_norms(model, np.random.default_rng(0))
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -131,7 +142,8 @@ def test_numbers_of_batch_norm_are_drawn_so_that_each_matters():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_wrong_layer_shows(number, monkeypatch):
+def test_wrong_layer(number, monkeypatch):
+    """An error in a layer shows in its own row and in no row before it."""
     wrong = {0: "conv2d", 1: "max_pool2d"}[number]
     right = getattr(layers, wrong)
     monkeypatch.setattr(layers, wrong, lambda *args: right(*args) + 0.01)
@@ -140,7 +152,8 @@ def test_a_wrong_layer_shows(number, monkeypatch):
     assert all(row["error"] < 1e-5 for row in rows[:number])
 
 
-def test_an_error_is_the_largest_one_and_carries_on(monkeypatch):
+def test_errors_propagate(monkeypatch):
+    """A layer's error is its largest one, and it carries on through the layers after it."""
     model = build_toy_cnn()
     with torch.no_grad():
         for layer, weight, bias in ((0, 1.0, 0.0), (4, 2.0, -18.0)):
@@ -168,7 +181,8 @@ def test_an_error_is_the_largest_one_and_carries_on(monkeypatch):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("value", [0.5, float("nan")])
-def test_a_wrong_gradient_shows_with_its_size(monkeypatch, which, value):
+def test_wrong_gradient(monkeypatch, which, value):
+    """An error in any of the gradients shows with its size."""
     right = layers.conv2d_gradients
 
     def wrong(*args):
@@ -183,12 +197,14 @@ def test_a_wrong_gradient_shows_with_its_size(monkeypatch, which, value):
     assert compare_gradients(layer, images, rng) == pytest.approx(value, abs=1e-4, nan_ok=True)
 
 
-def test_an_unknown_layer_is_an_error():
+def test_unknown_layer():
+    """A layer of an unknown type raises an error that names it."""
     with pytest.raises(TypeError, match="Tanh"):
         compare_layers(nn.Sequential(nn.Tanh()), np.ones((1, 1), np.float32))
 
 
-def test_counts_are_compared_layer_by_layer():
+def test_compare_counts():
+    """The numbers of parameters by formula and by summary are compared layer by layer."""
     rows = compare_counts(build_toy_cnn(), (1, 4, 4))
     counts = {"Conv2d-1": 10, "MaxPool2d-2": 0, "ReLU-3": 0, "Flatten-4": 0, "Linear-5": 2, "Sigmoid-6": 0}
     assert rows == [
@@ -198,7 +214,8 @@ def test_counts_are_compared_layer_by_layer():
     assert sum(row["by_formula"] for row in rows) == sum(row["by_summary"] for row in rows) == 896_522
 
 
-def test_a_layer_that_the_summary_lacks_is_an_error(monkeypatch):
+def test_summary_lacks_layer(monkeypatch):
+    """A layer that the summary lacks raises an error."""
     monkeypatch.setattr(comparison, "counts_by_summary", lambda table: [10, 0, 0])
     with pytest.raises(ValueError, match="shorter"):
         compare_counts(build_toy_cnn(), (1, 4, 4))

@@ -30,13 +30,15 @@ from fashion_cnn.project.errors import StageError
         (build_cnn, CNN_SHAPE, [640, 0, 0, 73_856, 0, 0, 0, 819_456, 0, 2_570]),
     ],
 )
-def test_parameters_are_those_of_the_lesson_counted_three_ways(build, shape, counts):
+def test_parameter_counts(build, shape, counts):
+    """The models have the lesson's numbers of parameters, counted in three ways."""
     model = build()
     assert counts_by_formula(model) == counts_by_summary(summarize(model, shape)) == counts
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(counts)
 
 
-def test_weights_come_back_whatever_their_layout(tmp_path):
+def test_weights_round_trip(tmp_path):
+    """Weights are saved as the same bytes whatever their layout, and load unchanged."""
     model = fresh(build_cnn, 0)
     save_weights(model, tmp_path / "a.safetensors")
     save_weights(model.to(memory_format=torch.channels_last), tmp_path / "b.safetensors")
@@ -46,7 +48,8 @@ def test_weights_come_back_whatever_their_layout(tmp_path):
     assert torch.equal(again[9].weight, model[9].weight)
 
 
-def test_the_cnns_layers_are_those_of_the_lesson():
+def test_lesson_layers():
+    """The layers of the CNN and of the toy CNN are those of the lesson."""
     shapes = [tuple(tensor.shape) for tensor in build_cnn().state_dict().values()]
     assert shapes == [(64, 1, 3, 3), (64,), (128, 64, 3, 3), (128,), (256, 3200), (256,), (10, 256), (10,)]
     kinds = [type(layer) for layer in build_cnn()]
@@ -57,13 +60,15 @@ def test_the_cnns_layers_are_those_of_the_lesson():
     assert {layer.kernel_size for layer in build_cnn() if isinstance(layer, nn.MaxPool2d)} == {2}
 
 
-def test_a_fresh_model_has_torchs_weights_for_its_seed():
+def test_fresh_weights():
+    """A fresh model has the weights that torch draws for its seed."""
     torch.manual_seed(7)
     expected = nn.Linear(1, 1).weight
     assert torch.equal(fresh(lambda: nn.Sequential(nn.Linear(1, 1)), 7)[0].weight, expected)
 
 
-def test_a_summary_is_text_and_leaves_the_model_as_it_is(capsys):
+def test_summarize(capsys):
+    """A summary is returned as text, is not printed, and leaves the model as it is."""
     model = build_toy_cnn()
     text = summarize(model, TOY_SHAPE)
     assert "Conv2d-1" in text
@@ -72,7 +77,8 @@ def test_a_summary_is_text_and_leaves_the_model_as_it_is(capsys):
     assert not any(layer._forward_hooks for layer in model)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+def test_load_other_weights(tmp_path):
+    """Weights of another model are refused in one line that names the file."""
     save_weights(build_toy_cnn(), tmp_path / "toy.safetensors")
     with pytest.raises(
         StageError, match=r"toy\.safetensors: weights do not fit the model: Error.* .*Missing key"
@@ -82,7 +88,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
     assert "  " not in str(e.value)
 
 
-def test_loss_and_accuracy_by_hand():
+def test_loss_and_accuracy():
+    """Loss and accuracy are those computed by hand."""
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])  # undecided: loss ln 2, and argmax takes class 0
     loss, accuracy = loss_and_accuracy(logits, np.array([0, 1], np.uint8))
     assert loss == pytest.approx(np.log(2))
@@ -93,7 +100,8 @@ def test_loss_and_accuracy_by_hand():
     assert accuracy == pytest.approx(2 / 3)
 
 
-def test_input_is_a_channel_of_fractions_of_255():
+def test_to_input():
+    """The input has one channel, whose values are fractions of 255."""
     images = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
     given = to_input(images)
     assert (given.shape, given.dtype) == ((1, 1, 2, 2), torch.float32)
@@ -101,7 +109,8 @@ def test_input_is_a_channel_of_fractions_of_255():
     assert images.flatten().tolist() == [0, 51, 102, 255]
 
 
-def test_predictions_come_in_order_batch_by_batch_in_eval_mode(images, monkeypatch):
+def test_predict(images, monkeypatch):
+    """Predictions are made in eval mode, batch by batch, and returned in order."""
     monkeypatch.setattr(inference, "BATCH", 5)  # 5, 5, 5 and 1
     batches = []
 
@@ -118,7 +127,8 @@ def test_predictions_come_in_order_batch_by_batch_in_eval_mode(images, monkeypat
     assert logits.is_inference()
 
 
-def test_a_model_moves_in_the_layout_of_its_convolutions():
+def test_to_device():
+    """A model moves to a device in the channels-last layout, in which convolutions are fastest."""
     model = to_device(build_cnn(), torch.device("cpu"))
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
     assert to_device(model, torch.device("meta"))[3].weight.device.type == "meta"
@@ -128,7 +138,8 @@ TOY_IMAGES = np.stack([np.full((1, 4, 4), 0.5), np.full((1, 4, 4), -0.5)]).astyp
 TOY_LABELS = np.array([0, 1], np.float32)
 
 
-def test_the_toy_learns_and_repeats_itself():
+def test_toy_training():
+    """The toy learns to tell its images apart, and a second training gives the same losses."""
     model, losses, _ = train_toy(TOY_IMAGES, TOY_LABELS, epochs=300, learning_rate=0.01, seed=0)
     assert losses[-1] < losses[0] / 2
     low, high = outputs(model, TOY_IMAGES)
@@ -136,7 +147,8 @@ def test_the_toy_learns_and_repeats_itself():
     assert train_toy(TOY_IMAGES, TOY_LABELS, epochs=300, learning_rate=0.01, seed=0)[1] == losses
 
 
-def test_the_toys_first_loss_and_steps_by_hand():
+def test_toy_first_steps():
+    """The toy's first loss and first steps are those computed by hand."""
     initial = fresh(build_toy_cnn, 3)
     [first, second] = outputs(initial, TOY_IMAGES)
     # Negligible steps: the losses of labels 0 and 1 are those of the initial outputs.
@@ -152,7 +164,8 @@ def test_the_toys_first_loss_and_steps_by_hand():
 
 
 @pytest.mark.parametrize(("epochs", "kept"), [(300, 101), (7, 8), (1, 2)])
-def test_the_toys_parameters_are_kept_at_about_100_epochs_the_first_and_the_last_among_them(epochs, kept):
+def test_toy_history(epochs, kept):
+    """The toy's parameters are kept at up to about 100 epochs, the first and the last among them."""
     model, _, history = train_toy(TOY_IMAGES, TOY_LABELS, epochs=epochs, learning_rate=0.01, seed=4)
     assert len(history) == kept
     assert [history[0]["epoch"], history[-1]["epoch"]] == [0, epochs]
@@ -163,12 +176,14 @@ def test_the_toys_parameters_are_kept_at_about_100_epochs_the_first_and_the_last
     assert history[1] | {"epoch": 0} != history[0]
 
 
-def test_every_image_of_the_toy_has_a_label():
+def test_toy_lacks_label():
+    """An image of the toy without a label raises an error."""
     with pytest.raises(ValueError, match="shorter"):
         train_toy(TOY_IMAGES, TOY_LABELS[:1], epochs=1, learning_rate=0.01, seed=0)
 
 
-def test_a_dead_relu_is_distinguished_from_a_live_one():
+def test_is_relu_dead():
+    """A dead ReLU is distinguished from a live one."""
     model = build_toy_cnn()
     with torch.no_grad():
         model[0].weight.zero_()

@@ -39,7 +39,8 @@ def options(**changes) -> SimpleNamespace:
 # Moves of a batch
 
 
-def test_an_epoch_draws_every_image_once_and_moves_none_by_default():
+def test_draw_epoch():
+    """An epoch draws every image once and by default moves none."""
     takes = draw_epoch(TRAIN, 3, options(), 1)
     assert sorted(takes[:, INDEX]) == TRAIN.tolist()
     assert set(takes[:, VARIANT]) == {0, 1, 2}
@@ -47,12 +48,14 @@ def test_an_epoch_draws_every_image_once_and_moves_none_by_default():
     assert (takes[:, COUNT] == 1).all()
 
 
-def test_options_change_neither_order_nor_variants():
+def test_moves_keep_order():
+    """Flips and shifts change neither the order of the images nor their variants."""
     plain, moved = draw_epoch(TRAIN, 3, options(), 2), draw_epoch(TRAIN, 3, options(flips=True, shift=4), 2)
     assert (plain[:, [INDEX, VARIANT]] == moved[:, [INDEX, VARIANT]]).all()
 
 
-def test_each_image_is_mirrored_in_every_other_epoch():
+def test_alternating_flips():
+    """With flips, each image is mirrored in every other epoch."""
     flips = []
     for epoch in range(1, 5):
         takes = draw_epoch(TRAIN, 1, options(flips=True), epoch)
@@ -63,7 +66,8 @@ def test_each_image_is_mirrored_in_every_other_epoch():
     assert 400 < flips[0].sum() < 600  # six standard deviations
 
 
-def test_shifts_are_uniform_on_both_axes_and_new_in_each_epoch():
+def test_uniform_shifts():
+    """Shifts are uniform on both axes and drawn anew in each epoch."""
     drawn = np.concatenate([draw_epoch(TRAIN, 1, options(shift=2), epoch) for epoch in range(1, 11)])
     for axis in (DOWN, RIGHT):
         values, counts = np.unique(drawn[:, axis], return_counts=True)
@@ -73,7 +77,8 @@ def test_shifts_are_uniform_on_both_axes_and_new_in_each_epoch():
     assert (drawn[:1000, DOWN] != drawn[1000:2000, DOWN]).any()
 
 
-def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
+def test_halve_easy():
+    """Half of the easy images are left out, and the other half count twice."""
     losses = np.random.default_rng(0).random(1100)
     whole = draw_epoch(TRAIN, 3, options(), 4)
     takes = halve_easy(whole.copy(), losses, options(prune_easy=0.6), 4)
@@ -87,7 +92,8 @@ def test_half_of_the_easy_images_is_left_out_and_the_other_half_counts_twice():
 
 
 @pytest.mark.parametrize("n", [9, 10])  # with an odd number of easy images, one counts once
-def test_each_epoch_leaves_out_others_and_the_first_none(n):
+def test_halve_easy_by_epoch(n):
+    """Each epoch leaves out different images, and the first leaves out none."""
     left = []
     for epoch in range(1, 40):
         takes = draw_epoch(TRAIN[:n], 1, options(), epoch)
@@ -98,15 +104,19 @@ def test_each_epoch_leaves_out_others_and_the_first_none(n):
     assert set.union(*left) == set(TRAIN[:n])
 
 
-def test_which_images_are_left_out_is_another_draw_than_their_order():
-    """If all are easy in the order of their indices, the order's draw would drop the epoch's first half."""
+def test_halve_easy_draws_separately():
+    """The draw of the images to leave out is separate from the draw of their order.
+
+    If all are easy in the order of their indices, the order's draw would drop the epoch's first half.
+    """
     indices = np.arange(1000)
     takes = draw_epoch(indices, 1, options(), 2)
     kept = halve_easy(takes.copy(), indices, options(prune_easy=1), 2)
     assert 200 < np.isin(takes[:500, INDEX], kept[:, INDEX]).sum() < 300  # 250 ± 47 (six standard deviations)
 
 
-def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
+def test_step_weighs_losses(images):
+    """A step keeps the loss of each image and weighs it by the image's count."""
     model = fresh(build_cnn, 0)
     takes = F.pad(torch.arange(6)[:, None], (0, 5))
     takes[:, COUNT] = torch.tensor([1, 2, 1, 2, 2, 1])
@@ -135,7 +145,8 @@ def test_a_step_keeps_the_loss_of_each_image_and_weighs_it_by_its_count(images):
 
 @pytest.mark.parametrize("flip", [0, 1])
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (3, 0), (-2, 1), (0, -28), (14, 14)])
-def test_a_take_is_its_image_mirrored_and_then_shifted(images, flip, down, right):
+def test_cut(images, flip, down, right):
+    """A take is its image, mirrored and then shifted."""
     pool = np.stack([images, 255 - images])
     takes = torch.tensor([[5, 1, flip, down, right, 1], [2, 0, 0, 0, 0, 1]])
     found = cut(torch.from_numpy(pool), takes, moved=True).numpy()
@@ -153,7 +164,8 @@ def test_a_take_is_its_image_mirrored_and_then_shifted(images, flip, down, right
 # The learning rate, the step
 
 
-def test_a_cycle_rises_for_a_fifth_of_the_steps_and_falls_to_nearly_0():
+def test_one_cycle():
+    """The one-cycle rate rises for a fifth of the steps and then falls to nearly 0."""
     params = options(schedule="one-cycle", learning_rate=0.5)
     rates = [scheduled(params, step, 100) for step in range(100)]
     assert rates[:3] == pytest.approx([2.5 / 101, 5 / 101, 7.5 / 101])
@@ -166,7 +178,8 @@ def test_a_cycle_rises_for_a_fifth_of_the_steps_and_falls_to_nearly_0():
 
 
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)])
-def test_the_rate_that_is_set_is_that_of_the_next_step(rate):
+def test_set_rate(rate):
+    """The next step uses the rate that has been set."""
     weight = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0)
     weight.grad = torch.ones(4, 4)
@@ -175,7 +188,8 @@ def test_the_rate_that_is_set_is_that_of_the_next_step(rate):
     assert weight.detach().numpy() == pytest.approx(np.full((4, 4), 0.75))  # Adam's first step is the rate
 
 
-def test_weights_decay_and_biases_and_scales_do_not():
+def test_weight_decay():
+    """Weights decay, whereas biases and scales do not."""
     model = fresh(lambda: build_cnn("residual"), 0)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     for parameter in model.parameters():
@@ -186,7 +200,8 @@ def test_weights_decay_and_biases_and_scales_do_not():
         assert torch.allclose(parameter, kept * before[name]), name
 
 
-def test_muon_makes_every_direction_of_a_step_count_alike():
+def test_orthogonal():
+    """Muon makes all directions of a step count about equally."""
     torch.manual_seed(0)
     matrix = torch.randn(24, 100) @ torch.diag(torch.linspace(0.1, 1, 100))
     left, _, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
@@ -200,8 +215,11 @@ def test_muon_makes_every_direction_of_a_step_count_alike():
     assert (orthogonal(torch.zeros(3, 9)) == 0).all()
 
 
-def test_muon_moves_convolutions_by_its_steps_and_all_else_by_adamws():
-    """The reference is torch.optim.Muon, which computes in bfloat16 and takes only matrices."""
+def test_muon_and_adamw():
+    """Muon moves the convolutions by its own steps and everything else by AdamW's.
+
+    The reference is torch.optim.Muon, which computes in bfloat16 and takes only matrices.
+    """
     settings = {"learning_rate": 0.1, "weight_decay": 0.5}
     ours, other = (fresh(lambda: build_cnn("residual"), 0) for _ in range(2))
     optimizer = build_optimizer(ours, options(optimizer="muon", **settings), CPU)
@@ -230,7 +248,8 @@ def test_muon_moves_convolutions_by_its_steps_and_all_else_by_adamws():
             assert torch.equal(weight, parameter), name
 
 
-def test_muon_reads_its_rate_where_a_graph_does():
+def test_muon_tensor_rate():
+    """Muon takes the same steps if its rate is a tensor, as it is where a graph reads it."""
     moved = []
     for rate in (0.5, torch.tensor(0.5)):
         torch.manual_seed(0)
@@ -244,8 +263,11 @@ def test_muon_reads_its_rate_where_a_graph_does():
     assert torch.allclose(*moved, atol=1e-6)
 
 
-def test_a_rate_is_a_number_that_can_become_any_other_also_where_a_graph_reads_it(monkeypatch):
-    """On a GPU, AdamW is made capturable, and its rate is a tensor."""
+def test_rate_of_any_value(monkeypatch):
+    """A rate can be changed to any other number, also where a graph reads it.
+
+    On a GPU, AdamW is made capturable, and its rate is a tensor.
+    """
     asked = {}
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: asked.update(settings))
     build_optimizer(build_cnn(), options(learning_rate=1), torch.device("cpu"))
@@ -259,7 +281,8 @@ def test_a_rate_is_a_number_that_can_become_any_other_also_where_a_graph_reads_i
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_the_loss_is_cross_entropy_with_a_share_of_each_label_for_all_classes(images, smoothing):
+def test_label_smoothing(images, smoothing):
+    """The loss is cross-entropy with a share of each label spread over all classes."""
     model = fresh(build_cnn, 0)
     with torch.inference_mode():
         shares = model(torch.from_numpy(images[:6, None] / 255).float()).double().softmax(1).numpy()
@@ -283,7 +306,8 @@ def test_the_loss_is_cross_entropy_with_a_share_of_each_label_for_all_classes(im
 # The models
 
 
-def test_a_residual_block_adds_its_layers_to_its_inputs_before_the_relu():
+def test_residual_block():
+    """A residual block adds its layers' outputs to its inputs before the ReLU."""
     block = Residual(torch.nn.Conv2d(1, 1, 1))
     block[0].weight.data.fill_(-3)
     block[0].bias.data.fill_(1)
@@ -291,7 +315,8 @@ def test_a_residual_block_adds_its_layers_to_its_inputs_before_the_relu():
     assert block(values).flatten().tolist() == [5, 0.5, 0]  # v - 3v + 1, and 0 for -3
 
 
-def test_a_fresh_residual_block_gives_what_comes_out_of_the_relu_before_it():
+def test_fresh_residual_block():
+    """A fresh residual block returns unchanged what comes out of the ReLU before it."""
     model = fresh(lambda: build_cnn("residual"), 1).eval()
     [first, *_] = [layer for layer in model if isinstance(layer, Residual)]
     values = torch.rand(2, 32, 13, 13)
@@ -299,14 +324,16 @@ def test_a_fresh_residual_block_gives_what_comes_out_of_the_relu_before_it():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_reads_images_and_has_at_most_the_lessons_parameters(name):
+def test_model_sizes(name):
+    """Every model reads images and has at most as many parameters as the lesson's."""
     model = build_cnn(name)
     assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
     assert sum(parameter.numel() for parameter in model.parameters()) <= 896_522
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_table_of_a_model_of_several_views_lists_each_layer_once(name):
+def test_summary_of_views(name):
+    """The table of a model with several views lists each layer once."""
     plain, several = (build_cnn(name, views).eval() for views in (1, 2))
     assert summarize(several, CNN_SHAPE) == summarize(plain, CNN_SHAPE)
     count = sum(parameter.numel() for parameter in plain.parameters())
@@ -316,7 +343,8 @@ def test_the_table_of_a_model_of_several_views_lists_each_layer_once(name):
 
 @pytest.mark.parametrize("views", [2, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_several_views_gives_the_mean_of_their_logits_and_trains_on_one(name, views):
+def test_views(name, views):
+    """A model with several views returns the weighted mean of their logits and trains on one view."""
     plain, several = (fresh(lambda views=views: build_cnn(name, views), 2).eval() for views in (1, views))
     images = torch.rand(3, 1, 28, 28)
     moved = [images.numpy()]
@@ -339,7 +367,8 @@ def test_a_model_of_several_views_gives_the_mean_of_their_logits_and_trains_on_o
 
 @pytest.mark.parametrize("views", [1, 2, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, views):
+def test_weights_name_their_model(tmp_path, name, views):
+    """A file of weights says which model they belong to, and it is loaded as that model."""
     model = fresh(lambda: build_cnn(name, views), 5)
     model(torch.rand(8, 1, 28, 28))  # updates batch norm's statistics
     for file in ("a", "b"):
@@ -363,7 +392,8 @@ def test_a_file_of_weights_says_which_model_they_are_of(tmp_path, name, views):
         ({"model": ""}, "expected lesson or residual"),
     ],
 )
-def test_weights_of_another_model_are_refused_in_a_line(tmp_path, about, words):
+def test_other_weights_are_refused(tmp_path, about, words):
+    """Weights of another model are refused in one line that names the file."""
     tensors = {name: tensor.numpy() for name, tensor in build_cnn().state_dict().items()}
     write_tensors(tmp_path / "w.safetensors", tensors, about)
     with pytest.raises(StageError) as raised:

@@ -50,7 +50,8 @@ UNREAD = [">&-", "2>&-", ">&- 2>&- <&-", "| head -0", "2>&1 | head -0", "2> >(he
 
 
 @pytest.mark.parametrize("output", UNREAD)
-def test_an_output_that_nobody_reads_fails_no_stage(folder, output):
+def test_unread_output(folder, output):
+    """A stage does not fail if nobody reads its output."""
     done = sh(folder, f"python stage.py {output}")
     assert done.returncode == 0, done.stderr[-1000:]
     assert not [line for line in done.stderr.splitlines() if line.startswith(("error", "Traceback"))]
@@ -58,7 +59,8 @@ def test_an_output_that_nobody_reads_fails_no_stage(folder, output):
 
 
 @pytest.mark.parametrize("output", [*UNREAD, ">/dev/full"])
-def test_a_real_failure_keeps_its_exit_code_and_its_line(folder, output):
+def test_failure_keeps_exit_code(folder, output):
+    """A real failure keeps its exit code and its error line."""
     done = sh(folder, f"python stage.py fail {output}")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
@@ -68,14 +70,16 @@ def test_a_real_failure_keeps_its_exit_code_and_its_line(folder, output):
 
 
 @pytest.mark.parametrize("command", ["stage.py", "-m fashion_cnn trace --help"])
-def test_a_full_disk_behind_the_output_is_reported_when_the_work_is_done(folder, command):
+def test_full_disk(folder, command):
+    """A full disk behind the output is reported when the work is done."""
     done = sh(folder, f"python {command} >/dev/full")
     assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
     assert done.returncode == 1
     assert (folder / "done").exists() == (command == "stage.py")
 
 
-def test_a_training_whose_output_nobody_reads_is_whole(workspace):
+def test_unread_training(workspace):
+    """A training is complete even if nobody reads its output."""
     path = workspace / "params.yaml"
     path.write_text(path.read_text().replace("epochs: 2000", "epochs: 20"))
     done = sh(workspace, f"cd '{workspace}'; for s in build_toy_tensors train_toy_cnn; do "
@@ -90,14 +94,16 @@ MEND = (
 )
 
 
-def test_a_lock_is_mended_though_nobody_reads_of_it(workspace):
+def test_unread_mend_lock(workspace):
+    """A damaged lock is mended even if nobody reads the report on it."""
     (workspace / "dvc.lock").write_text("schema: '2.0'\nsta")
     done = sh(workspace, f'python -c "{MEND}" | head -0')
     assert (done.returncode, done.stderr) == (0, "")
     assert not (workspace / "dvc.lock").exists()
 
 
-def test_a_line_is_there_as_soon_as_it_is_printed_into_a_pipe_too(workspace):
+def test_line_buffered_pipe(workspace):
+    """A line arrives as soon as it is printed, even in a pipe."""
     code = (
         "import time; from fashion_cnn.project.process import run_stage;"
         "run_stage(lambda: (print('at once'), time.sleep(20)))"

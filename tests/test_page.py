@@ -200,7 +200,8 @@ def unpacked(values: np.ndarray) -> np.ndarray:
     return (steps * packed["step"]).reshape(packed["shape"]).astype(np.float32)
 
 
-def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
+def test_int16_weights():
+    """Stored weights are close to the trained ones and mark values that are not numbers."""
     values = np.array([[0.5, -0.25, 0.1], [0, np.nan, -np.inf]], np.float32)
     packed = contents.int16(values)
     steps = np.frombuffer(base64.b64decode(packed["int16"]), np.int16)
@@ -211,7 +212,8 @@ def test_stored_weights_are_near_the_trained_ones_and_say_what_is_no_number():
 
 @needs_browser
 @pytest.mark.parametrize("which", ["", "_residual"])
-def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
+def test_browser_logits(request, which):
+    """The browser's logits and probabilities are torch's."""
     page = request.getfixturevalue(f"{which}_page".lstrip("_"))
     built = request.getfixturevalue(f"built{which}")
     images, _ = garments(40, 2)
@@ -247,7 +249,8 @@ def test_the_browsers_logits_and_probabilities_are_torchs(request, which):
 
 
 @needs_browser
-def test_images_are_moved_as_evaluate_cnn_moves_them(page):
+def test_browser_moves(page):
+    """The browser moves images as evaluate_cnn does."""
     images, _ = garments(4, 3)
     pixels, rotated = images.reshape(4, -1).tolist(), []
     for transform, code, amounts in (
@@ -272,7 +275,8 @@ def test_images_are_moved_as_evaluate_cnn_moves_them(page):
 
 
 @needs_browser
-def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parameter(page, built):
+def test_toy_values(page, built):
+    """Every value of the toy is torch's, also after a pixel or a parameter has been edited."""
     model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
 
     def steps(image: np.ndarray) -> list[np.ndarray]:
@@ -322,7 +326,8 @@ def test_every_value_of_the_toy_is_torchs_and_follows_an_edited_pixel_and_parame
 
 
 @needs_browser
-def test_the_products_that_are_written_out_sum_to_the_cell(page):
+def test_products_sum_to_cell(page):
+    """The products that are written out sum to the value of the cell."""
     page.get_by_role("button", name="Convolution, row 2, column 1").hover()
     for place in ("#toy-working", "#conv-1-working", "#conv-2-working"):
         rows = page.locator(f"{place} table").first.locator("tr").all_inner_texts()[1:]
@@ -332,7 +337,8 @@ def test_the_products_that_are_written_out_sum_to_the_cell(page):
 
 
 @needs_browser
-def test_the_slider_goes_through_the_training(page, built):
+def test_toy_slider(page, built):
+    """The slider goes through the toy's training from its initial to its final parameters."""
     slider = page.locator("#toy-moment")
     slider.press("Home")
     assert page.locator("#toy-epoch").inner_text() == "after epoch 0 of 40"
@@ -348,7 +354,8 @@ def test_the_slider_goes_through_the_training(page, built):
 
 
 @needs_browser
-def test_a_dead_relu_is_called_one(page):
+def test_dead_relu_note(page):
+    """The page calls a dead ReLU dead, but not a live one."""
     page.get_by_label("Bias of the kernel").fill("-100")
     assert "a dead ReLU" in page.locator("#toy-note").inner_text()
     page.get_by_label("Bias of the kernel").fill("100")
@@ -367,7 +374,8 @@ def with_stored_weights(model: torch.nn.Sequential) -> torch.nn.Sequential:
 @needs_browser
 @pytest.mark.parametrize("which", ["", "_residual"])
 @pytest.mark.parametrize(("one", "other"), [(3, 7), (0, -1)])
-def test_what_places_and_maps_add_is_gradient_times_input(request, which, one, other):
+def test_attribution(request, which, one, other):
+    """What places and maps add to the logits is gradient times input."""
     page = request.getfixturevalue(f"{which}_page".lstrip("_"))
     image = garments(1, 2)[0]
     for name, model in models(request.getfixturevalue(f"built{which}")).items():
@@ -394,7 +402,8 @@ def test_what_places_and_maps_add_is_gradient_times_input(request, which, one, o
 
 
 @needs_browser
-def test_the_classes_that_are_compared_can_be_chosen(page, built):
+def test_choose_classes(page, built):
+    """The classes that are compared can be chosen."""
     page.locator("#end-class").select_option(label="Dress")
     page.locator("#end-rival").select_option(label="Bag")
     assert page.locator("#end-working-title").inner_text() == "Dress − Bag, by map"
@@ -409,8 +418,11 @@ def test_the_classes_that_are_compared_can_be_chosen(page, built):
 
 
 @needs_browser
-def test_a_receptive_field_is_all_that_a_cell_is_made_of(page):
-    """Sizes and corners by hand: a convolution adds 2 to the size, pooling doubles everything."""
+def test_receptive_field(page):
+    """A receptive field is all of the image that a cell is computed from.
+
+    Sizes and corners by hand: a convolution adds 2 to the size, pooling doubles everything.
+    """
     fields = page.evaluate(
         "[0, 1, 3, 4].map((place) => receptive_field(networks.original, place, [2, 1]))"
         ".map(({top, left, size}) => [top, left, size])"
@@ -419,7 +431,8 @@ def test_a_receptive_field_is_all_that_a_cell_is_made_of(page):
 
 
 @needs_browser
-def test_the_sentence_about_a_move_has_torchs_numbers(page, built):
+def test_move_sentence(page, built):
+    """The sentence about a move gives torch's numbers."""
     label, image = picture(page, 9)
     page.locator("#picker button").nth(9).click()
     for _ in range(3):
@@ -440,7 +453,8 @@ def test_the_sentence_about_a_move_has_torchs_numbers(page, built):
 
 
 @needs_browser
-def test_the_gradients_of_the_toy_are_torchs(page, built):
+def test_toy_gradients(page, built):
+    """The gradients and the loss of the toy are torch's."""
     of_kernel = []
     for at, (image, label) in enumerate(zip(TOY_IMAGES, TOY_LABELS, strict=True)):
         model = load_weights(build_toy_cnn(), built / catalog.TOY.weights)
@@ -459,7 +473,9 @@ def test_the_gradients_of_the_toy_are_torchs(page, built):
 
 
 @needs_browser
-def test_steps_from_an_epoch_and_after_an_edit_are_those_of_torchs_adam(page):
+def test_toy_steps(page):
+    """Steps from a chosen epoch and after an edit are those of torch's Adam."""
+
     def parameters() -> list[float]:
         rows = page.locator("#step-table tr:has(td)").all_inner_texts()
         return [to_number(row.split("\t")[1]) for row in rows]
@@ -487,7 +503,9 @@ def test_steps_from_an_epoch_and_after_an_edit_are_those_of_torchs_adam(page):
 
 
 @needs_browser
-def test_a_step_tells_the_loss_of_its_image_and_of_both(page):
+def test_step_losses(page):
+    """The note on a step gives the losses of its image and of both, before and after it."""
+
     def losses(model) -> list[float]:
         outputs = model(torch.from_numpy(TOY_IMAGES)).flatten()
         return F.binary_cross_entropy(
@@ -511,7 +529,8 @@ def test_a_step_tells_the_loss_of_its_image_and_of_both(page):
 
 
 @needs_browser
-def test_the_browsers_adam_is_torchs(page):
+def test_browser_adam(page):
+    """The browser's Adam arrives at the same weights as torch's."""
     gradients = np.random.default_rng(0).normal(0, [1e-4, 1, 100, *[0.1] * 9], (20, 12)).astype(np.float32)
     gradients[::3, 5] = 0
     weights = torch.zeros(12, requires_grad=True)
@@ -541,7 +560,8 @@ def contents_rate(page) -> float:
 
 
 @needs_browser
-def test_with_a_dead_relu_the_kernel_does_not_move(page):
+def test_dead_relu_stops_kernel(page):
+    """With a dead ReLU, a step does not move the kernel."""
     page.get_by_label("Bias of the kernel").fill("-100")
     rows = [row.split("\t") for row in page.locator("#step-table tr:has(td)").all_inner_texts()]
     assert [to_number(row[2]) for row in rows[:11]] == [0] * 11
@@ -555,7 +575,8 @@ def test_with_a_dead_relu_the_kernel_does_not_move(page):
 
 
 @needs_browser
-def test_the_winner_of_a_pooling_is_marked(page, built):
+def test_pooling_winner(page, built):
+    """The largest value of a pooling window is marked, and its place is given."""
     winner = page.locator("#toy-flow .winner")
     values = [
         to_number(text) for text in page.locator("#toy-flow figure").nth(2).locator(".cell").all_inner_texts()
@@ -574,7 +595,8 @@ def test_the_winner_of_a_pooling_is_marked(page, built):
 
 
 @needs_browser
-def test_the_products_of_any_map_before_are_written_out(page):
+def test_products_of_chosen_map(page):
+    """The products of any map of the layer before can be written out."""
     working = page.locator("#conv-2-working")
     source = working.locator("button.name").nth(3)
     name, share = (
@@ -592,7 +614,8 @@ def test_the_products_of_any_map_before_are_written_out(page):
 
 
 @needs_browser
-def test_on_a_narrow_screen_the_parts_are_folded(built):
+def test_narrow_screen(built):
+    """On a narrow screen, each part stays folded until its link is followed."""
     with open_page(390, 900) as page:
         page.goto((built / build_page.PAGE).as_uri())
         assert page.evaluate("document.documentElement.scrollHeight") < 4000
@@ -602,7 +625,8 @@ def test_on_a_narrow_screen_the_parts_are_folded(built):
 
 
 @needs_browser
-def test_each_confusion_has_an_image(page):
+def test_confusion_images(page):
+    """Each kind of confusion has an image to show."""
     for name in ("original", "augmented"):
         page.get_by_label(f"{name} images", exact=True).check()
         kinds = page.evaluate(
@@ -613,7 +637,8 @@ def test_each_confusion_has_an_image(page):
 
 
 @needs_browser
-def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
+def test_choose_and_move_image(page, built):
+    """The image that is chosen and moved by keyboard is the one that the CNNs read."""
     images, labels = garments(2000, 1)
     shown = page.evaluate("contents.images")
     assert len(shown) == 30
@@ -646,7 +671,8 @@ def test_what_is_chosen_is_what_is_read_and_moved_by_keyboard(page, built):
 
 
 @needs_browser
-def test_the_line_is_val_accuracy_and_the_dashes_are_train_accuracy(page, built):
+def test_accuracy_curves(page, built):
+    """The solid line shows val accuracy, and the dashed line shows train accuracy."""
     last = json.loads(page.locator("#contents").text_content())["cnns"]["original"]["curve"]
     height = "(kind) => document.querySelector(`#cnn-curves path.curve.original${kind}`).getBBox().y"
     line, dashes = (page.evaluate(height, kind) for kind in (":not(.train)", ".train"))
@@ -655,7 +681,8 @@ def test_the_line_is_val_accuracy_and_the_dashes_are_train_accuracy(page, built)
 
 
 @needs_browser
-def test_a_cell_of_the_confusion_matrix_shows_its_images(page, built):
+def test_confusion_cell(page, built):
+    """A click on a cell of the confusion matrix shows its images."""
     counts = json.loads((built / "metrics/evaluate_cnn/original_mistakes.json").read_text())["surest"]
     row = counts[0]
     same = [one for one in counts if one["label"] == row["label"]]
@@ -664,7 +691,8 @@ def test_a_cell_of_the_confusion_matrix_shows_its_images(page, built):
 
 
 @needs_browser
-def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
+def test_choose_map_by_keyboard(page):
+    """A map and one of its cells can be chosen by keyboard."""
     slider = page.get_by_role("slider", name="Map").first
     slider.press("Home")
     slider.press("ArrowRight")
@@ -677,8 +705,11 @@ def test_a_map_and_its_cell_are_chosen_by_keyboard(page):
 
 
 @needs_browser
-def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_residual):
-    """The maps of image 3 in part 2, and the words above them."""
+def test_residual_steps(residual_page, built_residual):
+    """Every step of a residual CNN has torch's values and a description.
+
+    This compares the maps of image 3 in part 2, and reads the words above them.
+    """
     page = residual_page
     page.locator("#picker button").nth(3).click()
     _, image = picture(page, 3)
@@ -722,7 +753,8 @@ def test_every_step_of_a_residual_cnn_is_torchs_and_said(residual_page, built_re
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 800, 1400])
 @pytest.mark.parametrize("which", ["built", "built_residual"])
-def test_it_fits_and_everyone_can_read_it(request, which, width, scheme):
+def test_accessibility(request, which, width, scheme):
+    """The page fits the screen and has no serious accessibility violation."""
     from axe_playwright_python.sync_playwright import Axe
 
     with open_page(width, 900, color_scheme=scheme) as page:
@@ -734,14 +766,16 @@ def test_it_fits_and_everyone_can_read_it(request, which, width, scheme):
     assert [(one["id"], one["nodes"][0]["html"][:100]) for one in serious] == []
 
 
-def test_the_page_is_small_and_the_same_bytes_each_time(built, monkeypatch):
+def test_page_is_reproducible(built, monkeypatch):
+    """The page is small and consists of the same bytes each time it is built."""
     monkeypatch.chdir(built)
     before = build_page.PAGE.read_bytes()
     assert len(before) < LIMIT
     assert build(monkeypatch, *garments(2000, 1)) == before
 
 
-def test_it_asks_for_nothing(built):
+def test_page_is_self_contained(built):
+    """The page requests nothing from elsewhere."""
     text = (built / build_page.PAGE).read_text()
     assert "default-src 'none'" in text
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text)
@@ -749,7 +783,8 @@ def test_it_asks_for_nothing(built):
 
 
 @needs_browser
-def test_large_params_give_a_page_below_the_limit_that_says_what_it_left_out(workspace, monkeypatch):
+def test_large_params(workspace, monkeypatch):
+    """With large params, the page is below the size limit and says what it left out."""
     write_results(epochs=1000, toy_epochs=2600, mistakes=100)
     images, labels = garments(2000, 1)
     assert len(build(monkeypatch, images, labels)) < LIMIT
@@ -761,7 +796,8 @@ def test_large_params_give_a_page_below_the_limit_that_says_what_it_left_out(wor
 
 @needs_browser
 @pytest.mark.parametrize("of", MODELS)
-def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch, of):
+def test_diverged_training(workspace, monkeypatch, of):
+    """The page says that a training diverged."""
     write_results(epochs=1, toy_epochs=1, diverged=True, of=of)
     build(monkeypatch, *garments(2000, 1))
     with open_page(1400, 900) as page:
@@ -776,7 +812,8 @@ def test_a_training_that_diverged_is_said_to_have(workspace, monkeypatch, of):
 
 
 @pytest.mark.parametrize("rows", [1, 2, POINTS, POINTS + 1, 1001])
-def test_a_curve_is_thinned_evenly_and_keeps_its_end(rows):
+def test_thin_curve(rows):
+    """A curve is thinned evenly and keeps its first and last epoch."""
     made = contents.curve([{"epoch": n, "loss": float("nan") if n == 1 else 0.5} for n in range(1, rows + 1)])
     assert made["epochs"] == rows
     assert len(made["epoch"]) <= POINTS + 1
@@ -785,7 +822,8 @@ def test_a_curve_is_thinned_evenly_and_keeps_its_end(rows):
     assert made["loss"][0] is None
 
 
-def test_few_val_images_are_all_shown():
+def test_few_val_images():
+    """If there are only a few val images, all of them are shown."""
     images, labels = garments(50, 1)
     val = np.array([3, 7, 20])
     shown = contents.examples(images, labels, val)
@@ -793,15 +831,19 @@ def test_few_val_images_are_all_shown():
 
 
 @pytest.mark.parametrize("path", ["models/toy_cnn_history.csv", "models/cnn_original.safetensors"])
-def test_a_missing_or_damaged_file_is_named(built, tmp_path, monkeypatch, path):
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_text("epoch,kernel_00\n0,0.5\n")])
+def test_damaged_file(built, tmp_path, monkeypatch, path, spoil):
+    """A missing or damaged file is named in the error."""
     folder = shutil.copytree(built, tmp_path / "copy")
     monkeypatch.chdir(folder)
-    (folder / path).write_text("epoch,kernel_00\n0,0.5\n")
+    spoil(folder / path)
     with pytest.raises(StageError, match=re.escape(path)):
         build(monkeypatch, *garments(2000, 1))
 
 
-def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
+def test_page_command(built, workspace):
+    """The command page says where the page is, or which command makes it."""
+
     def make_page(folder):
         command = [sys.executable, "-m", "fashion_cnn", "page"]
         settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "BROWSER")}
@@ -813,7 +855,8 @@ def test_make_page_says_where_the_page_is_and_what_makes_it(built, workspace):
     assert (missing.returncode, missing.stderr) == (1, fault)
 
 
-def test_the_page_is_opened_by_its_own_name_where_it_is_a_link(workspace, monkeypatch):
+def test_linked_page(workspace, monkeypatch):
+    """A page that is a link is opened under its own name."""
     opened = []
     monkeypatch.setattr(command.webbrowser, "open", opened.append)
     monkeypatch.setattr(command, "can_show", lambda: True)
@@ -824,7 +867,8 @@ def test_the_page_is_opened_by_its_own_name_where_it_is_a_link(workspace, monkey
     assert opened == [(workspace / build_page.PAGE).as_uri()]
 
 
-def test_the_colours_are_those_of_the_figures():
+def test_page_colours():
+    """The page's colours are those of the figures."""
     style = (PACKAGE / "page/style.css").read_text()
     for name, color in figures.COLORS.items():
         assert f"--{name}: {color};" in style

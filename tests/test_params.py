@@ -41,12 +41,14 @@ def message(path) -> str:
     return str(raised.value)
 
 
-def test_the_project_s_params_are_valid():
+def test_project_params():
+    """The project's params are valid, and they are read as DVC reads them."""
     params = load_params(ROOT / "params.yaml")
     assert params.model_dump() == load_yaml(ROOT / "params.yaml")
 
 
-def test_leaves_are_those_of_the_named_sections(written):
+def test_leaves(written):
+    """The leaves are those of the named sections."""
     split = {"split.seed": 7, "split.val_size": 60, "split.train_size": None}
     params = load_params(written("split", {name.removeprefix("split."): split[name] for name in split}))
     assert leaves(params, "split", "plot_results") == split | {"plot_results.dpi": params.plot_results.dpi}
@@ -84,7 +86,8 @@ def test_leaves_are_those_of_the_named_sections(written):
         ("plot_results", 5, ["plot_results", "5", "a section with dpi"]),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_allowed(written, where, value, words):
+def test_wrong_value(written, where, value, words):
+    """The error on a wrong value names it and says what is allowed."""
     text = message(written(where, value))
     for word in ["params.yaml", *words]:
         assert word in text
@@ -151,7 +154,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(written, where, value, word
         ),
     ],
 )
-def test_the_line_on_a_wrong_value(written, where, value, line):
+def test_wrong_value_line(written, where, value, line):
+    """The error on a wrong value or an unknown key is exactly the expected line."""
     path = written(where, value)
     assert message(path) == f"{path}: {line}"
 
@@ -183,7 +187,8 @@ ABOVE_0_AT_MOST_1 = ["train_toy_cnn.learning_rate", "verify_manual_conv.toleranc
 
 
 @pytest.mark.parametrize("where", RANGES)
-def test_both_ends_of_a_range_are_taken_and_nothing_beyond(tmp_path, where):
+def test_ranges(tmp_path, where):
+    """Both ends of a range are accepted, and values beyond them are refused."""
     low, high = RANGES[where]
     section, leaf = where.split(".")
     for value, taken in ((low, True), (high, True), (low - 1, False), (high + 1, False)):
@@ -200,14 +205,16 @@ def test_both_ends_of_a_range_are_taken_and_nothing_beyond(tmp_path, where):
 
 
 @pytest.mark.parametrize("where", ABOVE_0_AT_MOST_1)
-def test_rates_are_above_0_and_at_most_1(written, where):
+def test_rates(written, where):
+    """Rates above 0 and up to 1 are accepted, and all others are refused."""
     for value in (1e-300, 1, 1.0):
         assert leaves(load_params(written(where, value)), where.split(".")[0])[where] == value
     for value in (0, 0.0, 1.0000001, "0.1", True):
         assert "expected a number above 0 and at most 1" in message(written(where, value))
 
 
-def test_every_number_has_a_test_of_its_range():
+def test_ranges_are_complete():
+    """The range of every number is tested."""
     numbers = {
         f"{section}.{leaf}"
         for section, values in PARAMS.items()
@@ -220,7 +227,8 @@ def test_every_number_has_a_test_of_its_range():
     }  # views are a list of choices, like words
 
 
-def test_the_train_images_that_remain_may_all_train(tmp_path):
+def test_train_size_limit(tmp_path):
+    """All train images that remain after the val split may be used to train, but no more."""
     for train_size, taken in ((59_940, True), (59_941, False)):
         params = PARAMS | {"split": {"seed": 0, "val_size": 60, "train_size": train_size}}
         path = tmp_path / "params.yaml"
@@ -231,7 +239,8 @@ def test_the_train_images_that_remain_may_all_train(tmp_path):
             assert "expected at most 59940 (60,000 - split.val_size)" in message(path)
 
 
-def test_a_missing_key_is_named(tmp_path):
+def test_missing_key(tmp_path):
+    """The error on a missing key names it."""
     params = yaml.safe_load(yaml.safe_dump(GOOD))
     del params["train_cnn"]["seed"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -268,13 +277,15 @@ def test_a_missing_key_is_named(tmp_path):
         ],
     ],
 )
-def test_a_file_that_is_not_params_is_one_line(tmp_path, content, words):
+def test_invalid_file(tmp_path, content, words):
+    """A file that does not contain params gives an error of one line."""
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
     assert words in message(path)
 
 
-def test_a_missing_file_says_where_to_run(tmp_path):
+def test_missing_file(tmp_path):
+    """The error on a missing file says where to run the command."""
     path = tmp_path / "params.yaml"
     assert message(path) == f"{path}: not found in {Path.cwd()}; run from the repository root"
 
@@ -287,7 +298,8 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS.items())
-def test_a_value_is_read_as_dvc_reads_it_or_refused(written, text, value):
+def test_number_formats(written, text, value):
+    """A value is read as DVC reads it, or it is refused."""
     path = written("train_cnn.learning_rate", "PLACE")
     path.write_text(path.read_text().replace("PLACE", text))
     assert load_yaml(path)["train_cnn"]["learning_rate"] == value
@@ -307,7 +319,8 @@ def test_a_value_is_read_as_dvc_reads_it_or_refused(written, text, value):
         ("{<<: [&a {dpi: 77}, {dpi: 88}]}", 77),
     ],
 )
-def test_merge_keys_are_read_as_dvc_reads_them(tmp_path, section, dpi):
+def test_merge_keys(tmp_path, section, dpi):
+    """Merge keys are read as DVC reads them."""
     path = tmp_path / "params.yaml"
     others = {name: values for name, values in GOOD.items() if name != "plot_results"}
     path.write_text(yaml.safe_dump(others) + f"plot_results: {section}\n")
@@ -315,13 +328,15 @@ def test_merge_keys_are_read_as_dvc_reads_them(tmp_path, section, dpi):
     assert leaves(load_params(path), "plot_results") == {"plot_results.dpi": dpi}
 
 
-def test_a_file_ten_times_as_long_is_not_read_a_hundred_times_as_long(written):
+def test_long_file(written):
+    """A file that is ten times as long does not take a hundred times as long to read."""
     path = written("split", GOOD["split"] | {f"key_{number}": 1 for number in range(30_000)})
     began = time.monotonic()
     assert "split.key_0 is not a known key" in message(path)
     assert time.monotonic() - began < 15  # 2 s on a busy machine; 40 s with a pass over all keys per key
 
 
-def test_a_whole_number_stays_as_written(written):
+def test_whole_number(written):
+    """A whole number stays as it is written, even where a fraction is allowed."""
     path = written("augment_images.max_rotation", 20)
     assert repr(load_params(path).augment_images.max_rotation) == "20"

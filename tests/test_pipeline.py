@@ -76,18 +76,21 @@ def runs(project: Path, store: str | None = None) -> dict:
     return {run.info.run_name: run for run in found}
 
 
-def test_the_data_is_fashion_mnist_as_torchvision_reads_it(project):
+def test_data_matches_torchvision(project):
+    """The data is Fashion-MNIST as torchvision reads it."""
     dataset = datasets.FashionMNIST(project / "data")
     assert (dataset.data.numpy() == read_idx(TRAIN_IMAGES, project / "data/FashionMNIST/raw")).all()
     assert (dataset.targets.numpy() == read_idx(TRAIN_LABELS, project / "data/FashionMNIST/raw")).all()
 
 
-def test_copies_are_made_of_every_train_image(project):
+def test_augmented_copies(project):
+    """Copies are made of every train image."""
     copy = np.load(project / "data/augmented/copy_01.npy", mmap_mode="r")
     assert (copy.shape, copy.dtype) == ((60_000, 28, 28), np.uint8)
 
 
-def test_metrics_and_curves_are_there(project):
+def test_metrics_and_curves(project):
+    """The pipeline writes its metrics, curves and figures, with plausible values."""
     test = json.loads((project / "metrics/evaluate_cnn/original.json").read_text())
     assert 0.5 < test["test_accuracy"] < 0.95
     verified = json.loads((project / "metrics/verify_manual_conv.json").read_text())
@@ -123,7 +126,8 @@ def plots(project, tmp_path_factory) -> dict[str, dict]:
     return {name: plot.get("content", {}) for name, [plot] in shown["data"].items()}
 
 
-def test_dvc_draws_the_curves_tables_robustness_and_figures_and_no_pixels(project, plots):
+def test_dvc_plots(project, plots):
+    """DVC draws the curves, tables, robustness and figures, but no pixels."""
     figures = {f"metrics/figures/{path.name}" for path in (project / "metrics/figures").iterdir()}
     assert {name for name, spec in plots.items() if not spec} == figures
     assert set(plots) - figures == {"metrics/train_toy_cnn.csv", *CURVES, *TABLES, *MOVED}
@@ -135,7 +139,8 @@ def test_dvc_draws_the_curves_tables_robustness_and_figures_and_no_pixels(projec
         assert max(len(str(value)) for value in values) < 40  # an image is 1,568 digits
 
 
-def test_dvc_draws_every_row_and_train_beside_val(project, plots):
+def test_dvc_plots_every_row(project, plots):
+    """DVC draws every row, and it draws train beside val."""
     for path in ("metrics/train_toy_cnn.csv", *CURVES, *TABLES):
         with (project / path).open() as file:
             rows = list(csv.DictReader(file))
@@ -149,7 +154,8 @@ def test_dvc_draws_every_row_and_train_beside_val(project, plots):
 
 
 @pytest.mark.parametrize("title", MOVED)
-def test_dvc_draws_both_cnns_on_one_pair_of_axes(project, plots, title):
+def test_dvc_plots_both_cnns(project, plots, title):
+    """DVC draws the robustness of both CNNs on one pair of axes."""
     table, amount, accuracy = MOVED[title]
     encoding = plots[title]["encoding"]
     assert (encoding["x"]["field"], encoding["y"]["field"]) == (amount, accuracy)
@@ -162,7 +168,8 @@ def test_dvc_draws_both_cnns_on_one_pair_of_axes(project, plots, title):
         assert drawn == [(row[amount], row[accuracy]) for row in measured]
 
 
-def test_each_training_is_one_run_with_all_its_results(project):
+def test_one_run_per_training(project):
+    """Each training is one run with all its results."""
     found = runs(project)
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     assert sorted(found) == sorted(TRAININGS)
@@ -192,8 +199,11 @@ NO_DEPS = (".git/", ".dvc/", ".checkpoints/", ".records/", "fashion_cnn/schema.p
 @pytest.mark.parametrize(
     "stage", [f"{name}{item}" for name in stage_definitions() for item in ITEMS.get(name, [""])]
 )
-def test_a_stage_opens_exactly_what_it_declares(project, stage):
-    """A stage may read its outs, because it has just written them."""
+def test_stage_opens_declared_files(project, stage):
+    """A stage opens exactly the files that it declares.
+
+    It may read its outs, because it has just written them.
+    """
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"][stage]
     deps = {dep["path"] for dep in lock["deps"]} | ({"params.yaml"} if "params" in lock else set())
     outs = {out["path"] for out in lock["outs"]}
@@ -213,7 +223,8 @@ def test_a_stage_opens_exactly_what_it_declares(project, stage):
     assert read - outs == deps
 
 
-def test_sync_refuses_what_is_not_what_dvc_lock_says(project):
+def test_sync_refuses_changed_files(project):
+    """The command sync refuses results that differ from dvc.lock, and a damaged dvc.lock."""
     figures, metrics = project / "metrics/figures/robustness.png", project / "metrics/train_toy_cnn.json"
     for path in (figures, metrics, project / "dvc.lock"):
         whole = path.read_bytes()
@@ -226,7 +237,8 @@ def test_sync_refuses_what_is_not_what_dvc_lock_says(project):
         )
 
 
-def test_the_tracked_runs_say_what_dvc_lock_says_and_sync_changes_nothing_twice(project):
+def test_sync_twice(project):
+    """The tracked runs agree with dvc.lock, and a second sync changes nothing."""
     first = tool(project, "sync")
     assert all(word in first for word in TRAININGS)
     second = tool(project, "sync")
@@ -270,7 +282,8 @@ def assert_runs_match(project: Path, store: str | None = None) -> None:
         assert run.data.params == leaves
 
 
-def test_a_new_store_is_filled_from_dvc_lock(project):
+def test_sync_fills_new_store(project):
+    """A new store is filled from dvc.lock."""
     # Under another name, because MLflow in this process keeps its connections to a file that is replaced.
     store = f"sqlite:///{project.parent / 'new.db'}"
     told = tool(project, "sync", MLFLOW_TRACKING_URI=store)
@@ -279,7 +292,8 @@ def test_a_new_store_is_filled_from_dvc_lock(project):
     assert tool(project, "sync", MLFLOW_TRACKING_URI=store).count("up to date") == 3
 
 
-def test_results_restored_from_the_run_cache_are_those_of_the_tracked_run(project):
+def test_sync_after_run_cache(project):
+    """After a sync, the tracked run has the results that were restored from the run cache."""
     before = runs(project)["train_cnn@original"]
     set_params(project, {"evaluate_cnn": {"robustness_images": 50}})
     assert "MLflow: sent to" in dvc(project, "repro", "evaluate_cnn@original").stdout
@@ -293,7 +307,8 @@ def test_results_restored_from_the_run_cache_are_those_of_the_tracked_run(projec
     assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
 
 
-def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
+def test_trace(project):
+    """The command trace answers for a run, a file, a digest and a commit."""
     tool(project, "sync")  # gives the run its dvc.lock
     run = runs(project)["train_cnn@original"]
     weights_sha256 = run.data.tags["weights_sha256"]
@@ -313,7 +328,8 @@ def test_trace_answers_for_a_run_a_file_a_digest_and_a_commit(project):
     assert "no run found" in unknown.stderr
 
 
-def test_no_output_and_no_artifact_is_a_pickle(project):
+def test_no_pickles(project):
+    """Neither the outputs nor the artifacts include a pickle."""
     files = [
         path for folder in ("data", "models", "metrics", "mlruns") for path in (project / folder).rglob("*")
     ]
@@ -327,7 +343,8 @@ def test_no_output_and_no_artifact_is_a_pickle(project):
             assert b"'descr': '|O'" not in start, path
 
 
-def test_mlflow_loads_every_model_with_the_code_that_is_in_it(project, tmp_path):
+def test_mlflow_loads_models(project, tmp_path):
+    """MLflow loads every model with the code that is stored in it."""
     models = [path.parent for path in (project / "mlruns").rglob(CODE)]
     code = (
         "import mlflow, sys; [mlflow.pyfunc.load_model(path) for path in sys.argv[1:]]; import fashion_cnn; "
@@ -341,14 +358,16 @@ def test_mlflow_loads_every_model_with_the_code_that_is_in_it(project, tmp_path)
     assert done.stdout.strip().endswith(f"{CODE}/fashion_cnn/__init__.py")
 
 
-def test_nothing_reruns_when_nothing_changed(project):
+def test_nothing_reruns(project):
+    """Nothing reruns when nothing has changed."""
     again = dvc(project, "repro")
     assert ran(again.stdout) == []
     assert "Data and pipelines are up to date" in again.stdout
     assert len(runs(project)) == 3
 
 
-def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(project):
+def test_queued_experiments(project):
+    """Each experiment of two queue workers is a run with its lineage."""
     assert run_queued(project, 2, "train_toy_cnn", ["train_toy_cnn.seed=1", "train_toy_cnn.seed=2"]) == []
     found = tracked_runs(project, "tags.dvc_exp_name LIKE 'queued-%'")
     assert sorted(run.data.params["train_toy_cnn.seed"] for run in found) == ["1", "2"]
@@ -369,8 +388,11 @@ def test_experiments_of_two_queue_workers_are_a_run_each_with_its_lineage(projec
     assert "train_toy_cnn" not in ran(dvc(project, "repro").stdout)
 
 
-def test_a_training_alone_gets_no_report_on_the_weights_before_it(project):
-    """After `dvc repro STAGE` or `dvc exp run STAGE`, dvc.lock keeps the earlier entries of later stages."""
+def test_training_alone(project):
+    """A training that runs alone gets no report on the weights before it.
+
+    After `dvc repro STAGE` or `dvc exp run STAGE`, dvc.lock keeps the earlier entries of later stages.
+    """
 
     def of_seed_5():
         [run] = [one for one in tracked_runs(project) if one.data.params.get("train_cnn.seed") == "5"]
@@ -395,7 +417,8 @@ def test_a_training_alone_gets_no_report_on_the_weights_before_it(project):
     dvc(project, "repro")
 
 
-def test_one_changed_param_reruns_what_depends_on_it_and_nothing_else(project):
+def test_changed_param(project):
+    """One changed param reruns the stages that depend on it and no others."""
     set_params(project, {"train_toy_cnn": {"seed": 10}})
     changed = dvc(project, "repro")
     assert ran(changed.stdout) == ["train_toy_cnn", "verify_manual_conv", "plot_results", "build_page"]
@@ -403,7 +426,8 @@ def test_one_changed_param_reruns_what_depends_on_it_and_nothing_else(project):
     assert json.loads((project / "metrics/train_toy_cnn.json").read_text())["dead_relu"] == 1
 
 
-def test_a_wrong_param_is_one_line_and_loses_nothing(project):
+def test_wrong_param(project):
+    """A wrong param gives a line that says what was expected, and no results are lost."""
     before = {path: path.read_bytes() for path in (project / "metrics").rglob("*") if path.is_file()}
     weights = (project / "models/toy_cnn.safetensors").read_bytes()
     right = yaml.safe_load((project / "params.yaml").read_text())["train_toy_cnn"]["epochs"]
@@ -431,7 +455,8 @@ def test_a_wrong_param_is_one_line_and_loses_nothing(project):
     ],
     ids=["stage", "dvc", "both"],
 )
-def test_a_killed_first_run_is_recovered_and_loses_nothing(project, stage, strike, epochs):
+def test_killed_first_run(project, stage, strike, epochs):
+    """A first run that is killed is recovered and loses nothing."""
     trial = kill_stage(project, stage, strike)
     assert trial, "the kill came too late: nothing had to be recovered"
     assert trial.fault == ""
@@ -440,7 +465,8 @@ def test_a_killed_first_run_is_recovered_and_loses_nothing(project, stage, strik
     assert {run.info.status for run in tracked_runs(project)} <= {"FINISHED", "KILLED"}
 
 
-def test_an_mlflow_server_that_dies_costs_no_training_and_gets_all_later(project):
+def test_lost_mlflow_server(project):
+    """An MLflow server that dies does not stop the training, and it gets all results later."""
     assert lose_server(project, epoch=1) == ""
 
 
@@ -467,7 +493,8 @@ def stop_training(project: Path, epoch: int, sent: signal.Signals) -> None:
     assert time.monotonic() - began < 20  # includes DVC's own end and the follower's, on a busy machine
 
 
-def test_a_stopped_training_goes_on_in_its_run_to_the_same_bytes(project):
+def test_stopped_training_resumes(project):
+    """A stopped training continues in its own run and gives the same bytes."""
     epochs = 9  # a new value, so that nothing comes from the cache
     set_params(project, {"train_cnn": {"epochs": epochs}})
     for epoch, sent in ((2, signal.SIGINT), (4, signal.SIGKILL)):
@@ -518,8 +545,8 @@ def forget_both(project: Path) -> None:
     shutil.rmtree(project / ".checkpoints", ignore_errors=True)
 
 
-def test_both_cnns_at_once_give_the_same_bytes(project, both):
-    """DVC's record and MLflow's runs are complete, too."""
+def test_both_at_once(project, both):
+    """Training both CNNs at once gives the same bytes and completes DVC's record and MLflow's runs."""
     entries = lock_entries(project)
     forget_both(project)
     printed = tool(project, "repro", FASHION_CNN_THREADS="2")
@@ -546,7 +573,8 @@ def assert_both_resume(project: Path, both: dict[str, str]) -> None:
     assert {path: made[path] for path in CNN_OUTPUTS} == {path: both[path] for path in CNN_OUTPUTS}
 
 
-def test_a_training_that_stops_stops_the_other(project, both):
+def test_one_stop_stops_both(project, both):
+    """A training that stops also stops the other one."""
     forget_both(project)
     started = start_both(project)
     running = stage_processes(project)
@@ -561,6 +589,7 @@ def test_a_training_that_stops_stops_the_other(project, both):
 
 
 def test_ctrl_c_stops_both(project, both):
+    """Ctrl-C stops both trainings."""
     forget_both(project)
     started = start_both(project)
     running = stage_processes(project)
@@ -570,8 +599,11 @@ def test_ctrl_c_stops_both(project, both):
     assert {"original", "augmented"} <= ends(started.printed()).keys()
 
 
-def test_a_kill_while_both_train_leaves_nothing_at_work_and_costs_no_epoch(project, both):
-    """The kill hits the process that was started; it has two DVC children, each with a stage."""
+def test_kill_while_both_train(project, both):
+    """A kill while both CNNs train leaves no process at work and costs no finished epoch.
+
+    The kill hits the process that was started; it has two DVC children, each with a stage.
+    """
     forget_both(project)
     started = start_both(project)
     running, dvcs = stage_processes(project), psutil.Process(started.process.pid).children()

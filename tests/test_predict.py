@@ -37,45 +37,55 @@ BLOCK[:, 7:21] = 255  # twice as high as wide, from edge to edge
 
 
 @pytest.mark.parametrize("box", [(30, 20, 80, 120), (100, 40, 150, 140)])
-def test_a_dark_garment_on_white_is_inverted_and_fills_the_middle(tmp_path, box):
+def test_dark_garment_on_white(tmp_path, box):
+    """A dark garment on white is inverted and fills the middle."""
     seen = read_picture(save(tmp_path, drawn((300, 200), box)))
     assert seen.inverted
     assert (seen.image == BLOCK).all()
 
 
-def test_a_light_garment_on_black_is_not_inverted(tmp_path):
+def test_light_garment_on_black(tmp_path):
+    """A light garment on black is not inverted."""
     seen = read_picture(save(tmp_path, drawn((90, 90), (10, 4, 50, 84), back=0, garment=255)))
     assert not seen.inverted
     assert (seen.image == BLOCK).all()
 
 
-def test_a_small_garment_is_enlarged(tmp_path):
+def test_small_garment(tmp_path):
+    """A small garment is enlarged."""
     seen = read_picture(save(tmp_path, drawn((40, 40), (8, 8, 12, 16))))
     assert (seen.image == BLOCK).all()
 
 
-def test_a_picture_shrinks_by_area(tmp_path):
-    """56×56 pixels: the right half is 255, each 2×2 of the left is 200, 100, 60 and 40, with mean 100."""
+def test_shrink_by_area(tmp_path):
+    """A picture is shrunk by averaging over areas.
+
+    56×56 pixels: the right half is 255, each 2×2 of the left is 200, 100, 60 and 40, with mean 100.
+    """
     left, right = np.tile([[200, 100], [60, 40]], (28, 14)), np.full((56, 28), 255)
     garment = np.hstack([left, right]).astype(np.uint8)
     seen = read_picture(save(tmp_path, Image.fromarray(np.pad(garment, 9))))
     assert (seen.image == np.repeat([100, 255], 14)).all()
 
 
-def test_a_grey_background_becomes_black_and_the_garment_white(tmp_path):
+def test_grey_background(tmp_path):
+    """A grey background becomes black, and the lighter garment on it becomes white."""
     seen = read_picture(save(tmp_path, drawn((90, 90), (20, 2, 60, 82), back=100, garment=200)))
     assert not seen.inverted
     assert (seen.image == BLOCK).all()
 
 
 @pytest.mark.parametrize(("back", "garment", "inverted"), [(200, 255, False), (100, 20, True)])
-def test_a_white_garment_before_light_grey_and_a_dark_one_before_dark(tmp_path, back, garment, inverted):
+def test_light_and_dark_grey(tmp_path, back, garment, inverted):
+    """A white garment is found on light grey, and a dark one on dark grey."""
     seen = read_picture(save(tmp_path, drawn((300, 200), (30, 20, 80, 120), back=back, garment=garment)))
     assert seen.inverted == inverted
     assert (seen.image == BLOCK).all()
 
 
-def test_a_picture_that_memory_does_not_hold_is_named(tmp_path, monkeypatch):
+def test_out_of_memory(tmp_path, monkeypatch):
+    """A picture that does not fit into memory is named in the error."""
+
     def refuse(picture, factor):
         raise MemoryError
 
@@ -84,13 +94,15 @@ def test_a_picture_that_memory_does_not_hold_is_named(tmp_path, monkeypatch):
         read_picture(save(tmp_path, drawn((9, 9), (2, 2, 5, 5))))
 
 
-def test_a_pale_garment_gets_all_contrast_and_a_doubt(tmp_path):
+def test_pale_garment(tmp_path):
+    """A pale garment is given full contrast, and the low contrast is reported as a doubt."""
     seen = read_picture(save(tmp_path, drawn((300, 200), (30, 20, 80, 120), garment=225)))
     assert (seen.image == BLOCK).all()
     assert seen.doubts == ["little contrast: the garment differs by 30 of 255"]
 
 
-def test_a_background_that_darkens_evenly_is_no_garment(tmp_path):
+def test_darkening_background(tmp_path):
+    """A background that darkens evenly is not taken for a garment."""
     sheet = np.linspace(255, 155, 300) + np.zeros((200, 1))
     sheet[20:120, 30:80] = 0
     seen = read_picture(save(tmp_path, Image.fromarray(np.rint(sheet).astype(np.uint8))))
@@ -99,7 +111,8 @@ def test_a_background_that_darkens_evenly_is_no_garment(tmp_path):
     assert seen.doubts == []
 
 
-def test_noise_is_no_garment(tmp_path):
+def test_noisy_background(tmp_path):
+    """Noise is not taken for a garment."""
     noise = np.random.default_rng(0).normal(0, 10, (200, 300))
     sheet = drawn((300, 200), (30, 20, 80, 120), back=230) + noise
     seen = read_picture(save(tmp_path, Image.fromarray(sheet.clip(0, 255).astype(np.uint8))))
@@ -107,26 +120,30 @@ def test_noise_is_no_garment(tmp_path):
     assert (abs(seen.image - BLOCK.astype(int))[off_its_edges] < 20).all()
 
 
-def test_noise_alone_is_blank(tmp_path):
+def test_noise_alone(tmp_path):
+    """A picture of noise alone counts as blank."""
     sheet = np.random.default_rng(0).normal(128, 20, (40, 40)).clip(0, 255)
     with pytest.raises(StageError, match="blank"):
         read_picture(save(tmp_path, Image.fromarray(sheet.astype(np.uint8))))
 
 
-def test_a_garment_with_parts_on_either_side_of_its_background_is_doubtful(tmp_path):
+def test_lighter_and_darker_parts(tmp_path):
+    """A garment with parts both lighter and darker than its background is doubtful."""
     picture = drawn((300, 200), (30, 20, 80, 120), back=128, garment=0)
     ImageDraw.Draw(picture).rectangle((40, 40, 70, 80), fill=255)
     [doubt] = read_picture(save(tmp_path, picture)).doubts
     assert doubt.startswith("parts are lighter than the background, others darker")
 
 
-def test_a_speck_is_no_garment(tmp_path):
+def test_speck(tmp_path):
+    """A speck is not taken for a garment."""
     picture = drawn((300, 200), (30, 20, 80, 120))
     picture.putpixel((250, 150), 0)
     assert (read_picture(save(tmp_path, picture)).image == BLOCK).all()
 
 
-def test_a_busy_border_and_a_small_garment_are_doubtful(tmp_path):
+def test_busy_border_and_small_garment(tmp_path):
+    """A busy border and a small garment are doubtful."""
     stripes = np.tile(np.repeat([255, 120], 10), (200, 15)).astype(np.uint8)
     busy, *_ = read_picture(save(tmp_path, Image.fromarray(stripes))).doubts
     assert busy.startswith("its border is busy: ")
@@ -135,14 +152,16 @@ def test_a_busy_border_and_a_small_garment_are_doubtful(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_numbers_without_a_scale_are_read_by_their_own_range(tmp_path, kind):
+def test_pixels_without_scale(tmp_path, kind):
+    """Numbers without a scale are read by their own range."""
     values = (np.array(drawn((300, 200), (30, 20, 80, 120))) / 255).astype(np.float32)
     values = values if kind == np.float32 else values.astype(kind) * 700
     assert (read_picture(save(tmp_path, Image.fromarray(values), "picture.tiff")).image == BLOCK).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16"])
-def test_a_large_picture_is_reduced_and_reads_the_same(tmp_path, monkeypatch, mode):
+def test_large_picture(tmp_path, monkeypatch, mode):
+    """A large picture is reduced first and gives the same image."""
     monkeypatch.setattr(pictures, "ENOUGH", 15_000)
     picture = drawn((300, 200), (30, 20, 80, 120))
     if mode == "I;16":
@@ -151,7 +170,8 @@ def test_a_large_picture_is_reduced_and_reads_the_same(tmp_path, monkeypatch, mo
     assert (seen.image == BLOCK).all()
 
 
-def test_an_image_of_the_data_set_stays_as_it_is(tmp_path, images):
+def test_data_set_image(tmp_path, images):
+    """An image of the data set stays as it is, and its negative is inverted."""
     dark = images[0] // 2
     seen = read_picture(save(tmp_path, Image.fromarray(dark)))
     assert (seen.image == dark).all()
@@ -162,14 +182,16 @@ def test_an_image_of_the_data_set_stays_as_it_is(tmp_path, images):
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "P", "CMYK"])
-def test_the_mode_of_a_picture_changes_nothing(tmp_path, mode):
+def test_picture_modes(tmp_path, mode):
+    """The mode of a picture does not change the result."""
     picture = drawn((300, 200), (30, 20, 80, 120)).convert(mode)
     seen = read_picture(save(tmp_path, picture, "picture.tiff"))
     assert seen.inverted
     assert (seen.image == BLOCK).all()
 
 
-def test_16_bits_a_pixel(tmp_path):
+def test_16_bits(tmp_path):
+    """A picture with 16 bits per pixel is read like one with 8."""
     grey = np.array(drawn((300, 200), (30, 20, 80, 120)), np.uint16) * 257
     seen = read_picture(save(tmp_path, Image.fromarray(grey)))
     assert seen.inverted
@@ -177,14 +199,16 @@ def test_16_bits_a_pixel(tmp_path):
 
 
 @pytest.mark.parametrize(("garment", "inverted"), [((250, 250, 250, 255), False), ((5, 5, 5, 255), True)])
-def test_behind_a_transparent_background_is_what_differs_from_the_garment(tmp_path, garment, inverted):
+def test_transparent_background(tmp_path, garment, inverted):
+    """A transparent background becomes black behind a light garment and white behind a dark one."""
     picture = drawn((300, 200), (30, 20, 80, 120), "RGBA", back=(255, 255, 255, 0), garment=garment)
     seen = read_picture(save(tmp_path, picture))
     assert seen.inverted == inverted
     assert (seen.image == BLOCK).all()
 
 
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+def test_exif_orientation(tmp_path):
+    """A photograph is turned as its camera says in the EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90° clockwise
     picture = drawn((200, 300), (20, 30, 120, 80))
@@ -219,7 +243,8 @@ def text(folder: Path) -> Path:
         (lambda folder: save(folder, Image.new("F", (9, 9), float("nan")), "picture.tiff"), "not finite"),
     ],
 )
-def test_what_is_no_picture_is_named_in_one_line(tmp_path, make, words):
+def test_not_a_picture(tmp_path, make, words):
+    """A file that is not a usable picture is named in one line."""
     path = make(tmp_path)
     with pytest.raises(StageError, match=words) as error:
         read_picture(path)
@@ -239,7 +264,8 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return int(stop.value.code), *capsys.readouterr()
 
 
-def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp_path, weights, capsys):
+def test_one_bad_file(workspace, tmp_path, weights, capsys):
+    """Each file gets its answer, and a bad one does not stop the others."""
     (bad := tmp_path / "bad.png").write_text("no picture")
     good = save(tmp_path, drawn((300, 200), (30, 20, 80, 120)))
     code, told, faults = run(capsys, bad, good, "--model", weights, "--show", tmp_path / "seen")
@@ -252,7 +278,8 @@ def test_each_file_gets_its_answer_and_a_wrong_one_stops_no_other(workspace, tmp
     assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 
 
-def test_the_probabilities_are_those_of_the_model(workspace, tmp_path, weights, images, capsys):
+def test_probabilities(workspace, tmp_path, weights, images, capsys):
+    """The probabilities are those of the model."""
     path = save(tmp_path, Image.fromarray(images[1] // 2))
     code, told, _ = run(capsys, path, "--model", weights, "--json")
     [one] = json.loads(told)
@@ -265,13 +292,15 @@ def test_the_probabilities_are_those_of_the_model(workspace, tmp_path, weights, 
     assert found == pytest.approx(expected.values[:3].tolist(), abs=1e-4)
 
 
-def test_a_model_that_is_not_there_is_named(workspace, tmp_path, capsys):
+def test_missing_model(workspace, tmp_path, capsys):
+    """A missing model is named in the error."""
     (tmp_path / "picture.png").touch()
     with pytest.raises(StageError, match=r"no-such-model: not found"):
         run(capsys, tmp_path / "picture.png", "--model", "no-such-model")
 
 
-def test_while_dvc_trains_a_model_that_is_not_there_is_waited_for(workspace, tmp_path, capsys):
+def test_missing_model_while_training(workspace, tmp_path, capsys):
+    """While DVC remakes a missing model, the error says to wait for it."""
     users = {"write": {"models/cnn_augmented.safetensors": {"pid": os.getpid(), "cmd": "dvc"}}}
     (workspace / ".dvc/tmp").mkdir(parents=True)
     (workspace / ".dvc/tmp/rwlock").write_text(json.dumps(users))
@@ -282,7 +311,8 @@ def test_while_dvc_trains_a_model_that_is_not_there_is_waited_for(workspace, tmp
         run(capsys, tmp_path / "picture.png", "--model", "other")
 
 
-def test_a_file_that_is_not_there_is_refused_before_torch_is_imported(workspace):
+def test_missing_picture(workspace):
+    """A missing picture is refused before torch is imported."""
     code = "import sys\nfrom fashion_cnn.cli import main\nfrom fashion_cnn.project import process\n"
     code += "process.os._exit = lambda code: print(code, 'torch' in sys.modules)\nmain()"
     command = [sys.executable, "-c", code, "predict", "absent.png"]

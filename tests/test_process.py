@@ -68,14 +68,16 @@ def failing(error):
         (lambda: sys.exit(), 0, ""),
     ],
 )
-def test_a_stage_ends_with_a_code_and_at_most_one_line(code_of, capfd, main, code, line):
+def test_exit_codes(code_of, capfd, main, code, line):
+    """A stage ends with an exit code and at most one line."""
     assert code_of(main) == code
     printed = capfd.readouterr()
     assert printed.err == line
     assert printed.out == "exit functions\n"
 
 
-def test_a_full_output_is_reported_when_the_work_is_done(code_of, capfd, monkeypatch):
+def test_full_output(code_of, capfd, monkeypatch):
+    """A full output is reported when the work is done."""
     done = []
     with open("/dev/full", "w") as full:  # noqa: PTH123
         for main, code, line in (
@@ -89,7 +91,8 @@ def test_a_full_output_is_reported_when_the_work_is_done(code_of, capfd, monkeyp
     assert done == [1]
 
 
-def test_an_output_that_nobody_reads_is_no_fault():
+def test_unread_output():
+    """An output that nobody reads is not a fault, whereas a full one is."""
     reader, writer = os.pipe()
     os.close(reader)
     with Output(writer, "w") as output:
@@ -100,7 +103,8 @@ def test_an_output_that_nobody_reads_is_no_fault():
         assert output.fault.errno == errno.ENOSPC
 
 
-def test_a_line_is_there_at_once_and_any_character_can_be_written(tmp_path):
+def test_work_stream(tmp_path):
+    """A line arrives at once, and any character can be written."""
     with (tmp_path / "out").open("w", encoding="ascii") as file, process._for_work(file) as stream:
         stream.write("4×4\n")
         assert (tmp_path / "out").read_text() == "4\\xd74\n"
@@ -110,13 +114,15 @@ def test_a_line_is_there_at_once_and_any_character_can_be_written(tmp_path):
         assert nowhere.buffer.raw.name == os.devnull
 
 
-def test_a_bug_keeps_its_traceback(code_of):
+def test_bug_keeps_traceback(code_of):
+    """A bug keeps its traceback."""
     with pytest.raises(ZeroDivisionError):
         code_of(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("images", ["original", "augmented"])
-def test_the_argument_says_which_images(monkeypatch, images):
+def test_named_cnn(monkeypatch, images):
+    """The argument says on which images the CNN is trained."""
     monkeypatch.setattr(sys, "argv", ["train_cnn.py", images])
     assert named_cnn().images == images
 
@@ -125,14 +131,17 @@ def test_the_argument_says_which_images(monkeypatch, images):
     ("given", "shown"),
     [([], "nothing"), (["both"], "both"), (["original", "augmented"], "original augmented")],
 )
-def test_another_argument_is_named(monkeypatch, given, shown):
+def test_wrong_argument(monkeypatch, given, shown):
+    """Any other argument is named in the error."""
     monkeypatch.setattr(sys, "argv", ["train_cnn.py", *given])
     with pytest.raises(StageError) as raised:
         named_cnn()
     assert str(raised.value) == f"argument is {shown}, expected one of original, augmented"
 
 
-def test_a_check_that_fails_ends_the_start_in_one_line():
+def test_failed_check():
+    """A check that fails ends the start with one line."""
+
     def check():
         raise StageError("argument is x")
 
@@ -161,27 +170,31 @@ def calls(monkeypatch):
     return made
 
 
-def test_linux_is_asked_to_kill_with_the_parent(calls, monkeypatch):
+def test_die_with_parent(calls, monkeypatch):
+    """Linux is asked to kill the process when its parent dies."""
     monkeypatch.setattr(process.os, "getsid", lambda pid: 5)
     process.die_with_parent()
     assert calls == [("prctl", 1, signal.SIGKILL)]  # 1 is PR_SET_PDEATHSIG
 
 
-def test_a_parent_that_died_before_is_noticed(calls, monkeypatch):
+def test_parent_already_dead(calls, monkeypatch):
+    """A process whose parent has already died kills itself."""
     monkeypatch.setattr(process.os, "getppid", lambda: 1)
     monkeypatch.setattr(process.os, "getsid", lambda pid: {1: 1, 0: 5}[pid])
     process.die_with_parent()
     assert calls[1:] == [("kill", os.getpid(), signal.SIGKILL)]
 
 
-def test_elsewhere_nothing_is_asked(calls, monkeypatch):
+def test_other_platforms(calls, monkeypatch):
+    """On other platforms, nothing is asked of the system."""
     monkeypatch.setattr(sys, "platform", "darwin")
     process.die_with_parent()
     prepare_torch("cpu", threads=1, fixed_order=False)
     assert calls == []
 
 
-def test_a_process_ends_with_its_parent():
+def test_process_ends_with_parent():
+    """A process ends when its parent does."""
     child = (
         "from fashion_cnn.project.process import die_with_parent; import time\n"
         "die_with_parent(); print('ready', flush=True); time.sleep(60)"
@@ -200,17 +213,20 @@ def test_a_process_ends_with_its_parent():
 
 
 def test_freed_memory_is_kept(calls):
+    """Freed memory is kept instead of being returned to the system."""
     prepare_torch("cpu", threads=1, fixed_order=False)
     assert calls == [("mallopt", -3, 1 << 30), ("mallopt", -1, 1 << 30)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
-def test_a_library_without_mallopt_is_left_alone(monkeypatch):
+def test_no_mallopt(monkeypatch):
+    """A C library without mallopt is left alone."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert prepare_torch("cpu", threads=1, fixed_order=False).type == "cpu"
 
 
 @pytest.mark.parametrize(("device", "cuda"), [("cpu", False), ("cpu", True), ("auto", True), ("cuda", True)])
-def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
+def test_deterministic_torch(monkeypatch, device, cuda):
+    """Torch is set up so that its results are repeatable."""
     asked = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("FASHION_CNN_THREADS", "3")
@@ -226,7 +242,8 @@ def test_torch_is_set_up_to_repeat_itself(monkeypatch, device, cuda):
 
 
 @pytest.mark.parametrize(("threads", "fixed_order"), [(None, True), (None, False), (3, True), (1, False)])
-def test_torch_takes_the_threads_it_is_given_or_all_cores_up_to_16(monkeypatch, threads, fixed_order):
+def test_torch_threads(monkeypatch, threads, fixed_order):
+    """Torch uses the number of threads it is given, or else all cores up to 16."""
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(device, "usable_threads", {16: 11}.get)
@@ -236,13 +253,15 @@ def test_torch_takes_the_threads_it_is_given_or_all_cores_up_to_16(monkeypatch, 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs an affinity, which Linux has")
-def test_cores_are_those_this_process_may_use(monkeypatch):
+def test_usable_cores(monkeypatch):
+    """Only the cores that this process may use are counted."""
     monkeypatch.delenv("FASHION_CNN_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     assert usable_threads() == 1
 
 
-def test_cuda_without_a_device_says_what_to_do(monkeypatch):
+def test_cuda_without_device(monkeypatch):
+    """If there is no CUDA device, the error says what to choose instead."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError) as raised:
         prepare_torch("cuda")
@@ -251,22 +270,27 @@ def test_cuda_without_a_device_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize(("set_to", "most", "found"), [("", None, 5), ("", 4, 4), ("", 9, 5), ("7", 4, 7)])
-def test_there_are_as_many_threads_as_cores_unless_asked_otherwise(monkeypatch, set_to, most, found):
-    """Cores are the physical ones that affinity and cgroup allow, as joblib counts them."""
+def test_usable_threads(monkeypatch, set_to, most, found):
+    """There are as many threads as cores unless the user asks for another number.
+
+    Cores are the physical ones that affinity and cgroup allow, as joblib counts them.
+    """
     monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: 5 if only_physical_cores else 10)
     monkeypatch.setenv("FASHION_CNN_THREADS", set_to)
     assert usable_threads(most) == found
 
 
 @pytest.mark.parametrize("wrong", ["0", "two", "-1", "1.5", " 2", "²"])
-def test_a_wrong_number_of_threads_is_one_line(monkeypatch, wrong):
+def test_wrong_threads(monkeypatch, wrong):
+    """A wrong number of threads gives an error of one line."""
     monkeypatch.setenv("FASHION_CNN_THREADS", wrong)
     with pytest.raises(StageError) as raised:
         usable_threads()
     assert str(raised.value) == f"FASHION_CNN_THREADS is {wrong}, expected a whole number of 1 or more"
 
 
-def test_why_results_differ_from_other_machines(monkeypatch):
+def test_why_not_portable(monkeypatch):
+    """The reason why results differ from those of other machines is given for each device."""
     for cuda, avx2, reasons in (
         (False, True, {"auto": None, "cpu": None, "cuda": GPU}),
         (True, True, {"auto": GPU, "cpu": None, "cuda": GPU}),
@@ -283,7 +307,8 @@ GPU = "the order of sums is fixed on CPUs, and this is a GPU"
 NO_AVX2 = "the order of sums is fixed with AVX2, and this CPU (arm64) has none"
 
 
-def test_a_machine_that_is_not_portable_is_reported_and_left_alone(monkeypatch, capsys):
+def test_unportable_machine(monkeypatch, capsys):
+    """A machine whose results are not portable is reported and left as it is."""
     monkeypatch.setattr(device, "why_not_portable", {"cpu": "it is odd"}.get)
     monkeypatch.setattr(os, "environ", {})
     device._make_portable("cpu", True, torch)
@@ -294,7 +319,8 @@ def test_a_machine_that_is_not_portable_is_reported_and_left_alone(monkeypatch, 
     assert os.environ == {}
 
 
-def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
+def test_portable_machine(monkeypatch, capsys):
+    """A machine whose results are portable is limited to AVX2."""
     monkeypatch.setattr(device, "why_not_portable", lambda device: None)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -311,8 +337,11 @@ def test_a_portable_machine_is_held_to_avx2(monkeypatch, capsys):
         device._make_portable("cpu", True, torch)
 
 
-def test_the_environment_is_set_before_torch_computes():
-    """In a process of its own, with user settings that must have no effect."""
+def test_environment():
+    """The environment is set before torch computes.
+
+    This runs in a process of its own, with user settings that must have no effect.
+    """
     code = (
         "import os, sys; from fashion_cnn.project.process import start; start()\n"
         "assert 'torch' not in sys.modules\n"
@@ -338,6 +367,7 @@ def test_the_environment_is_set_before_torch_computes():
     assert printed.split() == ["PASSIVE", "2000", "None", "2", "True"]
 
 
-def test_a_backend_of_jupyters_does_not_stop_the_figures():
+def test_jupyter_backend():
+    """A Matplotlib backend set by Jupyter does not prevent the figures."""
     code = "from fashion_cnn.project.process import start; start(); import fashion_cnn.lesson.figures"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": "none-such"}, check=True)

@@ -94,7 +94,8 @@ def log(store, weights: Path, params: dict, model: Path | None = None) -> str:
     return run_id
 
 
-def test_a_residual_cnn_of_six_views_is_registered_and_read_as_it_was_trained(store, data, workspace, capsys):
+def test_residual_cnn(store, data, workspace, capsys):
+    """A residual CNN with six views is registered, and it is read as it was trained."""
     weights = workspace / "residual.safetensors"
     model = fresh(lambda: build_cnn("residual", views=6), 0)
     images = torch.from_numpy(data["train-images"][:40])[:, None].float() / 255
@@ -123,7 +124,8 @@ def reads_right(weights: Path, data, indices: np.ndarray) -> np.ndarray:
         return load_weights(build_cnn(), weights)(images).argmax(1).numpy() == data["train-labels"][indices]
 
 
-def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, trained, data, capsys):
+def test_better_beyond_noise(store, trained, data, capsys):
+    """Only a model that is better beyond noise becomes the champion."""
     client = store.client
     untrained, barely, better = trained
     ids = [add_run(store, weights) for weights in trained]
@@ -163,15 +165,15 @@ def test_only_a_model_that_is_better_beyond_noise_becomes_the_champion(store, tr
     assert len(client.search_model_versions("name = 'fashion-cnn'")) == 3
 
 
-def test_the_card_of_a_version_has_what_the_evaluation_measured(store, trained, capsys):
+def test_version_card(store, trained, capsys):
+    """The card of a version contains what the evaluation measured."""
     store.client.log_metric(add_run(store, trained[2]), "test_accuracy", 0.912345)
     run(capsys, trained[2])
     assert "Test accuracy: 91.2 % unmodified.\n\n" in registry.champion(store.client).description
 
 
-def test_in_a_copy_of_the_project_the_champion_is_the_copys(
-    store, trained, data, workspace, tmp_path_factory, capsys, monkeypatch
-):
+def test_copied_project(store, trained, data, workspace, tmp_path_factory, capsys, monkeypatch):
+    """In a copy of the project, the champion is the copy's own."""
     for weights in trained[1:]:
         add_run(store, weights)
     run(capsys, trained[1])
@@ -187,7 +189,8 @@ def test_in_a_copy_of_the_project_the_champion_is_the_copys(
     assert set(workspace.rglob("*")) == before
 
 
-def test_a_stricter_level_asks_for_more(store, trained, capsys):
+def test_stricter_level(store, trained, capsys):
+    """A stricter level requires stronger evidence."""
     client = store.client
     for weights in trained[1:]:
         add_run(store, weights)
@@ -198,7 +201,8 @@ def test_a_stricter_level_asks_for_more(store, trained, capsys):
         run(capsys, trained[2], "--level", "2")
 
 
-def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, data):
+def test_val_images(store, trained, data):
+    """Images that either model was trained on are left out of the comparison."""
     client = store.client
     found = [client.get_run(add_run(store, weights, seed=seed)) for seed, weights in enumerate(trained[:2])]
     splits = [split_indices(250, 100, None, seed) for seed in range(2)]
@@ -208,7 +212,8 @@ def test_images_that_one_of_both_was_trained_on_are_left_out(store, trained, dat
     assert (labels == data["train-labels"][expected]).all()
 
 
-def test_two_promotions_at_once_leave_one_champion(store, trained, monkeypatch):
+def test_concurrent_promotions(store, trained, monkeypatch):
+    """Two promotions at once leave one champion, and it is the better model."""
     client = store.client
     for weights in trained[1:]:
         add_run(store, weights)
@@ -246,18 +251,21 @@ class Mock:
         ("absent.safetensors", "absent.safetensors: not found"),
     ],
 )
-def test_a_model_that_is_not_there_is_named(store, capsys, model, words):
+def test_missing_model(store, capsys, model, words):
+    """A missing model is named in the error."""
     with pytest.raises(StageError, match=words):
         run(capsys, model)
 
 
-def test_a_run_without_params_is_named_with_the_way_out(store, trained, capsys):
+def test_run_without_params(store, trained, capsys):
+    """The error on a run without params says which command adds them."""
     log(store, trained[0], {})
     with pytest.raises(StageError, match="the run lacks its params; `fashion-cnn sync` adds them"):
         run(capsys, trained[0])
 
 
-def test_weights_without_a_run_are_named_with_the_way_out(store, trained, capsys):
+def test_weights_without_run(store, trained, capsys):
+    """The error on weights without a run says which command helps."""
     with pytest.raises(StageError, match="no run of it in MLflow, expected one; `fashion-cnn sync`"):
         run(capsys, trained[0])
 
@@ -287,7 +295,8 @@ def server(store, trained, capsys):
         process.wait()
 
 
-def test_the_champion_is_served_with_probabilities_by_class(server, trained, data):
+def test_serve_champion(server, trained, data):
+    """The champion is served with its probabilities by class, and wrong requests are refused."""
     for count in (1, 2, 7):
         images = data["train-images"][:count]
         answer = requests.post(server, json={"inputs": {"images": images.tolist()}}, timeout=30)
@@ -319,7 +328,8 @@ def test_the_champion_is_served_with_probabilities_by_class(server, trained, dat
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"other weights")])
-def test_a_model_without_the_weights_of_its_run_is_named_with_the_way_out(store, trained, workspace, spoil):
+def test_model_without_weights(store, trained, workspace, spoil):
+    """The error on a model that lacks the weights of its run names the run."""
     run_id = add_run(store, trained[2])
     [weights] = workspace.glob("mlruns/**/data/*.safetensors")
     spoil(weights)
@@ -327,7 +337,8 @@ def test_a_model_without_the_weights_of_its_run_is_named_with_the_way_out(store,
         registry.load_classifier(run_id)
 
 
-def test_no_code_of_a_model_runs_here(store, trained, data, workspace, capsys):
+def test_model_code_never_runs(store, trained, data, workspace, capsys):
+    """Code that is stored with a model never runs here."""
     run_id = add_run(store, trained[2])
     run(capsys, trained[2])
     for code in workspace.glob("mlruns/**/code/*"):

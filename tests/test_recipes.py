@@ -41,7 +41,8 @@ def run(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_committed_recipe_fits_the_committed_params_and_says_what_it_is_for(name, monkeypatch):
+def test_committed_recipe(name, monkeypatch):
+    """A committed recipe fits the committed params and says what it is for."""
     monkeypatch.chdir(ROOT)
     assert recipe.read_recipe(name)
     path = ROOT / f"recipes/{name}.yaml"
@@ -55,15 +56,15 @@ def test_a_committed_recipe_fits_the_committed_params_and_says_what_it_is_for(na
         assert value != committed[section][key], f"{where} is {value} without this recipe, too"
 
 
-def test_without_a_name_the_recipes_are_listed(folder, capsys):
+def test_list_recipes(folder, capsys):
+    """Without a name, the recipes are listed."""
     assert run(capsys).splitlines()[:2] == [
         "long        A long one.", "short       Two epochs, mirrored.",
     ]  # fmt: skip
 
 
-def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_others(
-    folder, monkeypatch, capsys
-):
+def test_recipe_becomes_experiment(folder, monkeypatch, capsys):
+    """A recipe becomes an experiment of the same name, with its params and no others."""
     asked = []
 
     def dvc(*arguments):
@@ -98,7 +99,8 @@ def test_a_recipe_becomes_an_experiment_of_its_name_with_its_params_and_no_other
         ("train_cnn: {}", "changes nothing, expected a param and its value"),
     ],
 )
-def test_a_recipe_that_does_not_fit_is_refused_in_a_line(folder, content, line):
+def test_wrong_recipe(folder, content, line):
+    """A recipe that does not fit is refused in one line."""
     (folder / "recipes/wrong.yaml").write_text(content)
     with pytest.raises(StageError) as raised:
         recipe.read_recipe("wrong")
@@ -108,14 +110,16 @@ def test_a_recipe_that_does_not_fit_is_refused_in_a_line(folder, content, line):
 
 
 @pytest.mark.parametrize("name", ["nope", "", "../params", "short.yaml"])
-def test_an_unknown_name_gets_the_names_there_are(folder, name):
+def test_unknown_recipe(folder, name):
+    """The error on an unknown name lists the names there are."""
     with pytest.raises(
         StageError, match=f"{name}: no recipe of this name, expected one of recipes/: long, short$"
     ):
         recipe.read_recipe(name)
 
 
-def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, capsys):
+def test_recipe_has_run(folder, monkeypatch, capsys):
+    """The error on a recipe that has already run says how to get its experiment back."""
     made = Experiment("short", "0" * 40, "refs/exps/…", 0)
     monkeypatch.setattr(recipe, "experiments", lambda: [made])
     with pytest.raises(StageError, match=r"dvc exp apply short.*dvc exp remove short"):
@@ -123,12 +127,14 @@ def test_a_recipe_that_has_run_says_how_to_get_it_back(folder, monkeypatch, caps
 
 
 @pytest.mark.parametrize("content", ["", "\xff", "train_cnn:\n  epochs: 1\n"])
-def test_a_file_without_a_purpose_is_listed_without_one(folder, capsys, content):
+def test_recipe_without_purpose(folder, capsys, content):
+    """A file that does not state its purpose is listed without one."""
     (folder / "recipes/bare.yaml").write_bytes(content.encode("latin-1"))
     assert run(capsys).splitlines()[0] == "bare        "
 
 
-def test_a_folder_without_recipes_says_so(folder):
+def test_no_recipes(folder):
+    """The error says so if there are no recipes."""
     shutil.rmtree(folder / "recipes")
     with pytest.raises(
         StageError, match="short: no recipe of this name, expected one of recipes/: it is empty"
@@ -138,7 +144,8 @@ def test_a_folder_without_recipes_says_so(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ladder", "run"])
-def test_the_benchmarks_start(script):
+def test_benchmarks_start(script):
+    """The benchmarks start and print their help."""
     command = [sys.executable, ROOT / f"benchmarks/{script}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -153,7 +160,8 @@ def in_ladder(code: str) -> object:
 
 
 @pytest.mark.slow
-def test_every_rung_fits_the_params_and_adds_one_idea():
+def test_ladder_rungs():
+    """Every rung of the ladder fits the params and adds one idea to the one before it."""
     params = load_params(ROOT / "params.yaml").model_dump()
     rungs = in_ladder("ladder.rungs()")
     assert set(NAMES) <= set(rungs)
@@ -168,15 +176,19 @@ def test_every_rung_fits_the_params_and_adds_one_idea():
 
 
 @pytest.mark.slow
-def test_the_mean_over_movements_leaves_out_the_middle_and_what_lies_beyond():
+def test_ladder_mean():
+    """The mean over movements leaves out the middle and whatever lies beyond the limit."""
     rows = [{"pixels": by, "shift_x": by * by, "shift_y": 0, "n": 100} for by in range(-5, 6)]
     # 2 · (1 + 4 + 9 + 16) over four distances, two directions and two axes
     assert in_ladder(f"ladder.mean({rows}, 'pixels', 4)") == 60 / 16
 
 
 @pytest.mark.slow
-def test_dvc_reads_the_values_as_they_are_written(folder):
-    """As `dvc exp run -S` writes them into params.yaml."""
+def test_dvc_reads_values(folder):
+    """DVC reads the values as they are written.
+
+    The test applies them as `dvc exp run -S` does to params.yaml.
+    """
     from dvc.utils.hydra import apply_overrides
 
     command = recipe.command("short", recipe.read_recipe("short"))

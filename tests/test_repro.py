@@ -32,7 +32,8 @@ def done(monkeypatch) -> list:
 ALONE = [("repro",), "sync", "summary"]
 
 
-def test_both_cnns_get_half_the_cores_each(done):
+def test_splits_cores(done):
+    """Two trainings at once get half of the cores each."""
     repro.main()
     assert done == [("repro", "augment_images"), 2, *ALONE]
 
@@ -40,7 +41,8 @@ def test_both_cnns_get_half_the_cores_each(done):
 @pytest.mark.parametrize(
     ("name", "value"), [("usable_threads", 1), ("has_gpu", True), ("both_change", False)]
 )
-def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
+def test_single_dvc_repro(done, monkeypatch, name, value):
+    """One `dvc repro` does all with one thread, with a GPU, or unless both trainings change."""
     monkeypatch.setattr(repro, name, lambda: value)
     repro.main()
     assert done == ALONE
@@ -50,8 +52,11 @@ def test_otherwise_one_dvc_repro_does_all(done, monkeypatch, name, value):
     ("users", "stays"),
     [([], True), (["ended"], False), (["at work"], True), (["ended", "at work"], True), (["reused"], False)],
 )
-def test_dvcs_list_goes_if_all_in_it_have_ended(tmp_path, monkeypatch, users, stays):
-    """One has ended but is a zombie, which DVC considers running; the PID of another has been reused."""
+def test_removes_stale_rwlock(tmp_path, monkeypatch, users, stays):
+    """DVC's list of processes is removed if all of them have ended.
+
+    One has ended but is a zombie, which DVC considers running; the PID of another has been reused.
+    """
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["true"]) as ended:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
@@ -82,22 +87,27 @@ ONE, OTHER = "train_cnn@original", "evaluate_cnn@augmented"
         (["augment_images"], True),
     ],
 )
-def test_both_change_if_each_does_or_what_both_need(monkeypatch, changed, both):
+def test_both_change(monkeypatch, changed, both):
+    """Both trainings change if each one does, or if a stage that both need does."""
     said = json.dumps({stage: ["changed deps"] for stage in changed})
     answer = subprocess.CompletedProcess([], 0, stdout=said)
     monkeypatch.setattr(repro.subprocess, "run", lambda *arguments, **named: answer)
     assert repro.both_change() is both
 
 
-def test_a_dvc_that_fails_ends_it_with_its_code(monkeypatch):
+def test_dvc_exit_code(monkeypatch):
+    """If DVC fails, the command exits with DVC's code."""
     monkeypatch.setattr(repro.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 7))
     with pytest.raises(SystemExit) as ended:
         repro.dvc("repro")
     assert ended.value.code == 7
 
 
-def test_what_runs_before_makes_all_that_both_trainings_read():
-    """Otherwise they would train on what an earlier run left."""
+def test_before_makes_all_inputs():
+    """The stage that runs before both trainings makes all that they read.
+
+    Otherwise they would train on what an earlier run left.
+    """
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     made = {}
     for name, stage in stages.items():
@@ -119,7 +129,8 @@ def test_what_runs_before_makes_all_that_both_trainings_read():
     assert makers({"deps": reads}) == {repro.BEFORE} | makers(stages[repro.BEFORE])
 
 
-def test_dvc_dies_with_the_command_that_started_it():
+def test_dvc_dies_with_command():
+    """DVC dies with the command that started it."""
     stand_in = "dvc_state.DVC = (sys.executable, '-c', 'import os; print(os.getpid(), flush=True); input()')"
     code = f"import sys; from fashion_cnn.commands import dvc_state; {stand_in}; dvc_state.run_dvc()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -16,7 +16,8 @@ CURVE = b"epoch,train_loss\n1,0.5\n2,nan\n"
 PIXELS = pixels_to_text(np.arange(784).reshape(28, 28))
 
 
-def test_rows_come_back_with_their_types(tmp_path):
+def test_read_types(tmp_path):
+    """Rows are read with the types of their columns."""
     path = tmp_path / "table.csv"
     row = {"label": "T-shirt/top", "prediction": "Bag", "confidence": 0.5, "pixels": PIXELS}
     write_csv(path, [row | {"unread": "x"}])
@@ -47,7 +48,8 @@ def test_rows_come_back_with_their_types(tmp_path):
         ),
     ],
 )
-def test_damaged_rows_in_metrics_are_named(tmp_path, content, words):
+def test_damaged_metrics_rows(tmp_path, content, words):
+    """The error for damaged rows in metrics says what is wrong and what was expected."""
     path = tmp_path / "metrics.json"
     path.write_text(content)
     with pytest.raises(StageError) as raised:
@@ -55,13 +57,15 @@ def test_damaged_rows_in_metrics_are_named(tmp_path, content, words):
     assert str(raised.value) == f"{path}: {words}; `dvc repro` writes it again"
 
 
-def test_columns_that_are_not_named_are_read_as_others(tmp_path):
+def test_other_columns(tmp_path):
+    """Columns that are not named are read with the type that is given for others."""
     path = tmp_path / "table.csv"
     path.write_text("epoch,more\n7,0.25\n")
     assert read_table(path, {"epoch": INTEGER}, others=NUMBER) == [{"epoch": 7, "more": 0.25}]
 
 
-def test_a_loss_that_is_not_finite_is_a_number(tmp_path):
+def test_non_finite_loss(tmp_path):
+    """A loss that is not finite is read as a number."""
     (tmp_path / "curve.csv").write_bytes(CURVE)
     losses = [row["train_loss"] for row in read_table(tmp_path / "curve.csv", results.TOY_CURVE)]
     assert losses[0] == 0.5
@@ -87,7 +91,8 @@ def test_a_loss_that_is_not_finite_is_a_number(tmp_path):
         (CURVE + b"3," + b"1" * 200_000 + b"\n", "expected CSV in UTF-8"),
     ],
 )
-def test_a_damaged_table_is_named_with_what_was_expected(tmp_path, content, words):
+def test_damaged_table(tmp_path, content, words):
+    """The error for a damaged table names its file and what was expected."""
     path = tmp_path / "curve.csv"
     path.write_bytes(content)
     with pytest.raises(StageError) as raised:
@@ -110,7 +115,8 @@ def test_a_damaged_table_is_named_with_what_was_expected(tmp_path, content, word
         (results.MISTAKES, ["Bag", "Coat", "1", ""], "pixels is '' in row 1, expected 784 pixels"),
     ],
 )
-def test_a_cell_that_is_none_of_its_column_is_named(tmp_path, columns, cells, words):
+def test_invalid_cell(tmp_path, columns, cells, words):
+    """The error for a cell that does not fit its column names the cell."""
     path = tmp_path / "table.csv"
     path.write_text(f"{','.join(columns)}\n{','.join(cells)}\n")
     with pytest.raises(StageError) as raised:
@@ -123,7 +129,8 @@ def test_a_cell_that_is_none_of_its_column_is_named(tmp_path, columns, cells, wo
     ["{}", '{"weights_sha256": 1}', '{"weights_sha256": []}', '{"weights_sha256": ["ab", "cd"]}',
      '{"weights_sha256": ["ab"]}'],
 )  # fmt: skip
-def test_metrics_without_a_digest_of_weights_are_named(tmp_path, content):
+def test_invalid_weights_digest(tmp_path, content):
+    """The error for metrics without a valid digest of weights names their file."""
     path = tmp_path / "metrics.json"
     path.write_text(content)
     with pytest.raises(
@@ -132,13 +139,15 @@ def test_metrics_without_a_digest_of_weights_are_named(tmp_path, content):
         read_weights_sha256(path)
 
 
-def test_metrics_give_the_digest_of_their_weights(tmp_path):
+def test_read_weights_digest(tmp_path):
+    """The digest of the weights is read from their metrics."""
     (tmp_path / "metrics.json").write_text(f'{{"weights_sha256": ["{"ab" * 32}"]}}')
     assert read_weights_sha256(tmp_path / "metrics.json") == "ab" * 32
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"5", b"null", b"{", b"\xff", b"", b"[" * 100_000])
-def test_json_that_is_no_object_is_named(tmp_path, content):
+def test_json_without_object(tmp_path, content):
+    """The error for JSON that does not hold an object names its file."""
     (tmp_path / "metrics.json").write_bytes(content)
     with pytest.raises(StageError, match=r"metrics\.json: .*expected (a )?JSON") as raised:
         read_json(tmp_path / "metrics.json")
@@ -146,6 +155,7 @@ def test_json_that_is_no_object_is_named(tmp_path, content):
 
 
 def test_a_stage_says_so_in_one_line(workspace):
+    """A stage reports a damaged table in one line."""
     (workspace / "metrics").mkdir()
     (workspace / "metrics/train_toy_cnn.csv").write_bytes(CURVE[:-4])
     command = [sys.executable, str(STAGES / "plot_results.py")]
@@ -157,7 +167,8 @@ def test_a_stage_says_so_in_one_line(workspace):
     )
 
 
-def test_a_kind_of_text_takes_its_values_and_names_them():
+def test_one_of():
+    """A column that is one of several texts accepts only these and names them."""
     kind = one_of("a", "b", "c")
     assert [kind.convert(text) for text in "abc"] == ["a", "b", "c"]
     assert kind.expected == "one of a, b, c"
@@ -165,7 +176,8 @@ def test_a_kind_of_text_takes_its_values_and_names_them():
         kind.convert("d")
 
 
-def test_a_wrong_digest_is_shown(tmp_path):
+def test_wrong_digest_shown(tmp_path):
+    """The error for a wrong digest shows the digest."""
     (tmp_path / "m.json").write_text('{"weights_sha256": ["ab"]}')
     with pytest.raises(StageError, match=r"weights_sha256 is \['ab'\], expected a list of one SHA-256"):
         read_weights_sha256(tmp_path / "m.json")

@@ -79,19 +79,22 @@ def assert_complete(target):
     }
 
 
-def test_a_folder_of_compressed_files(good, target):
+def test_compressed_folder(good, target):
+    """Files are copied from a folder of compressed files."""
     fetching.fetch([str(good)], target)
     assert_complete(target)
 
 
-def test_a_folder_of_plain_files(tmp_path, target):
+def test_plain_folder(tmp_path, target):
+    """Files are copied from a folder of plain files."""
     for file, content in CONTENTS.items():
         (tmp_path / file.name).write_bytes(content)
     fetching.fetch([str(tmp_path)], target)
     assert_complete(target)
 
 
-def test_a_mirror_gives_the_same_bytes(good, target, serve):
+def test_mirror(good, target, serve):
+    """A mirror gives the same bytes."""
     fetching.fetch([serve(good)], target)
     assert_complete(target)
 
@@ -107,7 +110,8 @@ def test_a_mirror_gives_the_same_bytes(good, target, serve):
         (lambda content: b"", "0 bytes, expected 1008"),
     ],
 )
-def test_a_damaged_file_is_named_and_the_next_source_is_tried(good, tmp_path, target, capsys, damage, words):
+def test_damaged_file(good, tmp_path, target, capsys, damage, words):
+    """Fetching names a damaged file and tries the next source."""
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / f"{FIRST.name}.gz").write_bytes(gzip.compress(damage(CONTENTS[FIRST])))
@@ -117,7 +121,8 @@ def test_a_damaged_file_is_named_and_the_next_source_is_tried(good, tmp_path, ta
     assert f"{bad}: {bad}/{FIRST.name}: {words}" in printed
 
 
-def test_a_truncated_archive_and_something_that_is_none(good, tmp_path, target, capsys):
+def test_bad_gzip(good, tmp_path, target, capsys):
+    """Fetching names a truncated archive and a file that is not an archive, and tries the next source."""
     for name, content in (("cut", gzip.compress(CONTENTS[FIRST])[:-12]), ("none", b"<html>")):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{FIRST.name}.gz").write_bytes(content)
@@ -128,7 +133,8 @@ def test_a_truncated_archive_and_something_that_is_none(good, tmp_path, target, 
     assert "Not a gzipped file" in printed
 
 
-def test_files_that_are_there_are_verified_and_kept(good, target):
+def test_existing_files(good, target):
+    """Existing files are verified, and intact ones are kept."""
     target.mkdir()
     for file, content in list(CONTENTS.items())[:2]:
         (target / file.name).write_bytes(content)
@@ -138,7 +144,9 @@ def test_files_that_are_there_are_verified_and_kept(good, target):
     assert_complete(target)
 
 
-def test_a_broken_connection_is_tried_again(good, target, serve):
+def test_connection_retry(good, target, serve):
+    """Fetching tries again after a broken connection."""
+
     class BreaksOnce(SimpleHTTPRequestHandler):
         broken = False
 
@@ -155,7 +163,8 @@ def test_a_broken_connection_is_tried_again(good, target, serve):
     assert BreaksOnce.broken
 
 
-def test_when_all_fail_each_source_has_its_reason_and_nothing_is_left(tmp_path, target, serve):
+def test_all_sources_fail(tmp_path, target, serve):
+    """If all sources fail, the error has a reason for each, and no file is left."""
     (tmp_path / "empty").mkdir()
     address = serve(tmp_path / "empty")
     with pytest.raises(StageError) as raised:
@@ -172,13 +181,16 @@ def test_when_all_fail_each_source_has_its_reason_and_nothing_is_left(tmp_path, 
     assert not target.exists() or not list(target.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_sources(good, target):
+def test_unwritable_target(good, target):
+    """A target folder that cannot be written is not blamed on the sources."""
     target.write_text("in the way")
     with pytest.raises(OSError, match="exists"):
         fetching.fetch([str(good)], target)
 
 
-def test_a_full_disk_is_not_blamed_on_the_sources(good, target, monkeypatch):
+def test_full_disk(good, target, monkeypatch):
+    """A full disk is not blamed on the sources."""
+
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -187,7 +199,8 @@ def test_a_full_disk_is_not_blamed_on_the_sources(good, target, monkeypatch):
         fetching.fetch([str(good)], target)
 
 
-def test_complete_data_needs_no_source(good, target):
+def test_complete_data(good, target):
+    """Complete data needs no source."""
     fetching.fetch([str(good)], target)
     fetching.fetch(["/absent"], target)
     assert_complete(target)
@@ -255,9 +268,8 @@ def endless(start, more):
         (lambda connection: connection.sendall(REDIRECT % b"http://["), "Invalid"),
     ],
 )
-def test_a_source_without_an_end_is_given_up_and_the_next_is_tried(
-    good, target, answer, capsys, monkeypatch, send, words
-):
+def test_endless_source(good, target, answer, capsys, monkeypatch, send, words):
+    """Fetching gives up a source that never ends and tries the next one."""
     monkeypatch.setattr(fetching, "SOURCE_SECONDS", 2)
     monkeypatch.setattr(kinds, "READ_TIMEOUT", 0.5)
     address = answer(send)
@@ -270,7 +282,9 @@ def test_a_source_without_an_end_is_given_up_and_the_next_is_tried(
     assert words in line
 
 
-def test_a_slow_mirror_may_take_longer_than_one_answer_may(good, target, serve, monkeypatch):
+def test_slow_mirror(good, target, serve, monkeypatch):
+    """A slow mirror may take longer than the time limit of one answer."""
+
     class Slow(SimpleHTTPRequestHandler):
         def copyfile(self, source, outputfile):
             for byte in source.read():
@@ -284,7 +298,8 @@ def test_a_slow_mirror_may_take_longer_than_one_answer_may(good, target, serve, 
     assert_complete(target)
 
 
-def test_a_redirect_is_followed_and_its_body_is_not_read(good, target, serve, answer):
+def test_redirect(good, target, serve, answer):
+    """A redirect is followed, and its body is not read."""
     address = serve(good).encode()
     names = iter([file.name.encode() for file in CONTENTS])
 
@@ -295,7 +310,8 @@ def test_a_redirect_is_followed_and_its_body_is_not_read(good, target, serve, an
     assert_complete(target)
 
 
-def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch, capsys):
+def test_endless_folder(good, tmp_path, target, monkeypatch, capsys):
+    """Fetching gives up a folder with files that never end."""
     monkeypatch.setattr(fetching, "SOURCE_SECONDS", 3)
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe" / FIRST.name)  # nothing writes to it, so opening it blocks forever
@@ -310,7 +326,8 @@ def test_a_folder_without_an_end_is_given_up(good, tmp_path, target, monkeypatch
     assert "expected at most 66544 compressed bytes" in zeros
 
 
-def test_an_apt_without_an_end_is_killed(good, tmp_path, target, monkeypatch, capsys):
+def test_endless_apt(good, tmp_path, target, monkeypatch, capsys):
+    """An apt that never ends is killed."""
     monkeypatch.setattr(fetching, "SOURCE_SECONDS", 1)
     program = tmp_path / "apt-get"
     program.write_text(f"#!/bin/sh\necho $$ >'{tmp_path}/pid'\nexec sleep 60\n")
@@ -323,7 +340,8 @@ def test_an_apt_without_an_end_is_killed(good, tmp_path, target, monkeypatch, ca
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_package_name_is_no_option_to_apt(tmp_path, target):
+def test_apt_option_injection(tmp_path, target):
+    """A package name cannot become an option of apt."""
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")
     program.chmod(0o755)

@@ -31,7 +31,8 @@ print(*runs.bring_in_line(store.connect(), Record(training="train_toy_cnn", key=
 """
 
 
-def test_processes_that_meet_a_new_store_at_once_make_one_run(workspace):
+def test_concurrent_creation(workspace):
+    """Processes that create a new store at once make one run."""
     command = [sys.executable, "-c", MAKE_RUN]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = {process.communicate()[0] for process in processes}
@@ -47,7 +48,8 @@ def test_processes_that_meet_a_new_store_at_once_make_one_run(workspace):
         (lambda path: shutil.rmtree(path.parent), "unable to open database file"),
     ],
 )
-def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, new_store, monkeypatch, spoil, words):
+def test_unusable_store(workspace, new_store, monkeypatch, spoil, words):
+    """A store that cannot be used raises an error within seconds."""
     path = workspace / "folder/mlflow.db"
     path.parent.mkdir()
     shutil.copy(new_store, path)
@@ -59,7 +61,9 @@ def test_a_store_that_cannot_be_used_says_so_within_seconds(workspace, new_store
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):
+def test_dripping_server(workspace, monkeypatch):
+    """Connecting gives up a server that drips its answer."""
+
     def drip(*_):
         with suppress(TimeoutError):  # like urllib3, which then retries
             time.sleep(60)
@@ -73,14 +77,16 @@ def test_a_server_that_drips_its_answer_is_given_up(workspace, monkeypatch):
     assert time.monotonic() - began < 20
 
 
-def test_a_lock_that_is_held_is_named(workspace, monkeypatch):
+def test_held_lock(workspace, monkeypatch):
+    """The error for a lock that is held names the lock."""
     monkeypatch.setattr(store, "LOCKED", 0.2)
     Path(".records").mkdir()
     with FileLock(".records/.store.lock"), pytest.raises(StoreError, match=r"\.store\.lock is locked"):
         connect()
 
 
-def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens(workspace):
+def test_atomic_creation(workspace):
+    """A new store appears whole, so a kill cannot leave one that does not open."""
     Path(".mlflow.db.part").write_text("what an earlier kill left")
     started = subprocess.Popen([sys.executable, "-c", MAKE_RUN])
     while not Path("mlflow.db").exists() and started.poll() is None:
@@ -91,8 +97,11 @@ def test_a_new_store_appears_whole_so_that_a_kill_leaves_none_that_nothing_opens
         assert database.execute("SELECT version_num FROM alembic_version").fetchall()
 
 
-def test_an_empty_file_becomes_a_store_however_long_that_takes(workspace, monkeypatch):
-    """`sqlite3 mlflow.db .tables` leaves such a file, and so does a full disk."""
+def test_empty_file(workspace, monkeypatch):
+    """An empty file becomes a store, however long that takes.
+
+    `sqlite3 mlflow.db .tables` leaves such a file, and so does a full disk.
+    """
     Path("mlflow.db").touch()
     monkeypatch.setattr(store, "CONNECT", 2)
     make = mlflow.MlflowClient.search_experiments
@@ -100,7 +109,8 @@ def test_an_empty_file_becomes_a_store_however_long_that_takes(workspace, monkey
     assert connect().experiments
 
 
-def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(workspace, monkeypatch, tmp_path):
+def test_moved_project(workspace, monkeypatch, tmp_path):
+    """A project that was moved or copied keeps its artifacts."""
     [run_id] = runs.bring_in_line(connect(), Record(training="train_toy_cnn", weights_sha256="ab" * 32))
     copy = tmp_path / "copy of it"
     shutil.copytree(workspace, copy)
@@ -111,7 +121,8 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts(workspace, monke
     assert client.get_experiment("0").artifact_location == f"{copy}/mlruns/0"  # kept as a path
 
 
-def test_a_relative_address_of_sqlite_is_below_the_root_whatever_its_name(workspace, monkeypatch):
+def test_relative_sqlite_address(workspace, monkeypatch):
+    """A relative address of SQLite is below the root, whatever the root's name."""
     root = workspace / "50%20 # of ?all&"
     root.mkdir()
     monkeypatch.setenv("FASHION_CNN_ROOT", str(root))
@@ -120,14 +131,16 @@ def test_a_relative_address_of_sqlite_is_below_the_root_whatever_its_name(worksp
     assert list(workspace.rglob("*.db")) == [root / "runs.db"]
 
 
-def test_a_teams_file_names_the_store_unless_the_environment_does(workspace, monkeypatch):
+def test_team_env(workspace, monkeypatch):
+    """The file team.env names the store unless the environment does."""
     Path("team.env").write_text("# of all of us\nMLFLOW_TRACKING_URI=https://runs.example\nRAY_ADDRESS=\n")
     assert store_url() == "https://runs.example"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
     assert shown(store_url()) == f"{workspace}/mine.db"
 
 
-def test_a_teams_file_with_a_secret_is_refused_without_telling_it(workspace):
+def test_team_env_secret(workspace):
+    """A team.env with a secret is refused, and the error does not show the secret."""
     Path("team.env").write_text("MLFLOW_TRACKING_URI=https://me:secret@runs.example\n")
     with pytest.raises(StoreError, match=r"^team\.env: MLFLOW_TRACKING_URI has a user") as fault:
         store_url()
@@ -141,19 +154,22 @@ def test_a_teams_file_with_a_secret_is_refused_without_telling_it(workspace):
         (b"# of all\nMLFLOW_TRACKING_URI='https://runs.example\n", "line 2: expected NAME=value"),
     ],
 )
-def test_a_damaged_file_of_a_team_is_named(workspace, content, words):
+def test_damaged_team_env(workspace, content, words):
+    """The error for a damaged team.env names the file and the place."""
     Path("team.env").write_bytes(content)
     with pytest.raises(StoreError, match=rf"^team\.env: {words}"):
         store_url()
 
 
-def test_no_variable_of_this_machine_gets_into_an_address(workspace, monkeypatch):
+def test_team_env_without_expansion(workspace, monkeypatch):
+    """An address in team.env is read without expanding variables of this machine."""
     monkeypatch.setenv("SECRET", "s3cret")
     Path("team.env").write_text("MLFLOW_TRACKING_URI=https://${SECRET}.example\n")
     assert store_url() == "https://${SECRET}.example"
 
 
-def test_addresses_are_shown_without_passwords():
+def test_shown_without_passwords():
+    """Addresses are shown without passwords."""
     assert shown("http://me:s%40e@cret@host:5000/a@b") == "http://host:5000/a@b"
     assert shown("postgresql://me:secret@host/runs") == "postgresql://host/runs"
     assert shown("sqlite:////home/a@b/mlflow.db") == "/home/a@b/mlflow.db"
@@ -167,7 +183,8 @@ COPY = ".dvc/tmp/exps/abc"
     [(".", f"{COPY}/below", "."), ("inner", "inner", "inner"), ("inner", f"{COPY}/inner", f"{COPY}/inner")],
     ids=["DVC's copy", "project in a project", "DVC's copy of that"],
 )
-def test_runs_belong_to_this_project_and_to_no_outer_one(tmp_path, monkeypatch, project, here, root):
+def test_repository_root(tmp_path, monkeypatch, project, here, root):
+    """Runs belong to this project and not to an outer one."""
     (tmp_path / project / "fashion_cnn").mkdir(parents=True)
     (tmp_path / here).mkdir(parents=True, exist_ok=True)
     monkeypatch.delenv("FASHION_CNN_ROOT", raising=False)

@@ -33,13 +33,15 @@ SECTION_STAGES = {"fetch": "fetch_fashion_mnist", "split": None}
 PIPELINE = (ROOT / "docs/pipeline.md").read_text()
 
 
-def test_scripts_stages_and_the_table_of_stages_are_the_same_list():
+def test_stage_lists():
+    """The scripts, dvc.yaml's stages and the table of stages are the same list."""
     table = re.findall(r"^\| `(\w+)` \|", PIPELINE, re.MULTILINE)
     assert table == list(stage_definitions())
     assert sorted(table) == SCRIPTS
 
 
-def test_the_diagram_is_the_pipeline_less_what_other_arrows_imply():
+def test_diagram():
+    """The diagram shows the pipeline, except for arrows that others imply."""
     text = re.search(r"```mermaid\nflowchart TD\n(.+?)```", PIPELINE, re.DOTALL)[1]
     chains = [re.findall(r'(\w+)(?:\["?(.+?)"?\])?(?: -->|$)', line.strip()) for line in text.splitlines()]
     names = {short: name for chain in chains for short, name in chain if name}
@@ -51,28 +53,32 @@ def test_the_diagram_is_the_pipeline_less_what_other_arrows_imply():
     assert drawn == edges - {(a, c) for a, b in paths for start, c in paths if start == b}
 
 
-def test_every_params_section_belongs_to_a_stage():
+def test_params_sections():
+    """Every section of params.yaml belongs to a stage, unless several stages share it."""
     sections = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert list(sections) == list(Params.model_fields)
     assert {SECTION_STAGES.get(name, name) for name in sections} - {None} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_stage_has_a_description_and_runs_its_script_with_no_value_from_params(stage):
+def test_stage_command(stage):
+    """A stage has a description and runs its script without a value from params.yaml."""
     definition = stage_definitions()[stage]
     assert definition["desc"]
     assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{(key|item\.images)\}})?", definition["cmd"])
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_declared_code_is_what_the_script_imports(stage):
+def test_declared_code(stage):
+    """A stage declares the code that its script imports."""
     code = ("stages/", "fashion_cnn/")
     declared = {dep for dep in stage_definitions()[stage]["deps"] if dep.startswith(code)}
     assert declared == code_deps(stage)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_declared_params_are_what_the_stage_reads(stage):
+def test_declared_params(stage):
+    """A stage declares the params that it reads."""
     sections = sections_read(stage)
     assert set(stage_definitions()[stage].get("params", [])) == sections
     nodes = [node for path in imported_files(STAGES / f"{stage}.py") for node in ast.walk(parsed(path))]
@@ -88,15 +94,19 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def test_the_schema_is_that_of_the_file_and_the_data():
-    """The order is that of params.yaml, in which MLflow and data/augmented show the params."""
+def test_schema():
+    """The schema agrees with params.yaml and the data.
+
+    The order is that of params.yaml, in which MLflow and data/augmented show the params.
+    """
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     for name, section in content.items():
         assert list(section) == list(Params.model_fields[name].annotation.model_fields)
     assert TRAIN_IMAGES.shape[0] == N_TRAIN
 
 
-def test_the_trainings_are_those_of_the_map_with_their_files():
+def test_trainings():
+    """The catalog's trainings are those of dvc.yaml's map, with their files."""
     stages = stage_definitions()
     assert list(TRAININGS) == ["train_toy_cnn", *(f"train_cnn@{key}" for key in ("original", "augmented"))]
     for training in TRAININGS.values():
@@ -116,14 +126,16 @@ def test_the_trainings_are_those_of_the_map_with_their_files():
 QUICK = {f"fashion_cnn.project.{name}" for name in ("catalog", "params", "process")}
 
 
-def test_only_evaluate_cnn_reads_the_test_split():
+def test_test_split_readers():
+    """Only evaluate_cnn reads the test split."""
     readers = {name for name, stage in stage_definitions().items() if "t10k" in str(stage)}
     assert readers == {"evaluate_cnn"}
     for path in STAGES.glob("[!_]*.py"):
         assert ("TEST_IMAGES" in path.read_text()) == (path.stem == "evaluate_cnn"), path
 
 
-def test_no_script_loads_torch_before_its_arguments_and_the_environment_are_in_order():
+def test_torch_loads_late():
+    """No script loads torch before it has checked its arguments and the environment."""
     for path in STAGES.glob("[!_]*.py"):
         code = [node for node in parsed(path).body if not is_docstring(node)]
         [at] = [number for number, node in enumerate(code[:-1]) if isinstance(node, ast.If)]
@@ -136,8 +148,8 @@ def test_no_script_loads_torch_before_its_arguments_and_the_environment_are_in_o
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_what_no_stage_declares_holds_no_code():
-    """dvc.yaml does not name each __init__.py."""
+def test_init_modules():
+    """An __init__.py holds no code, because dvc.yaml does not name each one."""
     for path in (STAGES / "__init__.py", *PACKAGE.rglob("__init__.py")):
         assert all(is_docstring(node) for node in parsed(path).body), path
 
@@ -152,8 +164,11 @@ LOCAL = {path.stem for folder in ("benchmarks", "tests/helpers") for path in (RO
 
 
 @pytest.mark.parametrize("path", sorted(RUN_BY_PATH), ids=lambda path: path.name)
-def test_a_script_finds_what_it_imports(path):
-    """Python searches the script's folder first."""
+def test_script_imports(path):
+    """A script finds what it imports.
+
+    Python searches the script's folder first.
+    """
     for node in ast.walk(parsed(path)):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -164,12 +179,14 @@ def test_a_script_finds_what_it_imports(path):
             assert at_top == "fashion_cnn" or not (ROOT / at_top).is_dir(), name
 
 
-def test_nothing_edits_the_path_of_imports():
+def test_no_sys_path_edits():
+    """No module edits the path of imports."""
     done = subprocess.run(["git", "grep", "-n", "sys[.]path", "--", "*.py"], cwd=ROOT, stdout=subprocess.PIPE)
     assert done.stdout.decode() == ""
 
 
-def test_lock_files_pin_every_direct_dependency_and_name_no_registry():
+def test_lock_files():
+    """Lock files pin every direct dependency and do not name a registry."""
     files = [*ROOT.glob("*.lock"), *(ROOT / "team").glob("*.lock")]
     lock = "".join(path.read_text() for path in files if path.name.startswith("requirements"))
     lines = [line for line in lock.splitlines() if line and not line.startswith("#")]
@@ -180,7 +197,8 @@ def test_lock_files_pin_every_direct_dependency_and_name_no_registry():
     assert direct <= pinned
 
 
-def test_the_data_card_has_the_files_that_are_fetched():
+def test_data_card():
+    """The data card lists the files that are fetched."""
     card = (ROOT / "data/README.md").read_text()
     for file in FILES:
         shape = f"({', '.join(map(str, file.shape))}{',' * (len(file.shape) == 1)})"
@@ -192,7 +210,8 @@ PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "team").rglob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page):
+def test_page_references(page):
+    """The commands, files and headings that a page names exist."""
     text = page.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`(?:[A-Z_]+=\S+ )?make ([a-z-]+)", text)) <= targets
@@ -213,7 +232,8 @@ def test_what_a_page_names_exists(page):
         ]
 
 
-def test_sizes_stay_readable():
+def test_module_sizes():
+    """Scripts and modules stay short enough to read."""
     for path in STAGES.glob("[!_]*.py"):
         assert len(path.read_text().splitlines()) <= 110, path
     for path in PACKAGE.rglob("*.py"):
@@ -221,7 +241,8 @@ def test_sizes_stay_readable():
             assert len(path.read_text().splitlines()) <= 180, path
 
 
-def test_git_ignores_links_to_a_users_folders_as_it_does_the_folders(tmp_path):
+def test_gitignore_links(tmp_path):
+    """Git ignores links to a user's folders as it ignores the folders."""
     (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     for name in (".venv", "mlruns", "models", "page", ".checkpoints"):
         (tmp_path / name).symlink_to("elsewhere")

@@ -79,27 +79,33 @@ def runs_by_name(project: Path) -> dict:
     return {run.info.run_name: run for run in tracked_runs(project)}
 
 
-def test_repro_ends_with_sync_if_there_is_something_new(project):
+def test_repro_syncs(project):
+    """A repro ends with a sync if there is something new."""
     told = [tool(project, "repro") for _ in range(2)]
     forget_runs(project)
     told.append(tool(project, "repro"))
     assert [": made, commit, params, curve, " in one for one in told] == [False, False, True]
 
 
-def test_repro_without_a_store_ends_with_the_results_and_a_line(project):
+def test_repro_without_store(project):
+    """A repro without a store ends with the results and a line about the store."""
     told = tool(project, "repro", MLFLOW_TRACKING_URI="sqlite:////proc/no/store.db")
     assert "byte for byte" in told
     [line] = [line for line in told.splitlines() if line.startswith("MLflow: ")]
     assert line.endswith("; `fashion-cnn sync` tries again")
 
 
-def test_of_the_experiments_with_the_same_weights_the_newest_has_a_run(project):
-    """The experiment that changes nothing has the weights of its commit, so it has no run."""
+def test_newest_experiment(project):
+    """Of the experiments with the same weights, the newest has a run.
+
+    The experiment that changes nothing has the weights of its commit, so it has no run.
+    """
     assert set(runs_by_name(project)) == {"train_toy_cnn", "train_toy_cnn verified", "train_toy_cnn code"}
 
 
 @pytest.mark.parametrize(("name", "seed", "is_dirty"), [("verified", "1", "false"), ("code", "0", "true")])
-def test_the_run_of_an_experiment_has_its_results_and_origin(project, name, seed, is_dirty):
+def test_experiment_run(project, name, seed, is_dirty):
+    """The run of an experiment has its results and origin."""
     data = runs_by_name(project)[f"train_toy_cnn {name}"].data
     metrics = json.loads(git(project, "show", f"{reference(project, name)}:{METRICS}"))
     assert [data.tags["weights_sha256"]] == metrics["weights_sha256"]
@@ -110,7 +116,8 @@ def test_the_run_of_an_experiment_has_its_results_and_origin(project, name, seed
     assert data.tags["git_dirty"] == is_dirty
 
 
-def test_the_diff_of_an_experiment_gives_its_code_back(project):
+def test_experiment_diff(project):
+    """The diff of an experiment restores its code."""
     run_id = runs_by_name(project)["train_toy_cnn code"].info.run_id
     git(project, "apply", store_of(project).download_artifacts(run_id, "uncommitted.diff"))
     assert (project / CODE).read_text() == git(project, "show", f"{reference(project, 'code')}:{CODE}")
@@ -127,7 +134,8 @@ DAMAGED = {
 }
 
 
-def test_experiments_that_are_damaged_are_named_and_the_others_are_made(project):
+def test_damaged_experiments(project):
+    """Sync names damaged experiments and makes the runs of the others."""
     for name, (files, _) in DAMAGED.items():
         for path, content in files.items():
             (project / path).write_text(content)
@@ -140,8 +148,11 @@ def test_experiments_that_are_damaged_are_named_and_the_others_are_made(project)
         assert line.endswith(f"; `dvc exp remove -- {name}` drops it")
 
 
-def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
-    """The store is new, and the working tree has other weights by now."""
+def test_committed_weights(project):
+    """An experiment that only names committed weights gets no run.
+
+    The store is new, and the working tree has other weights by now.
+    """
     git(project, "checkout", "--quiet", reference(project, "seed"), "--", *RESULTS)
     git(project, "commit", "--quiet", "--all", "--message", "take the experiment")
     dvc(project, "checkout")
@@ -152,8 +163,11 @@ def test_an_experiment_that_only_names_committed_weights_gets_no_run(project):
     assert found["train_toy_cnn verified"].outputs.model_outputs  # from the weights that are here
 
 
-def test_an_experiment_replaces_nothing_that_its_run_has(project):
-    """A stage that verified the weights later takes precedence."""
+def test_keeps_run_values(project):
+    """An experiment replaces nothing that its run already has.
+
+    A stage that verified the weights later takes precedence.
+    """
     client, run_id = store_of(project), runs_by_name(project)["train_toy_cnn verified"].info.run_id
     client.log_metric(run_id, "max_error", 0.7)
     client.set_tag(run_id, "synced_verify_manual_conv", "of other files")
@@ -164,8 +178,11 @@ def test_an_experiment_replaces_nothing_that_its_run_has(project):
     assert client.get_run(run_id).data.metrics["max_error"] == 0.7
 
 
-def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_made(project):
-    """The older one may be from other code and have its own dvc.lock."""
+def test_completes_newest_run(project):
+    """Of several runs with the same weights, the newest gets what the training made.
+
+    The older one may be from other code and have its own dvc.lock.
+    """
     older = runs_by_name(project)["train_toy_cnn"]
     tags = {name: older.data.tags[name] for name in ("weights_sha256", "dvc_stage")}
     newer = store_of(project).create_run(older.info.experiment_id, tags=tags).info.run_id
@@ -173,8 +190,11 @@ def test_of_several_runs_of_the_same_weights_the_newest_gets_what_the_training_m
     assert tool(project, "sync") == said
 
 
-def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
-    """A changed comment is other code with the same bytes; it has its own run and experiment."""
+def test_separates_equal_weights(project):
+    """A run gets nothing from another training that ended in the same weights.
+
+    A changed comment is other code with the same bytes; it has its own run and experiment.
+    """
     code, expected = project / CODE, {}
     for name in ("one", "two"):
         code.write_text(code.read_text() + f"# {name}\n")
@@ -192,6 +212,7 @@ def test_a_run_gets_nothing_of_another_training_to_the_same_weights(project):
         assert [dep["md5"] for dep in deps if dep["path"] == CODE] == [expected[name]]
 
 
-def test_params_of_an_old_dvc_lock_are_paths():
+def test_old_dvc_lock():
+    """The params of an old dvc.lock become full paths."""
     stages = {TOY.stage: {"deps": [], "params": {"params.yaml": {"toy.seed": 3, "new": {"rate": 0.5}}}}}
     assert _params(TOY, stages) == {"toy.seed": 3, "new.rate": 0.5}

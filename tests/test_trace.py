@@ -32,7 +32,8 @@ def run_commands(project, commands: list[str]) -> str:
     )
 
 
-def test_the_weights_of_a_dirty_tree_come_from_the_cache_or_are_trained_again(project):
+def test_restore_dirty_tree(project):
+    """The weights of a dirty tree come from the cache or are trained again."""
     code = project / "fashion_cnn/lesson/toy.py"
     code.write_text(code.read_text().replace("lr=learning_rate", "lr=2 * learning_rate"))
     (project / "new.txt").write_text("not committed\n")
@@ -50,7 +51,8 @@ def test_the_weights_of_a_dirty_tree_come_from_the_cache_or_are_trained_again(pr
         assert (project / "new.txt").read_text() == "not committed\n"
 
 
-def test_the_commit_of_a_kept_experiment_leads_to_its_run(project):
+def test_kept_experiment(project):
+    """The commit of a kept experiment leads to the experiment's run."""
     dvc(project, "exp", "run", "--name", "kept", "-S", "train_toy_cnn.seed=1")
     git(project, "commit", "--quiet", "--all", "--message", "keep the experiment")
     [run] = tracked_runs(project, "tags.dvc_exp_name = 'kept'")
@@ -60,7 +62,8 @@ def test_the_commit_of_a_kept_experiment_leads_to_its_run(project):
     assert len(before) == 2  # the run of the committed results, and the experiment's
 
 
-def test_an_experiment_in_a_folder_of_a_bigger_repository_is_recorded(project, tmp_path):
+def test_project_in_subfolder(project, tmp_path):
+    """An experiment of a project in a folder of a bigger repository is recorded."""
     folder = tmp_path / "bigger/below"
     shutil.copytree(project, folder, symlinks=True)
     shutil.rmtree(folder / ".git")

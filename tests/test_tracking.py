@@ -136,7 +136,8 @@ class Dying:
 
 
 @pytest.mark.parametrize("named_by", ["key", "dvc_lock"], ids=["of a stage", "of sync"])
-def test_whoever_dies_after_any_call_leaves_the_rest_to_the_next(unsent, named_by):
+def test_death_after_any_call(unsent, named_by):
+    """If a process dies after any of its calls, the next one does the rest."""
     for calls in count():
         own = Record(
             **{"training": TOY.stage, "weights_sha256": f"{calls:064}", named_by: f"{calls:064}"},
@@ -161,7 +162,8 @@ def test_whoever_dies_after_any_call_leaves_the_rest_to_the_next(unsent, named_b
     assert calls > 10
 
 
-def test_a_model_whose_upload_was_killed_is_not_left_beside_the_whole_one(unsent, monkeypatch):
+def test_killed_model_upload(unsent, monkeypatch):
+    """A model whose upload was killed does not stay beside the whole one."""
     train()
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.log_model_artifacts", Mock(side_effect=SystemExit))
@@ -172,7 +174,8 @@ def test_a_model_whose_upload_was_killed_is_not_left_beside_the_whole_one(unsent
     assert_whole(sent_run())
 
 
-def test_the_toys_model_gives_the_probability_of_label_1(unsent):
+def test_toy_model(unsent):
+    """The toy's model gives the probability of label 1."""
     train()
     [model] = models.ready_models(connect().client, sent_run())
     images = np.arange(32, dtype=np.float32).reshape(2, *TOY_SHAPE) / 32
@@ -192,16 +195,19 @@ def half_sent(unsent) -> None:
     Path("mlruns").unlink()
 
 
-def test_files_that_could_not_be_sent_are_sent_later(half_sent):
+def test_unsent_files(half_sent):
+    """Files that could not be sent are sent later."""
     assert_whole(sent_run())
 
 
-def test_a_run_that_was_deleted_meanwhile_is_made_again(half_sent):
+def test_deleted_run(half_sent):
+    """A run that was deleted meanwhile is made again."""
     connect().client.delete_run(all_runs()[0].info.run_id)
     assert_whole(sent_run())
 
 
-def test_records_that_were_begun_in_another_store_wait_for_it(half_sent, monkeypatch):
+def test_other_store(half_sent, monkeypatch):
+    """Records that were begun in another store wait for that store."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/other.db")
         [line] = send()
@@ -227,7 +233,8 @@ def delete_experiment() -> None:
         (lambda record: delete_experiment(), "restore it with `mlflow experiments restore --experiment-id "),
     ],
 )
-def test_what_cannot_be_sent_is_named_and_stops_nothing_else(unsent, spoil, words):
+def test_unsendable_record(unsent, spoil, words):
+    """A record that cannot be sent is named and does not stop the others."""
     report({"value": 1}, trainings=[TOY, CNN])
     [folder] = folders()
     spoil(folder / TOY.stage / "record.json")
@@ -239,7 +246,8 @@ def test_what_cannot_be_sent_is_named_and_stops_nothing_else(unsent, spoil, word
     assert [(run.info.run_name, run.data.metrics["value"]) for run in all_runs()] == [(CNN.stage, 2)]
 
 
-def test_a_record_names_no_files(workspace):
+def test_record_cannot_name_files(workspace):
+    """A record that is read from its file cannot name other files."""
     path = workspace / "record.json"
     named = '"files": {"a": "/etc/passwd"}, "weights": "/etc/passwd", "diff": "/etc/passwd"'
     path.write_text(f'{{"training": "train_toy_cnn", {named}}}')
@@ -250,7 +258,8 @@ def test_a_record_names_no_files(workspace):
 @pytest.mark.parametrize(
     ("fault", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (KeyboardInterrupt, None)]
 )
-def test_a_training_that_stops_is_marked_and_goes_on_in_its_run(unsent, fault, status):
+def test_stopped_training(unsent, fault, status):
+    """A training that stops is marked as stopped and continues in the same run."""
     stop_training(fault)
     if status:  # otherwise both parts are sent late
         assert sent_run().info.status == status
@@ -258,7 +267,8 @@ def test_a_training_that_stops_is_marked_and_goes_on_in_its_run(unsent, fault, s
     assert_whole(sent_run())
 
 
-def test_the_same_training_again_only_adds_what_its_run_lacks(unsent):
+def test_repeated_training(unsent):
+    """A repeated training adds only what its run lacks."""
     train()
     before = sent_run()
     connect().client.delete_logged_model(before.outputs.model_outputs[0].model_id)
@@ -289,7 +299,8 @@ def wait_for(condition, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("follower_dies", [False, True])
-def test_a_killed_training_is_marked_by_its_follower_or_the_next(workspace, new_store, follower_dies):
+def test_killed_training(workspace, new_store, follower_dies):
+    """A killed training is marked by its follower or by the next one."""
     shutil.copy(new_store, "mlflow.db")
     with subprocess.Popen([sys.executable, "-c", ENDLESS]) as stage:
         wait_for(lambda: all_runs() and curve(all_runs()[0]), 60)  # the curve is live
@@ -326,7 +337,8 @@ REQUIRED = {"REQUIRE_MLFLOW": "1"}
     ],
     ids=["unreachable", "required", "SQL printed", "not in UTF-8"],
 )
-def test_a_stage_ends_with_a_line_about_its_runs(workspace, new_store, variables, line):
+def test_line_about_runs(workspace, new_store, variables, line):
+    """A stage ends with a line about its runs."""
     root = workspace / "hü"
     root.mkdir()
     shutil.copy(new_store, root / "mlflow.db")
@@ -338,7 +350,8 @@ def test_a_stage_ends_with_a_line_about_its_runs(workspace, new_store, variables
 
 
 @pytest.mark.parametrize(("wait", "end"), [("WAIT", ""), ("STOPPED", "    raise KeyboardInterrupt\n")])
-def test_a_follower_that_hangs_costs_a_stage_a_bounded_time(workspace, wait, end):
+def test_hanging_follower(workspace, wait, end):
+    """A follower that hangs delays a stage for a bounded time."""
     Path("hangs.py").write_text("import time; time.sleep(90)")  # longer than run_stage waits
     patch = f"from fashion_cnn.project import stage_records as s; s.FOLLOWER, s.{wait} = 'hangs', 0.5"
     done = run_stage(patch + SHORT + end, PYTHONPATH=str(workspace))
@@ -348,7 +361,8 @@ def test_a_follower_that_hangs_costs_a_stage_a_bounded_time(workspace, wait, end
 
 
 @pytest.mark.parametrize(("of", "name"), [(Path, "rename"), (stage_records, "replace_atomically")])
-def test_a_full_disk_costs_no_training(unsent, monkeypatch, capsys, of, name):
+def test_full_disk(unsent, monkeypatch, capsys, of, name):
+    """A full disk does not stop a training."""
     monkeypatch.setattr(of, name, Mock(side_effect=OSError(28, "Disk full")))
     train()
     *_, line = capsys.readouterr().out.splitlines()
@@ -356,7 +370,9 @@ def test_a_full_disk_costs_no_training(unsent, monkeypatch, capsys, of, name):
     assert line.endswith(": Disk full, so the record is incomplete; `fashion-cnn sync` writes the rest")
 
 
-def test_no_follower_sees_records_that_nobody_holds_yet_or_leaves_any_half_deleted(unsent, monkeypatch):
+def test_unheld_records(unsent, monkeypatch):
+    """A follower does not see records that nobody holds yet, and leaves none half deleted."""
+
     class Watched(FileLock):
         def acquire(self):
             assert send() == []
@@ -368,8 +384,11 @@ def test_no_follower_sees_records_that_nobody_holds_yet_or_leaves_any_half_delet
     assert_whole(sent_run())
 
 
-def test_a_report_goes_to_every_run_of_its_weights_though_the_clock_was_set_back(unsent, monkeypatch):
-    """Two machines may train to the same bytes; the report's folder sorts first by name."""
+def test_clock_set_back(unsent, monkeypatch):
+    """A report goes to every run of its weights, even if the clock was set back.
+
+    Two machines may train to the same bytes; the report's folder sorts first by name.
+    """
     for key in ("34" * 32, "56" * 32):
         train(key)
     monkeypatch.setattr("time.time_ns", lambda: 1)
@@ -385,14 +404,16 @@ def bring(**facts) -> tuple:
     return connect().client.get_run(run_id), added
 
 
-def test_a_user_without_a_name_has_runs(unsent, monkeypatch):
+def test_nameless_user(unsent, monkeypatch):
+    """A user without a name can make runs."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))
     assert bring()[0].data.tags["mlflow.user"] == str(os.getuid())
 
 
-def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):
+def test_unknown_weights(unsent):
+    """Weights that the store does not know get a run that says so."""
     bring(metrics={"test_accuracy": 0.9})
     run, _ = bring(metrics={"more": 1})
     assert (run.info.run_name, run.info.status) == ("train_cnn@original", "FINISHED")
@@ -402,7 +423,8 @@ def test_weights_unknown_to_the_store_get_a_run_that_says_so(unsent):
     assert "not trained into this store" in run.data.tags["mlflow.note.content"]
 
 
-def test_a_metric_is_logged_once_even_if_it_is_no_number(unsent):
+def test_non_finite_metric(unsent):
+    """A metric is logged once, even if it is not finite."""
     metrics = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5}
     bring(metrics=metrics)
     sent = Record.model_validate_json(Record(training=CNN.stage, metrics=metrics).model_dump_json())
@@ -410,7 +432,8 @@ def test_a_metric_is_logged_once_even_if_it_is_no_number(unsent):
     assert bring(metrics=metrics | {"a": 0.0})[1] == ["metrics"]
 
 
-def test_reports_add_to_a_run_and_to_its_model_alone(unsent):
+def test_reports_only_add(unsent):
+    """Reports add to a run and to its model and change nothing else."""
     train()
     before = sent_run()
     for loss in (0.3, 0.2):
@@ -426,14 +449,16 @@ def test_reports_add_to_a_run_and_to_its_model_alone(unsent):
     }  # fmt: skip
 
 
-def test_ids_in_the_environment_hijack_nothing(unsent, monkeypatch):
+def test_environment_ids(unsent, monkeypatch):
+    """IDs in the environment do not hijack a training's run."""
     for name in ("MLFLOW_RUN_ID", "MLFLOW_ACTIVE_MODEL_ID"):
         monkeypatch.setenv(name, "12" * 16)
     train()
     assert_whole(sent_run())
 
 
-def test_what_is_sent_later_is_as_it_was(unsent):
+def test_files_sent_later(unsent):
+    """Files that are sent later are as they were when they were recorded."""
     commit_all(Path.cwd())
     code = Path("code.py")
     code.write_text("then")
@@ -445,7 +470,9 @@ def test_what_is_sent_later_is_as_it_was(unsent):
     assert "+then" in text_of(found, "uncommitted.diff")
 
 
-def test_a_runs_name_says_what_is_special_about_it(workspace):
+def test_run_name(workspace):
+    """A run's name says what is special about the run."""
+
     def name(seed: int, **tags: str) -> str:
         return runs.run_name(Record(training=TOY.stage, tags=tags, params={"train_toy_cnn.seed": seed}))
 

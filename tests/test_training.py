@@ -64,20 +64,23 @@ def train(tmp_path):
     return run
 
 
-def test_it_overfits_twelve_images(train, images):
+def test_overfits_twelve_images(train, images):
+    """A training overfits twelve images."""
     _, rows = train(images[None], epochs=30, learning_rate=0.003)
     assert rows[-1]["train_accuracy"] == 1
     assert rows[-1]["train_loss"] < 0.5 < rows[0]["train_loss"]
     assert [row["epoch"] for row in rows] == list(range(1, 31))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(train, images):
+def test_seed(train, images):
+    """The same seed gives the same weights, and another seed gives others."""
     first, second, other = (train(images[None], seed=seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first[5].weight, second[5].weight)
     assert not torch.equal(first[5].weight, other[5].weight)
 
 
-def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
+def test_epoch_images(train, images):
+    """An epoch takes every train image once and no other image."""
     seen = []
     model = fresh(build_small, 0)
     model.register_forward_pre_hook(
@@ -89,7 +92,8 @@ def test_an_epoch_takes_every_train_image_once_and_no_other(train, images):
     assert sorted(image.tobytes() for image in given) == sorted(image.tobytes() for image in images[TRAIN])
 
 
-def test_a_cycle_spans_the_steps_of_all_epochs(train, images, monkeypatch):
+def test_one_cycle(train, images, monkeypatch):
+    """A cycle of the learning rate spans the steps of all epochs."""
     rates = []
     monkeypatch.setattr(loop, "set_rate", lambda optimizer, rate: rates.append(rate))
     train(images[None], schedule="one-cycle", learning_rate=0.1)
@@ -97,7 +101,8 @@ def test_a_cycle_spans_the_steps_of_all_epochs(train, images, monkeypatch):
     assert rates == pytest.approx([0.1 * min(part / 0.2, (1 - part) / 0.8) for part in done])
 
 
-def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(train):
+def test_variant_draws(train):
+    """Variants are drawn uniformly for training and never for validation."""
     # Variant v of every image is filled with v, so a batch shows which variants it drew.
     pool = np.stack([np.full((16, 28, 28), variant, np.uint8) for variant in range(4)])
     drawn, validated = [], []
@@ -116,8 +121,11 @@ def test_variants_are_drawn_uniformly_for_training_and_never_for_validation(trai
     assert (abs(counts - 300) < 75).all()
 
 
-def test_an_epochs_metrics_are_means_over_its_images(train, images):
-    """Computed from the logits of every batch; the last batch has two images, the others five."""
+def test_epoch_metrics(train, images):
+    """An epoch's metrics are means over its images.
+
+    Computed from the logits of every batch; the last batch has two images, the others five.
+    """
     label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
     seen = {True: [], False: []}  # loss and hit of each image, by whether the model trains
 
@@ -139,8 +147,11 @@ def test_an_epochs_metrics_are_means_over_its_images(train, images):
     assert (len(seen[True]), len(seen[False])) == (12, 4)
 
 
-def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train, images):
-    """Computed from the logits of every batch; an image's loss is the one of when it was last seen."""
+def test_prune_easy(train, images):
+    """Later epochs leave out half of the images that had the least loss.
+
+    Computed from the logits of every batch; an image's loss is the one of when it was last seen.
+    """
     label_of = {image.tobytes(): label for image, label in zip(images, LABELS, strict=True)}
     seen = []
 
@@ -165,14 +176,18 @@ def test_later_epochs_leave_out_half_of_the_images_that_had_the_least_loss(train
 
 
 @pytest.mark.parametrize("learning_rate", [0.001, 0.004])
-def test_the_first_step_moves_weights_by_the_learning_rate(train, images, learning_rate):
-    """Adam's first step equals the learning rate for any gradient other than zero."""
+def test_first_step_size(train, images, learning_rate):
+    """The first step moves weights by the learning rate.
+
+    Adam's first step equals the learning rate for any gradient other than zero.
+    """
     model, _ = train(images[None], epochs=1, batch_size=12, learning_rate=learning_rate)
     moved = (model[5].bias - fresh(build_small, 0)[5].bias).abs()
     assert moved.max().item() == pytest.approx(learning_rate, rel=1e-3)
 
 
-def test_an_epoch_is_reported_with_its_images_a_second(train, images, monkeypatch, capsys):
+def test_epoch_report(train, images, monkeypatch, capsys):
+    """An epoch is reported with its images per second."""
     clock = iter([10.0, 12.0, 20.0, 24.0])
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
     heard = []
@@ -205,7 +220,8 @@ class Bar(tqdm):
 
 
 @pytest.mark.parametrize(("easy", "second"), [(0.0, 12), (0.5, 9)])
-def test_the_bar_counts_images_and_shows_the_mean_so_far(train, images, monkeypatch, tmp_path, easy, second):
+def test_progress_bar(train, images, monkeypatch, tmp_path, easy, second):
+    """The progress bar counts images and shows the means so far."""
     monkeypatch.setattr(loop, "tqdm", Bar)
     monkeypatch.setattr(loop, "REFRESH", 3)  # the last of each epoch's three batches
     monkeypatch.setattr(Bar, "shown", [])
@@ -235,7 +251,8 @@ def build_residual() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("build", "options"), [(build_small, {}), (build_residual, OPTIONS)])
-def test_a_killed_training_goes_on_to_the_same_weights_and_rows(train, images, tmp_path, build, options):
+def test_resume_killed_training(train, images, tmp_path, build, options):
+    """A killed training resumes and ends with the same weights and rows."""
     pool = np.stack([images, 255 - images])
     train = partial(train, pool, epochs=4, **options)
     whole, whole_rows = train(model=fresh(build, 0))
@@ -281,7 +298,8 @@ def renamed(content: bytes) -> bytes:
         lambda content: content.replace(b"train_loss", b"train_lass", 1),
     ],
 )
-def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damage):
+def test_damaged_checkpoint(train, images, tmp_path, capsys, damage):
+    """A training with a damaged checkpoint starts over."""
     _, rows = train(images[None], checkpoint=Checkpoint("k", tmp_path, 9))
     path = tmp_path / "k.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -289,7 +307,8 @@ def test_a_damaged_checkpoint_starts_over(train, images, tmp_path, capsys, damag
     assert "checkpoint k.safetensors is damaged (" in capsys.readouterr().out
 
 
-def test_the_checkpoint_of_another_key_is_not_resumed(train, images, tmp_path):
+def test_checkpoint_of_another_key(train, images, tmp_path):
+    """A training does not resume the checkpoint of another key."""
     train(images[None], checkpoint=Checkpoint("k", tmp_path, 9))
     (tmp_path / "k.safetensors").rename(tmp_path / "other.safetensors")
     assert Checkpoint("other", tmp_path, 9).rows == []
@@ -309,37 +328,44 @@ def key(tmp_path, monkeypatch):
     return lambda stage="s", params=1, data="d": result_key(stage, {"params": params}, data)
 
 
-def test_the_key_of_the_same_training_is_the_same(key, tmp_path):
+def test_same_key(key, tmp_path):
+    """The same training has the same key."""
     before = key()
     (tmp_path / "fashion_cnn/schema.py").write_text("2")  # it changes no result
     assert key() == before
 
 
 @pytest.mark.parametrize("change", [{"stage": "t"}, {"params": 2}, {"data": "e"}])
-def test_another_stage_other_params_or_data_have_another_key(key, change):
+def test_key_of_other_inputs(key, change):
+    """Another stage, other params and other data each have another key."""
     assert key(**change) != key()
 
 
-def test_other_code_has_another_key(key, tmp_path):
+def test_key_of_other_code(key, tmp_path):
+    """Other code has another key."""
     before = key()
     (tmp_path / "fashion_cnn/layers.py").write_text("2")
     assert key() != before
 
 
-def test_another_machine_has_another_key(key, monkeypatch):
+def test_key_of_another_machine(key, monkeypatch):
+    """Another machine has another key."""
     before = key()
     monkeypatch.setattr(provenance, "machine_tags", lambda: {"torch": "2"})
     assert key() != before
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-def test_the_digest_of_data_is_that_of_all_arrays(images, changed):
+def test_data_digest(images, changed):
+    """The digest of data depends on all of its arrays."""
     arrays = [images, LABELS]
     others = [array + (number == changed) for number, array in enumerate(arrays)]
     assert digest(*others) != digest(*arrays)
 
 
-def test_a_training_killed_in_its_first_epoch_starts_over(train, images, tmp_path):
+def test_killed_in_first_epoch(train, images, tmp_path):
+    """A training that was killed in its first epoch starts over."""
+
     def kill(module, args):
         raise Killed
 
@@ -351,7 +377,8 @@ def test_a_training_killed_in_its_first_epoch_starts_over(train, images, tmp_pat
     assert again.rows == []
 
 
-def test_a_resumed_training_says_after_which_epoch_and_a_new_one_nothing(train, images, tmp_path, capsys):
+def test_resume_message(train, images, tmp_path, capsys):
+    """A resumed training says after which epoch it resumes, and a new one says nothing."""
     train(images[None], epochs=1, checkpoint=Checkpoint("k", tmp_path, 9))
     assert "after epoch" not in capsys.readouterr().out
     train(images[None], epochs=2, checkpoint=Checkpoint("k", tmp_path, 9))
@@ -362,7 +389,8 @@ WEIGHTS = Path("weights.safetensors")
 LOSSES = torch.zeros(3)
 
 
-def test_two_trainings_with_one_key_wait_for_each_other(workspace):
+def test_checkpoint_lock(workspace):
+    """Two trainings with the same key wait for each other."""
     folder = workspace / ".checkpoints"
     with exclusive_checkpoint("k", WEIGHTS, 2) as checkpoint:
         assert checkpoint.path == folder / "k.safetensors"
@@ -374,7 +402,8 @@ def test_two_trainings_with_one_key_wait_for_each_other(workspace):
         pass
 
 
-def test_a_checkpoint_goes_with_success_and_stays_with_failure(workspace):
+def test_checkpoint_after_end(workspace):
+    """A checkpoint is deleted after a success and stays after a failure."""
     model = fresh(build_small, 0)
     for fault in (Killed, None):
         with contextlib.suppress(Killed), exclusive_checkpoint("k", WEIGHTS, 2) as checkpoint:
@@ -395,7 +424,8 @@ def train_in_dvc(key: str, content: str) -> int:
     return before
 
 
-def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, monkeypatch):
+def test_kept_until_dvc_lock(workspace, monkeypatch):
+    """A finished training is kept until dvc.lock has its weights."""
     monkeypatch.setenv("DVC_STAGE", "train_cnn@original")
     folder = workspace / ".checkpoints"
     Path("dvc.lock").write_text(f"md5: {'0' * 32}\n")
@@ -411,7 +441,8 @@ def test_a_finished_training_is_kept_until_dvc_lock_has_its_weights(workspace, m
     assert train_in_dvc("k", "some") == 0  # `dvc repro --force` trains again
 
 
-def test_a_longer_training_resumes_a_kept_one_and_a_shorter_one_does_not(workspace, monkeypatch):
+def test_resume_kept_checkpoint(workspace, monkeypatch):
+    """A longer training resumes a kept one, and a shorter one does not."""
     monkeypatch.setenv("FASHION_CNN_KEEP_CHECKPOINT", "1")
     assert train_in_dvc("k", "some") == 0
     assert train_in_dvc("other", "other") == 0
@@ -425,7 +456,8 @@ def test_a_longer_training_resumes_a_kept_one_and_a_shorter_one_does_not(workspa
     ]
 
 
-def test_only_the_newest_kept_checkpoints_stay(workspace, monkeypatch):
+def test_newest_kept_checkpoints(workspace, monkeypatch):
+    """Of the kept checkpoints, only the newest stay."""
     monkeypatch.setenv("FASHION_CNN_KEEP_CHECKPOINT", "1")
     monkeypatch.setattr(checkpoints, "KEPT", 2)
     for key in "abcd":
@@ -435,7 +467,8 @@ def test_only_the_newest_kept_checkpoints_stay(workspace, monkeypatch):
     assert sorted(path.stem for path in (workspace / ".checkpoints").glob("*.safetensors")) == ["c", "d"]
 
 
-def test_a_deleted_checkpoint_is_gone(tmp_path):
+def test_delete_checkpoint(tmp_path):
+    """Deleting a checkpoint removes its file."""
     checkpoint = Checkpoint("k", tmp_path, 9)
     model = fresh(build_small, 0)
     checkpoint.save(model, torch.optim.Adam(model.parameters()), LOSSES, [])
@@ -463,7 +496,9 @@ class StandInGraph:
         self.call()
 
 
-def test_the_graphed_step_trains_as_the_plain_one(images):
+def test_graphed_step(images):
+    """The graphed step trains as the plain one does."""
+
     def run(wrap):
         model = fresh(build_small, 0)
         pool = torch.from_numpy(np.stack([images, 255 - images, images // 2]))

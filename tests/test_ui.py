@@ -78,7 +78,8 @@ def address(tmp_path_factory, new_store):
 
 
 @needs_browser
-def test_a_fresh_browser_sees_the_cnns_with_val_accuracy_and_what_was_set(address):
+def test_table_of_trainings(address):
+    """A fresh browser shows the CNNs with their val accuracy and the params that were set."""
     with open_page(2000, 1000) as page:
         see_table(page, address)
         text = page.locator("body").inner_text()
@@ -98,7 +99,8 @@ def test_a_fresh_browser_sees_the_cnns_with_val_accuracy_and_what_was_set(addres
 
 
 @needs_browser
-def test_from_the_table_it_is_one_step_to_a_run_a_comparison_and_the_models(address):
+def test_steps_from_table(address):
+    """One step leads from the table to a run, a comparison or the models."""
     with open_page(2000, 1000) as page:
         see_table(page, address)
         see_comparison(page)
@@ -116,7 +118,8 @@ def test_from_the_table_it_is_one_step_to_a_run_a_comparison_and_the_models(addr
             page.get_by_text(words).first.wait_for(timeout=10_000)
 
 
-def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
+def test_port_in_use(workspace):
+    """The error for a port that is in use names the port and the way out."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         _, fault = start(port).communicate(timeout=60)
@@ -126,7 +129,8 @@ def test_a_port_that_is_in_use_is_named_with_the_way_out(workspace):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_of_the_ui_outlives_it_and_no_proxy_is_in_its_way(workspace, new_store, how):
+def test_leaves_no_process(workspace, new_store, how):
+    """The UI leaves no process behind, and a proxy in the environment does not affect it."""
     shutil.copy(ROOT / "dvc.yaml", workspace)
     shutil.copy(new_store, workspace / "mlflow.db")
     port = str(free_port())
@@ -139,7 +143,8 @@ def test_nothing_of_the_ui_outlives_it_and_no_proxy_is_in_its_way(workspace, new
     assert psutil.wait_procs(at_work, timeout=30)[1] == []
 
 
-def test_a_server_has_a_ui_of_its_own(workspace, monkeypatch, capsys):
+def test_server_ui(workspace, monkeypatch, capsys):
+    """A tracking server has its own UI, whose address is printed."""
     from fashion_cnn.commands import ui
 
     class Client:

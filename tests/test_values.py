@@ -45,7 +45,8 @@ def pool_of(folder, images):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images(results, images):
+def test_val_metrics(results, images):
+    """The val metrics are those of the written weights on the original val images."""
     folder = results.rerun("train_cnn", images)
     pixels, labels = small.read_data(folder, "TRAIN_IMAGES"), small.read_data(folder, "TRAIN_LABELS")
     _, val = small.split(labels)
@@ -61,7 +62,8 @@ def test_val_metrics_are_those_of_the_written_weights_on_the_original_val_images
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_a_plain_training_gives_the_written_weights_and_train_metrics(results, images):
+def test_plain_training(results, images):
+    """A plain training gives the written weights and train metrics."""
     folder = results.rerun("train_cnn", images)
     weights, rows = small.train(pool_of(folder, images), small.read_data(folder, "TRAIN_LABELS"))
     written = table(folder / f"metrics/train_cnn/{images}.csv")
@@ -75,7 +77,8 @@ def test_a_plain_training_gives_the_written_weights_and_train_metrics(results, i
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_the_plain_loop_prints_the_numbers_of_the_training(results, images, capsys):
+def test_plain_loop(results, images, capsys):
+    """The plain loop prints the numbers of the training."""
     folder = results.rerun("train_cnn", images)
     capsys.readouterr()
     with small.small_data(folder) as patch:
@@ -91,8 +94,11 @@ def test_the_plain_loop_prints_the_numbers_of_the_training(results, images, caps
             assert row[name] == pytest.approx(float(written[name]), abs=0.02)
 
 
-def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
-    """Its cells run in order, as in Jupyter; every figure that it shows has something drawn."""
+def test_notebook_runs(results, monkeypatch):
+    """The notebook runs and holds no outputs.
+
+    Its cells run in order, as in Jupyter; every figure that it shows has something drawn.
+    """
     notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
@@ -113,8 +119,11 @@ def test_the_notebook_runs_and_holds_no_outputs(results, monkeypatch):
     assert len(names["accuracies"]) == 11
 
 
-def test_the_notebook_prepares_torch_before_it_computes(results):
-    """A process runs the notebook's first part, then prepare_torch, which refuses another set-up."""
+def test_notebook_prepares_torch(results):
+    """The notebook prepares torch before it computes.
+
+    A process runs the notebook's first part, then prepare_torch, which refuses another set-up.
+    """
     results.need("build_toy_tensors")
     (results.folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     notebook = json.loads((ROOT / "docs/lesson.ipynb").read_text())
@@ -125,7 +134,8 @@ def test_the_notebook_prepares_torch_before_it_computes(results):
     subprocess.run([sys.executable, "-c", code], cwd=results.folder, env=settings, check=True)
 
 
-def test_a_plain_training_gives_the_written_toy_and_its_curve(results):
+def test_plain_toy_training(results):
+    """A plain training gives the written weights of the toy and its curve."""
     folder = results.rerun("train_toy_cnn")
     params, model = PARAMS["train_toy_cnn"], fresh(build_toy_cnn, PARAMS["train_toy_cnn"]["seed"])
     toy = load_file(folder / "data/toy.safetensors")
@@ -152,7 +162,8 @@ def test_a_plain_training_gives_the_written_toy_and_its_curve(results):
         assert torch.allclose(tensor, model.state_dict()[name], atol=1e-5), name
 
 
-def test_the_toys_images_are_those_of_the_lesson(results):
+def test_toy_images(results):
+    """The toy's images are those of the lesson."""
     folder = results.rerun("build_toy_tensors")
     toy = load_file(folder / "data/toy.safetensors")
     assert (toy["images"][:, 0] * 8).tolist() == [
@@ -162,7 +173,8 @@ def test_the_toys_images_are_those_of_the_lesson(results):
     assert toy["labels"].tolist() == [0, 1]
 
 
-def test_the_models_seed_is_that_of_train_cnn_and_not_of_the_split(again):
+def test_model_seed(again):
+    """The model's seed is that of train_cnn and not that of the split."""
     folder = again("train_cnn", "original")
     run_stage(folder, "train_cnn", "original", train_cnn__learning_rate=1e-12)  # so small that nothing moves
     initial = fresh(build_cnn, PARAMS["train_cnn"]["seed"]).state_dict()
@@ -171,7 +183,8 @@ def test_the_models_seed_is_that_of_train_cnn_and_not_of_the_split(again):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_test_metrics_are_those_of_the_written_weights(results, images):
+def test_test_metrics(results, images):
+    """The test metrics are those of the written weights."""
     folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     loss, accuracy = small.evaluate(folder / f"models/cnn_{images}.safetensors", pixels, labels)
@@ -181,7 +194,8 @@ def test_test_metrics_are_those_of_the_written_weights(results, images):
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_confusion_and_classes_are_those_of_the_written_weights(results, images):
+def test_confusion_and_classes(results, images):
+    """The tables of confusion and of classes are those of the written weights."""
     folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     weights = load_file(folder / f"models/cnn_{images}.safetensors")
@@ -198,7 +212,8 @@ def test_confusion_and_classes_are_those_of_the_written_weights(results, images)
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(results, images):
+def test_mistakes(results, images):
+    """The mistakes are the surest wrong predictions, with the pixels of their own images."""
     folder = results.rerun("evaluate_cnn", images)
     pixels, labels = small.read_data(folder, "TEST_IMAGES"), small.read_data(folder, "TEST_LABELS")
     weights = load_file(folder / f"models/cnn_{images}.safetensors")
@@ -224,7 +239,8 @@ def test_mistakes_are_the_surest_wrong_ones_with_their_own_pixels(results, image
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_robustness_is_that_of_the_written_weights_on_moved_images(results, images):
+def test_robustness(results, images):
+    """The robustness is that of the written weights on moved images."""
     folder = results.rerun("evaluate_cnn", images)
     n = PARAMS["evaluate_cnn"]["robustness_images"]
     pixels, labels = (small.read_data(folder, name)[:n] for name in ("TEST_IMAGES", "TEST_LABELS"))
@@ -248,14 +264,16 @@ def test_robustness_is_that_of_the_written_weights_on_moved_images(results, imag
     assert metrics["test_accuracy_rotation_15deg"] == pytest.approx(np.mean(by_15), rel=SIX_DIGITS)
 
 
-def test_the_copies_are_those_of_every_image_in_order(results):
+def test_augmented_copies(results):
+    """Each augmented copy has every image, in order."""
     folder = results.rerun("augment_images")
     pool, labels = pool_of(folder, "augmented"), small.read_data(folder, "TRAIN_LABELS")
     assert len(pool) == 1 + PARAMS["augment_images"]["copies"]
     assert (np.load(folder / "data/augmented/labels.npy") == labels).all()
 
 
-def test_each_figure_is_drawn_from_its_own_tables(again, monkeypatch):
+def test_figure_tables(again, monkeypatch):
+    """Each figure is drawn from its own tables."""
     folder, drawn, saved = again("plot_results"), {}, {}
     for name in ("toy_loss", "training_curves", "robustness", "confusion", "mistakes", "augmentation"):
         # Each figure's name stands in for the figure.
@@ -327,7 +345,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
-def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, name, condition, metric):
+def test_wrong_value_by_hand(again, monkeypatch, name, condition, metric):
+    """A wrong value by hand causes exactly the error that is written."""
     folder = again("verify_manual_conv")
     assert verified(folder)[metric] < 1e-4
     monkeypatch.setattr(layers, name, wrong(name, 0.25, condition))
@@ -336,7 +355,8 @@ def test_a_wrong_value_by_hand_is_the_error_that_is_written(again, monkeypatch, 
 
 
 @pytest.mark.parametrize(("name", "condition", "metric"), WRONG)
-def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, metric):
+def test_nan_by_hand(again, monkeypatch, name, condition, metric):
+    """A NaN by hand fails the stage."""
     folder = again("verify_manual_conv")
     before = verified(folder)
     monkeypatch.setattr(layers, name, wrong(name, float("nan"), condition))
@@ -345,7 +365,8 @@ def test_no_number_by_hand_fails_the_stage(again, monkeypatch, name, condition, 
     assert verified(folder) == before
 
 
-def test_an_error_above_the_tolerance_fails_the_stage(again, monkeypatch):
+def test_error_above_tolerance(again, monkeypatch):
+    """An error above the tolerance fails the stage."""
     folder = again("verify_manual_conv")
     monkeypatch.setattr(layers, "sigmoid", wrong("sigmoid", 0.25))
     with pytest.raises(StageError, match=r"toy_forward is 0.25 at toy, both images, Sigmoid-6, .* 0\.2$"):
@@ -410,7 +431,8 @@ OTHERS = ["fetch.sources", "verify_manual_conv.tolerance", "train_cnn.device", "
 
 
 @pytest.mark.parametrize("param", EFFECTS)
-def test_a_param_changes_the_outputs_that_it_is_for_and_no_others(again, param):
+def test_param_effects(again, param):
+    """A param changes the outputs that it is for and no others."""
     value, stage, changed = EFFECTS[param]
     folder = again(*stage)
     before = small.contents(folder)
@@ -420,21 +442,24 @@ def test_a_param_changes_the_outputs_that_it_is_for_and_no_others(again, param):
 
 
 @pytest.mark.parametrize("stage", small.PIPELINE)
-def test_the_same_params_give_the_same_bytes(again, stage):
+def test_same_params_same_bytes(again, stage):
+    """The same params give the same bytes."""
     folder = again(*stage)
     before = small.contents(folder)
     run_stage(folder, *stage)
     assert small.contents(folder) == before
 
 
-def test_every_param_has_a_test_of_its_effect():
+def test_every_param_is_tested():
+    """Every param has a test of its effect."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     leaves = {f"{section}.{leaf}" for section, values in params.items() for leaf in values}
     assert leaves == {*EFFECTS, *OTHERS}
 
 
 @pytest.mark.parametrize("stage", ["train_cnn", "evaluate_cnn"])
-def test_the_device_is_that_of_the_stage(again, monkeypatch, stage):
+def test_stage_device(again, monkeypatch, stage):
+    """A stage uses the device that its own section sets."""
     folder = again(stage, "original")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StageError, match="device is cuda"):

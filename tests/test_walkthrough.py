@@ -36,7 +36,8 @@ def written(build) -> tuple[nn.Sequential, list[dict], str]:
 
 
 @pytest.mark.parametrize("build", MODELS)
-def test_every_line_can_be_computed(build):
+def test_computable_lines(build):
+    """Every line can be computed and gives the value that it shows."""
     _, rows, text = written(build)
     lines = re.findall(r"^- .*?`(.+)` = \*\*(.+)\*\*$", text, re.MULTILINE)
     names = {"__builtins__": {}, "max": max, "exp": math.exp}
@@ -48,7 +49,8 @@ def test_every_line_can_be_computed(build):
 
 
 @pytest.mark.parametrize("build", MODELS)
-def test_layers_come_in_their_order_and_end_in_what_the_model_gives(build):
+def test_layer_order(build):
+    """The layers come in their order and end in what the model gives."""
     model, _, text = written(build)
     titles = re.findall(r"^(\w+-\d), .*:$", text, re.MULTILINE)
     assert titles == [f"{type(layer).__name__}-{number}" for number, layer in enumerate(model, start=1)]
@@ -58,14 +60,16 @@ def test_layers_come_in_their_order_and_end_in_what_the_model_gives(build):
     assert values[-len(outputs) :] == pytest.approx(outputs, abs=1e-6)
 
 
-def test_every_weight_is_in_the_table():
+def test_every_weight():
+    """Every weight is in the table."""
     model = fresh(two_channels_and_no_sigmoid, 3)
     shown = re.findall(r"[-+]\d\.\d{4}", weights_table(model))
     weights = [value.item() for tensor in model.parameters() for value in tensor.flatten()]
     assert sorted(shown) == sorted(f"{value:+.4f}" for value in weights)
 
 
-def test_the_text_of_a_model_by_hand():
+def test_model_text():
+    """The text of a small model is the one written by hand."""
     model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
     rows = compare_layers(model, image[None])
@@ -101,7 +105,8 @@ def test_the_text_of_a_model_by_hand():
     )
 
 
-def test_the_text_of_weights_by_hand():
+def test_weights_text():
+    """The text of weights and of counts of parameters is the one written by hand."""
     model = nn.Sequential(nn.Conv2d(2, 1, (1, 2)), nn.ReLU(), nn.Linear(2, 1))
     for parameter, values in zip(model.parameters(), ([1, 2, 3, 4], [5], [6, -7], [-8]), strict=True):
         parameter.data = torch.tensor(values, dtype=torch.float32).reshape(parameter.shape)
@@ -122,7 +127,8 @@ def test_the_text_of_weights_by_hand():
     )
 
 
-def test_rows_of_another_model_are_an_error():
+def test_rows_of_another_model():
+    """Rows of another model raise an error."""
     model, rows, _ = written(build_toy_cnn)
     with pytest.raises(ValueError, match="shorter"):
         write_out(model, IMAGE, rows[:-1], 1.0)
@@ -156,7 +162,8 @@ def matrices(text: str) -> list[list[list[float]]]:
     return [[numbers(line) for line in block.splitlines()] for block in blocks]
 
 
-def test_weights_and_inputs_are_those_of_the_files(file):
+def test_weights_and_inputs(file):
+    """The weights and inputs in the text are those of the files."""
     folder, head, images, _ = file
     weights, toy = (
         load_file(folder / "models/toy_cnn.safetensors"),
@@ -173,7 +180,8 @@ def test_weights_and_inputs_are_those_of_the_files(file):
         assert f"The input, label {int(label)}:" in text
 
 
-def test_the_table_has_every_layers_outputs_by_loops_and_by_torch(file):
+def test_outputs_table(file):
+    """The table has every layer's outputs, by loops and by torch."""
     folder, _, images, _ = file
     model = build_toy_cnn()
     model.load_state_dict(load_file(folder / "models/toy_cnn.safetensors"))
@@ -190,7 +198,8 @@ def test_the_table_has_every_layers_outputs_by_loops_and_by_torch(file):
             assert 0 <= float(error) < 1e-6
 
 
-def test_the_tables_of_parameters_add_up(file):
+def test_parameters_tables(file):
+    """The tables of parameters add up."""
     *_, tables = file
     toy, cnn = tables.split("\n## The Fashion-MNIST CNN's parameters\n")
     for text, total in ((toy, 12), (cnn, 896_522)):

@@ -98,7 +98,8 @@ def stages_of(node: Path) -> list:
     return [one for clone in node.glob("clones/*/*") if clone.is_dir() for one in stage_processes(clone)]
 
 
-def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
+def test_outages(team, tmp_path):
+    """No trial is lost if a node, the remote and the server go away."""
     kill_node = team.add_node("second"), team.add_node("third")
     with mlflow_server(tmp_path, team.mlflow_port):
         search = team.search(0, *RATES, "train_cnn.learning_rate=-1,1e-5,1e-4,0.002")
@@ -134,7 +135,8 @@ def test_no_trial_is_lost_with_a_node_the_remote_or_the_server(team, tmp_path):
     assert {run.data.tags["weights_sha256"] for run in runs} == found
 
 
-def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_with_it(team, tmp_path):
+def test_stopped_search(team, tmp_path):
+    """A stopped search leaves nothing running, and two searches at once continue it."""
     team.add_node("second")
     values = (*RATES, "train_cnn.learning_rate=1e-5,1e-4,0.002", "--jobs", "1")
     reference = f"refs/exps/{team.commit[:2]}/{team.commit[2:]}/trial-of-this-machine"
@@ -160,7 +162,9 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_two_at_once_go_on_w
     assert table_of(both[0].printed()) == table_of(both[1].printed())
 
 
-def test_a_cluster_that_cannot_be_used_is_one_line(team, tmp_path):
+def test_unusable_cluster(team, tmp_path):
+    """The error for a cluster that cannot be used is one line."""
+
     def said(*arguments: str, **more: str) -> str:
         started = Started(
             team.project, tmp_path / "log", "-m", "team.search", *RATES, "split.seed=1,2",

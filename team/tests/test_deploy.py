@@ -44,12 +44,14 @@ def make_settings(folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_compose_takes_the_file():
+def test_compose_schema():
+    """Compose accepts the file."""
     subprocess.run(["check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE], check=True,
                    env=environment())  # fmt: skip
 
 
-def test_the_page_makes_all_settings_and_git_none_of_them(tmp_path):
+def test_env_settings(tmp_path):
+    """The page's command makes all settings, and Git ignores their file."""
     done = make_settings(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     file = tmp_path / ".env"
@@ -65,7 +67,8 @@ def test_the_page_makes_all_settings_and_git_none_of_them(tmp_path):
     assert git(ROOT, "check-ignore", "team/deploy/.env") == "team/deploy/.env\n"
 
 
-def test_only_the_proxy_can_be_reached_and_every_image_is_pinned(tmp_path):
+def test_ports_and_images(tmp_path):
+    """Only the proxy can be reached, and every image is pinned."""
     make_settings(tmp_path)
     compose = read_compose(read_settings(tmp_path / ".env"))
     services = compose["services"]
@@ -81,8 +84,11 @@ def test_only_the_proxy_can_be_reached_and_every_image_is_pinned(tmp_path):
     assert all(re.fullmatch(r"[\w/-]+:\d+\.\d+[\w.-]*", image) for image in images)
 
 
-def test_every_thread_of_the_server_has_a_connection(tmp_path):
-    """SQLAlchemy's default, 15 for each worker, made some of 64 clients wait for 30 s and fail."""
+def test_connection_pool(tmp_path):
+    """Every thread of the server has a connection to the database.
+
+    SQLAlchemy's default, 15 for each worker, made some of 64 clients wait for 30 s and fail.
+    """
     make_settings(tmp_path)
     services = read_compose(read_settings(tmp_path / ".env"))["services"]
     workers = int(re.search(r"--workers (\d+)", services["mlflow"]["command"])[1])
@@ -101,7 +107,8 @@ async def threads() -> float:
     return anyio.to_thread.current_default_thread_limiter().total_tokens
 
 
-def test_the_image_is_made_of_files_that_exist_and_runs_as_no_root():
+def test_dockerfile():
+    """The image is made of files that exist and does not run as root."""
     text = (ROOT / "team/deploy/Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+) \S+$", text, re.MULTILINE)
     let_through = re.findall(
@@ -196,7 +203,8 @@ SEARCH = "/api/2.0/mlflow/experiments/search"
 
 
 @needs_servers
-def test_who_has_no_password_gets_nothing(server):
+def test_no_password(server):
+    """A client without a valid password gets nothing."""
     query = {"max_results": 10}
     assert ask(server, SEARCH, ("ana", PASSWORDS["ana"]), json=query).status_code == 200
     for who in (None, ("ana", PASSWORDS["ben"]), ("admin", "password"), ("admin", "password1234")):
@@ -213,7 +221,8 @@ def test_who_has_no_password_gets_nothing(server):
 
 
 @needs_servers
-def test_a_member_who_is_removed_gets_nothing(server):
+def test_removed_member(server):
+    """A member who was removed gets nothing."""
     add_member(server, "eve", "eve's long password")
     as_admin(server, "curl --fail-with-body --user admin --cacert root.crt --request", username="eve")
     assert ask(server, SEARCH, ("eve", "eve's long password"), json={"max_results": 1}).status_code == 401
@@ -221,7 +230,8 @@ def test_a_member_who_is_removed_gets_nothing(server):
 
 @needs_servers
 @needs_proxy
-def test_an_upload_above_the_limit_is_refused(server):
+def test_upload_limit(server):
+    """An upload above the limit is refused."""
     [limit] = re.findall(r"max_size (\d+)MB", (ROOT / "team/deploy/Caddyfile").read_text())
     place = f"{server.address}/api/2.0/mlflow-artifacts/artifacts/0/a-file"
     who = ("admin", server.settings["MLFLOW_AUTH_ADMIN_PASSWORD"])
@@ -231,7 +241,8 @@ def test_an_upload_above_the_limit_is_refused(server):
 
 
 @needs_servers
-def test_pages_of_other_hosts_are_refused(server):
+def test_other_hosts(server):
+    """Requests from pages of other hosts are refused."""
     ana, query = ("ana", PASSWORDS["ana"]), {"max_results": 10}
     direct = f"http://127.0.0.1:{server.mlflow_port}{SEARCH}"
     for host, status in ((server.host, 200), ("attacker.example", 403), ("127.0.0.1", 403)):
@@ -243,7 +254,8 @@ def test_pages_of_other_hosts_are_refused(server):
 
 @needs_servers
 @needs_proxy
-def test_the_proxy_talks_tls_alone(server):
+def test_tls_only(server):
+    """The proxy accepts only TLS."""
     with pytest.raises(requests.exceptions.SSLError):
         requests.get(server.address, timeout=30)  # this machine does not know its authority
     plain = requests.get(server.address.replace("https", "http"), timeout=30)
@@ -251,7 +263,8 @@ def test_the_proxy_talks_tls_alone(server):
 
 
 @needs_servers
-def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatch, tmp_path):
+def test_shared_runs(server, project, monkeypatch, tmp_path):
+    """Members share runs, and a restart keeps them."""
     [own] = tracked_runs(project)
     assert runs_of(server, "ana", monkeypatch) == []
     ana, ben = as_member(server, "ana"), as_member(server, "ben")
@@ -303,7 +316,8 @@ def test_members_share_runs_and_a_restart_keeps_them(server, project, monkeypatc
 
 
 @needs_servers
-def test_a_backup_brings_the_runs_to_another_machine(server, project, monkeypatch, tmp_path):
+def test_backup(server, project, monkeypatch, tmp_path):
+    """A backup restores the runs on another machine."""
     before, objects = runs_of(server, "ana", monkeypatch), server.objects()
     assert before
     assert objects
@@ -345,7 +359,8 @@ def in_container(prefix: str, start: str) -> str:
 
 @needs_servers
 @pytest.mark.parametrize("user", ["ana", "nobody"])
-def test_a_wrong_password_is_one_line_without_it(server, project, user):
+def test_wrong_password(server, project, user):
+    """The error for a wrong password is one line that does not show the password."""
     password = "some other password"
     wrong = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     done = try_tool(project, "sync", **as_member(server, "ana") | wrong)

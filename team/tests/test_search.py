@@ -41,7 +41,8 @@ def clones(project: Path) -> list[Path]:
     return [path for path in (project / ".dvc/tmp/trials").iterdir() if path.is_dir()]
 
 
-def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
+def test_grid_search(project):
+    """A grid is searched once, and its best trial can be taken."""
     done = run_module(project, "team.search", *GRID, *SIZES)
     assert done.returncode == 0, done.stdout + done.stderr
     found = trials_of(project)
@@ -91,14 +92,16 @@ def test_a_grid_is_searched_once_and_its_best_can_be_taken(project):
         ("PATH: '--x'", {"settings": {"--x": "1"}}),
     ],
 )
-def test_no_value_of_a_trial_is_an_option_of_a_command(words, change, monkeypatch):
+def test_option_injection(words, change, monkeypatch):
+    """A value of a trial cannot become an option of a command."""
     monkeypatch.setattr(trial, "run", None)
     good = {"repository": ".", "commit": "0" * 40, "name": "n", "stage": STAGE, "settings": {}}
     with pytest.raises(trial.TrialError, match=f"^{words}, expected "):
         trial.run_trial(**good | change)
 
 
-def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_costs_none(project):
+def test_failed_trial(project):
+    """A failed trial is shown with its line, and an unreachable store does not fail a trial."""
     command = ["--sampler", "grid", "-S", "train_cnn.batch_size=0,50"]
     done = run_module(project, "team.search", *command, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,7 +119,8 @@ def test_a_trial_that_fails_is_shown_with_its_line_and_a_store_that_is_away_cost
     assert alone.stderr == "error: no trial succeeded (1 failed); the lines above say why\n"
 
 
-def test_a_search_goes_on_with_what_optuna_proposes_in_an_interval(project):
+def test_continued_interval_search(project):
+    """A search continues with what Optuna proposes in an interval."""
     command = ["-S", "train_cnn.learning_rate=tag(log,interval(1e-4,1e-2))", "-S", "train_cnn.epochs=1"]
     assert run_module(project, "team.search", *command, "--trials", "1").returncode == 0
     [first] = trials_of(project)
@@ -163,8 +167,11 @@ def search_of_a_table(monkeypatch, project: Path, *arguments: str) -> tuple[sear
     return found, asked
 
 
-def test_asha_ends_the_worse_half(project, monkeypatch):
-    """By hand: after one epoch, 0.3 is the last of three, 0.4 the third of four, 0.5 the second of five."""
+def test_asha(project, monkeypatch):
+    """ASHA ends the worse half of the trials.
+
+    By hand: after one epoch, 0.3 is the last of three, 0.4 the third of four, 0.5 the second of five.
+    """
     found, asked = search_of_a_table(monkeypatch, project)
     whole = [(1, True), (2, True), (4, False)]
     expected = {0.1: whole, 0.2: whole, 0.3: whole[:1], 0.4: whole[:1], 0.5: whole}
@@ -181,13 +188,15 @@ def test_asha_ends_the_worse_half(project, monkeypatch):
         (["-S", "train_cnn.schedule=one-cycle"], "the schedule depends on the number of epochs"),
     ],
 )
-def test_a_search_that_cannot_prune_trains_all(project, monkeypatch, capsys, arguments, why):
+def test_without_pruning(project, monkeypatch, capsys, arguments, why):
+    """A search that cannot prune trains all trials to the end."""
     _, asked = search_of_a_table(monkeypatch, project, *arguments)
     assert asked == [(rate, 4, False) for rate in ACCURACY]
     assert (f"pruning is off: {why}" in capsys.readouterr().out) == bool(why)
 
 
-def test_a_pruned_search_resumes_and_ends_with_the_bytes_of_a_whole_training(project):
+def test_pruned_search(project):
+    """A pruned search can be resumed, and its best trial has the bytes of a whole training."""
     rates = "train_cnn.learning_rate=1e-5,0.002"
     command = ["--sampler", "grid", "-S", rates, "-S", "train_cnn.epochs=4", "-S", "split.train_size=500"]
     done = run_module(project, "team.search", *command)
@@ -211,7 +220,9 @@ def test_a_pruned_search_resumes_and_ends_with_the_bytes_of_a_whole_training(pro
 
 
 @pytest.mark.parametrize(("schedule", "resumes"), [("constant", True), ("one-cycle", False)])
-def test_more_epochs_resume_fewer_if_these_are_the_same(project, schedule, resumes):
+def test_resume_with_more_epochs(project, schedule, resumes):
+    """A training resumes one of fewer epochs if the epochs of both are the same."""
+
     def train(epochs: int, **more: str) -> tuple[bool, bytes]:
         set_params(project, {"train_cnn": {"epochs": epochs, "schedule": schedule}})
         done = run_module(project, "stages.train_cnn", "original", **more)
@@ -230,7 +241,8 @@ def search(project: Path, number: int = 0, **more: str) -> Started:
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_search_that_is_stopped_leaves_nothing_at_work_and_goes_on(project, kind, code):
+def test_stopped_search(project, kind, code):
+    """A stopped search leaves nothing running and can be continued."""
     started = search(project)
     while not (before := trials_of(project)) and not started.ended():
         time.sleep(0.05)
@@ -251,7 +263,8 @@ def test_a_search_that_is_stopped_leaves_nothing_at_work_and_goes_on(project, ki
     assert clones(project) == []
 
 
-def test_two_searches_at_once_share_their_trials(project, tmp_path):
+def test_concurrent_searches(project, tmp_path):
+    """Two searches at once share their trials."""
     audit = {"PYTHONPATH": str(ROOT / "tests/audit"), "AUDIT_LOG": str(tmp_path)}
     both = [search(project, number, **audit) for number in range(2)]
     assert [one.process.wait() for one in both] == [0, 0], both[0].printed() + both[1].printed()
@@ -273,7 +286,8 @@ def test_two_searches_at_once_share_their_trials(project, tmp_path):
         ("a.b=range(1,4)", [1, 2, 3]),
     ],
 )
-def test_values_are_those_that_dvc_would_take(setting, values):
+def test_space_values(setting, values):
+    """The values of a space are those that DVC would take."""
     from team.space import read_space
 
     varied, fixed = read_space([setting, "c.d=residual"])
@@ -281,7 +295,8 @@ def test_values_are_those_that_dvc_would_take(setting, values):
     assert fixed == {"c.d": "residual"}
 
 
-def test_intervals_are_optunas():
+def test_space_intervals():
+    """The intervals of a space become Optuna's distributions."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
     from team.space import read_space
@@ -313,7 +328,8 @@ def test_intervals_are_optunas():
         "~a.b",
     ],
 )
-def test_what_is_no_space_is_one_line(setting):
+def test_invalid_space(setting):
+    """The error for an invalid space is one line."""
     from team.space import read_space
 
     with pytest.raises(StageError, match=re.escape(f"-S {setting}: ") + r".*expected .*$"):
@@ -350,7 +366,8 @@ def test_what_is_no_space_is_one_line(setting):
         ),
     ],
 )
-def test_what_cannot_be_searched_is_one_line(finished, arguments, line):
+def test_invalid_search(finished, arguments, line):
+    """The error for a search that cannot run is one line."""
     done = run_module(finished, "team.search", *arguments)
     assert done.returncode == 1
     assert line in done.stderr
@@ -358,7 +375,8 @@ def test_what_cannot_be_searched_is_one_line(finished, arguments, line):
     assert trials_of(finished) == {}
 
 
-def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(project, tmp_path):
+def test_trial_by_hand(project, tmp_path):
+    """A trial by hand takes data from the remote and sends its results there."""
     origin, remote, node = tmp_path / "origin.git", tmp_path / "remote", tmp_path / "node"
     dvc(project, "remote", "add", "--default", "shared", str(remote))
     git(project, "commit", "--quiet", "--all", "--message", "a remote")
@@ -396,7 +414,8 @@ def test_a_trial_by_hand_takes_data_from_the_remote_and_sends_its_results_there(
         ("ab" * 20, "../..", "NAME: '../..', expected letters"),
     ],
 )
-def test_a_trial_that_is_called_wrongly_touches_nothing(finished, commit, name, words):
+def test_invalid_trial_arguments(finished, commit, name, words):
+    """A trial with invalid arguments touches nothing."""
     before = sorted((finished / ".dvc/tmp").iterdir())
     done = run_module(finished, "team.trial", ".", commit, name, STAGE)
     assert done.returncode == 1
@@ -412,13 +431,15 @@ def test_a_trial_that_is_called_wrongly_touches_nothing(finished, commit, name, 
         "https://host.example/x?sig=secret",
     ],
 )
-def test_no_line_of_a_trial_has_a_secret(address):
+def test_secrets_in_errors(address):
+    """The lines of a trial do not show secrets."""
     scheme = address.partition(":")[0]
     fault = trial.TrialError(f"fatal: unable to access {address} : refused")
     assert str(fault) == f"fatal: unable to access {scheme}://host.example/x : refused"
 
 
-def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
+def test_trial_without_remote(finished, tmp_path):
+    """A trial without a remote ends before it trains."""
     git(finished, "clone", "--quiet", "--bare", ".", str(tmp_path / "origin.git"))
     commit = git(finished, "rev-parse", "HEAD").strip()
     command = [str(tmp_path / "origin.git"), commit, "by-hand", STAGE]
@@ -427,8 +448,11 @@ def test_a_trial_without_a_remote_ends_before_it_trains(finished, tmp_path):
     assert done.stderr.startswith(f"error: .dvc/config of {commit[:10]}: no default remote, expected one ")
 
 
-def test_a_trial_gets_as_many_threads_as_the_search_says(monkeypatch):
-    """A stand-in for the trial prints in its last line what it finds in its environment."""
+def test_trial_threads(monkeypatch):
+    """A trial gets as many threads as the search says.
+
+    A stand-in for the trial prints in its last line what it finds in its environment.
+    """
     found = "import os, sys; sys.exit('error: threads: ' + os.environ['FASHION_CNN_THREADS'])"
     monkeypatch.setattr(workers, "connect", lambda: None)
     monkeypatch.setattr(workers, "command", lambda *_: [sys.executable, "-c", found])
@@ -437,15 +461,19 @@ def test_a_trial_gets_as_many_threads_as_the_search_says(monkeypatch):
         assert pool.submit("a-trial", {}, False).result() == "threads: 3"
 
 
-def test_a_trial_has_one_thread_unless_asked_otherwise(monkeypatch):
+def test_default_threads(monkeypatch):
+    """A trial has one thread unless the arguments say otherwise."""
     for given, threads in ([], 1), (["--threads", "3"], 3):
         monkeypatch.setattr(sys, "argv", ["search.py", "-S", "train_cnn.epochs=1,2", *given])
         assert search_tool.parse().threads == threads
 
 
 @pytest.mark.parametrize(("more", "jobs"), [([], 3), (["--jobs", "5"], 5), (["--threads", "8"], 1)])
-def test_trials_take_all_cores(monkeypatch, more, jobs):
-    """There are seven, two for each trial unless the arguments say otherwise."""
+def test_default_jobs(monkeypatch, more, jobs):
+    """Trials take all cores.
+
+    There are seven, two for each trial unless the arguments say otherwise.
+    """
     monkeypatch.setattr(sys, "argv", ["search.py", "-S", "train_cnn.epochs=1,2", "--threads", "2", *more])
     arguments = search_tool.parse()
     monkeypatch.setattr(search_tool, "usable_threads", lambda: 7)

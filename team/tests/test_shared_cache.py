@@ -53,7 +53,8 @@ def bucket(project, port, request) -> str:
     return name
 
 
-def test_what_one_machine_trained_another_evaluates(project, port, bucket, tmp_path):
+def test_shared_results(project, port, bucket, tmp_path):
+    """A machine evaluates what another one has trained."""
     dvc(project, "push", **ADMIN)
     second = tmp_path / "second"
     git(tmp_path, "clone", "--quiet", str(project), str(second))
@@ -91,9 +92,8 @@ def test_what_one_machine_trained_another_evaluates(project, port, bucket, tmp_p
     ],
     ids=["wrong key", "read-only key", "no bucket", "dead server"],
 )
-def test_a_push_that_cannot_be_done_is_a_line_and_stores_nothing(
-    project, port, bucket, who, is_up, is_there, words
-):
+def test_failed_push(project, port, bucket, who, is_up, is_there, words):
+    """A push that cannot be done ends with a line and stores nothing."""
     [dead] = free_ports(1)
     share(project, port if is_up else dead, bucket if is_there else "absent")
     done = dvc(project, "push", check=False, **who)
@@ -104,7 +104,8 @@ def test_a_push_that_cannot_be_done_is_a_line_and_stores_nothing(
     assert "absent" not in [one["Name"] for one in client(port).list_buckets()["Buckets"]]
 
 
-def test_an_upload_that_was_cut_leaves_whole_objects_and_the_next_push_the_rest(project, tmp_path):
+def test_interrupted_upload(project, tmp_path):
+    """An interrupted upload leaves whole objects, and the next push stores the rest."""
     [port] = free_ports(1)
     share(project, port, "cut")
     with s3_server(tmp_path / "s3", port) as server:
