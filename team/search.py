@@ -283,9 +283,8 @@ class Search:
             rung = self.rungs[len(trial.values)]
             trial.values.append(value)
             trial.asked.report(value, rung.get(EPOCHS, 1))
-            is_worse = (
-                trial.asked.should_prune()
-            )  # asked at each rung, because the pruner compares later trials
+            # Asked at each rung, also the last, because the pruner compares later trials with this one.
+            is_worse = trial.asked.should_prune()
             if len(trial.values) == len(self.rungs):
                 self.end(trial, "done", value)
             elif is_worse and self.results.keys().isdisjoint(trial.names[len(trial.values) :]):
@@ -434,8 +433,9 @@ class Search:
             restore = f"git restore --source={source} -- params.yaml dvc.lock metrics"
             steps = f"{pull}{restore} && dvc checkout {self.training.stage} && make repro"
             print(f"\ntake the best    {steps}")
-            draw(self.study, [*self.varied], self.metric)
-            print(f"the picture      {PICTURE}")
+            if done := self.count("done"):
+                draw(self.study, [*self.varied], self.metric, done)
+                print(f"the picture      {PICTURE}")
             print(f"the dashboard    optuna-dashboard {JOURNAL}")
 
 
@@ -488,17 +488,15 @@ def check(params: dict[str, object]) -> None:
         raise StageError(f"{PARAMS_PATH} of the last commit, with -S: {explain(error)}") from None
 
 
-def draw(study, names: list[str], metric: str) -> None:
-    """Optuna's own picture: the metric against each param."""
+def draw(study, names: list[str], metric: str, done: int) -> None:
+    """Optuna's own picture: the metric of the trials that are done against each param."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.ticker import LogLocator, NullLocator
-    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization.matplotlib import plot_slice
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # about an axis with one value
         axes = plot_slice(study, params=names, target_name=metric)
     panels = list(getattr(axes, "flat", [axes]))
@@ -511,7 +509,6 @@ def draw(study, names: list[str], metric: str) -> None:
         panel.tick_params("x", rotation=30)
     figure = panels[0].figure
     figure.set_size_inches(3.2 * len(panels) + 1.5, 4)
-    done = sum(trial.value is not None for trial in study.trials)
     figure.suptitle(f"{done} trials, the later the darker" if len(panels) > 1 else "")
     figure.savefig(PICTURE, dpi=120, bbox_inches="tight", metadata={"Software": None})
 
