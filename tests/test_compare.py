@@ -11,7 +11,7 @@ import yaml
 from scipy import stats
 
 from fashion_cnn.cli import cli
-from fashion_cnn.commands import compare, judgement
+from fashion_cnn.commands import compare, judgement, sides
 from fashion_cnn.commands.sides import Result, read_side
 from fashion_cnn.project.errors import StageError
 from project import git
@@ -219,7 +219,14 @@ def test_compare_worse_experiment(results, capsys):
 def test_compare_same_weights(results, capsys):
     """`compare` reports the same weights as identical."""
     told = run(capsys, "HEAD", "workspace")
-    assert told.endswith("the same weights on both sides, so A and B are identical")
+    same = "the same weights on both sides, so A and B are identical"
+    assert told == f"A HEAD B workspace train_cnn@original: {same}"
+
+
+def test_compare_takes_no_option_of_git(results, monkeypatch):
+    """A name that looks like an option is a revision to git, which has none of this name."""
+    (results / ".git/refs/heads/--all").write_text(git(results, "rev-parse", "HEAD"))
+    assert sides.commit_of("--all") == git(results, "rev-parse", "HEAD").strip()
 
 
 def test_compare_several_seeds(results, capsys):

@@ -133,10 +133,12 @@ def test_better_beyond_noise(store, trained, data, capsys):
     assert told.endswith("--dry-run: nothing was changed\n")
     assert client.search_registered_models() == []
 
-    assert "no champion yet" in run(capsys, untrained)
-    told = run(capsys, ids[1])  # named by its run id
     _, val = split_indices(250, 100, None, 3)
     right = {path: reads_right(path, data, val) for path in trained}
+    first = f"there is no champion yet; val accuracy {100 * right[untrained].mean():.2f} % of 100 images"
+    assert first in run(capsys, untrained)
+    assert "`champion` is the version to use" in client.get_registered_model("fashion-cnn").description
+    told = run(capsys, ids[1])  # named by its run id
     assert f"{right[barely].mean():.2%}".replace("%", " %") in told
     assert "not significantly better than version 1" in told
     assert registry.champion(client).version == 1
@@ -155,7 +157,10 @@ def test_better_beyond_noise(store, trained, data, capsys):
         "100",
         "1",
     )
-    assert f"this model on {only[0]}; McNemar's exact test" in version.description
+    assert (
+        f"of 100 val images that neither was trained on (only the champion is right on {only[1]} images, only "
+        f"this model on {only[0]}; McNemar's exact test" in version.description
+    )
     assert "Trained on 59,900 original images of Fashion-MNIST." in version.description
 
     assert "is the champion already" in run(capsys, better)
