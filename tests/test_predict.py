@@ -101,6 +101,13 @@ def test_pale_garment(tmp_path):
     assert seen.doubts == ["little contrast: the garment differs by 30 of 255"]
 
 
+def test_hole_in_a_garment(tmp_path):
+    """Background inside a garment becomes black."""
+    picture = drawn((300, 200), (30, 20, 80, 120))
+    ImageDraw.Draw(picture).rectangle((45, 50, 64, 89), fill=255)
+    assert read_picture(save(tmp_path, picture)).image[14, 14] == 0
+
+
 def test_darkening_background(tmp_path):
     """A background that darkens evenly is not taken for a garment."""
     sheet = np.linspace(255, 155, 300) + np.zeros((200, 1))

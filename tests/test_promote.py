@@ -158,8 +158,8 @@ def test_better_beyond_noise(store, trained, data, capsys):
         "1",
     )
     assert (
-        f"of 100 val images that neither was trained on (only the champion is right on {only[1]} images, only "
-        f"this model on {only[0]}; McNemar's exact test" in version.description
+        f"of 100 val images that neither was trained on (only the champion is right on {only[1]} images, "
+        f"only this model on {only[0]}; McNemar's exact test" in version.description
     )
     assert "Trained on 59,900 original images of Fashion-MNIST." in version.description
 
