@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import requests
@@ -162,6 +163,9 @@ def test_better_beyond_noise(store, trained, data, capsys):
         f"only this model on {only[0]}; McNemar's exact test" in version.description
     )
     assert "Trained on 59,900 original images of Fashion-MNIST." in version.description
+
+    signature = mlflow.models.get_model_info("models:/fashion-cnn@champion").signature
+    assert signature.outputs.input_names() == list(CLASSES)
 
     assert "is the champion already" in run(capsys, better)
     assert "not significantly better" in run(capsys, untrained)

@@ -179,7 +179,9 @@ def test_toy_model(unsent):
     train()
     [model] = models.ready_models(connect().client, sent_run())
     images = np.arange(32, dtype=np.float32).reshape(2, *TOY_SHAPE) / 32
-    found = mlflow.pyfunc.load_model(f"models:/{model.model_id}").predict({"images": images})
+    loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+    found = loaded.predict({"images": images})
+    assert loaded.metadata.signature.outputs.input_names() == ["label 1"]
     with torch.inference_mode():
         expected = fresh(build_toy_cnn, 0)(torch.from_numpy(images))
     assert found["label 1"].tolist() == expected.flatten().tolist()
