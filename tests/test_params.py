@@ -258,7 +258,7 @@ def test_missing_key(tmp_path):
         (b"[1, 2]", "the whole file is [1, 2]"),
         (b"? [a]\n: 1", "fetch is missing"),
         (b"split: {? {a: 1} : 2}", "not valid YAML"),
-        (b"a: &a [*a]", "not"),
+        (b"a: &a [*a]", "fetch is missing"),
         *[
             (b"split: {seed: " + value + b"}", "params.yaml: ")
             for value in (
