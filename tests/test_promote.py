@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import mlflow
@@ -26,6 +27,7 @@ from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import sha256_of
 from fashion_cnn.project.record import Record, now_ms
 from fashion_cnn.tracking import runs
+from fashion_cnn.tracking.models import CODE, LOADER
 from fashion_cnn.tracking.store import connect
 from servers import free_port, wait_until_up
 from small_stages import make_data, read_data
@@ -346,12 +348,18 @@ def test_model_without_weights(store, trained, workspace, spoil):
         registry.load_classifier(run_id)
 
 
-def test_model_code_never_runs(store, trained, data, workspace, capsys):
+def test_model_code_never_runs(store, trained, data, workspace, capsys, monkeypatch):
     """Code that is stored with a model never runs here."""
     run_id = add_run(store, trained[2])
     run(capsys, trained[2])
-    for code in workspace.glob("mlruns/**/code/*"):
-        code.write_text("raise SystemExit('ran')")
+    [archive] = workspace.glob(f"mlruns/**/{CODE}")
+    with zipfile.ZipFile(archive, "w") as other_code:
+        other_code.writestr("other_loader.py", "raise SystemExit('ran')")
+    about = archive.with_name("MLmodel")
+    about.write_text(about.read_text().replace(LOADER, "other_loader"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which MLflow adds
+    with pytest.raises(SystemExit, match="ran"):
+        mlflow.pyfunc.load_model(str(archive.parent))
     [weights] = workspace.glob("mlruns/**/data/*.safetensors")
     images = data["train-images"][:2]
     expected = registry.load_classifier(str(trained[2]))(images)

@@ -212,7 +212,7 @@ def test_pruned_search(project):
     git(project, *restore.split())
     dvc(project, *checkout.split())
     bytes_ = (project / WEIGHTS).read_bytes()
-    dvc(project, "repro", "--force", "--single-item", STAGE)
+    assert "resuming" not in dvc(project, "repro", "--force", "--single-item", STAGE).stdout
     assert (project / WEIGHTS).read_bytes() == bytes_
     # What optuna-dashboard shows: both searches, with two trials each.
     journal = JournalStorage(JournalFileBackend(str(project / "search.journal")))
