@@ -424,6 +424,16 @@ def train_in_dvc(key: str, content: str) -> int:
     return before
 
 
+def test_finished_checkpoint_that_vanishes(workspace, monkeypatch):
+    """Other finished checkpoints are deleted although another training deletes one at the same moment."""
+    monkeypatch.setenv("DVC_STAGE", "train_cnn@original")
+    Path("dvc.lock").touch()
+    train_in_dvc("other", "other")
+    (workspace / ".checkpoints/k.done").symlink_to("gone")  # listed, but cannot be read
+    train_in_dvc("k", "some")
+    assert [path.name for path in (workspace / ".checkpoints").glob("other.*")] == ["other.lock"]
+
+
 def test_kept_until_dvc_lock(workspace, monkeypatch):
     """A finished training is kept until dvc.lock has its weights."""
     monkeypatch.setenv("DVC_STAGE", "train_cnn@original")

@@ -2,8 +2,7 @@
 
 A single `dvc repro` gives the same results, one stage after the other. Both CNNs at once, with half the cores
 each, take two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation
-proposes, and then one for the rest. If it is stopped halfway, the next `make repro` or `dvc repro`
-resumes it.
+proposes, and then one for the rest. If it is stopped halfway, run either again.
 """
 
 import ctypes

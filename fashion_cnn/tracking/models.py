@@ -22,12 +22,8 @@ from fashion_cnn.project.record import Record
 from fashion_cnn.tracking.store import locked
 
 # In a model's folder: its weights, the package as an archive, and what it needs.
-WEIGHTS_FOLDER, CODE, REQUIREMENTS, ENVIRONMENT = (
-    "data",
-    "fashion_cnn.zip",
-    "requirements.txt",
-    "python_env.yaml",
-)
+WEIGHTS_FOLDER, CODE = "data", "fashion_cnn.zip"
+REQUIREMENTS, ENVIRONMENT = "requirements.txt", "python_env.yaml"
 TOY_OUTPUTS = ["label 1"]
 LOADER = "fashion_cnn.tracking.serving"  # the module that MLflow imports to load a model
 

@@ -117,12 +117,14 @@ def _delete_finished(folder: Path, key: str) -> None:
 
     Of those that longer trainings may resume, the newest stay.
     """
+    kept: list[Path] = []
     with suppress(FileNotFoundError):  # another training may delete one first
-        finished = [path for path in folder.glob("*.done") if path.stem != key or _is_recorded(path)]
         kept = sorted(folder.glob("*.kept"), key=lambda path: path.stat().st_mtime_ns)[:-KEPT]
-        for path in finished + [path for path in kept if path.stem != key]:
-            path.with_suffix(".safetensors").unlink(missing_ok=True)
-            path.unlink()
+    for path in [*folder.glob("*.done"), *kept]:
+        with suppress(FileNotFoundError):
+            if path.stem != key or (path.suffix == ".done" and _is_recorded(path)):
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+                path.unlink()
 
 
 def _is_recorded(done: Path) -> bool:
