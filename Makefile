@@ -49,8 +49,9 @@ test-team: .venv/team .venv/servers ## the tests of team/, with servers on 127.0
 committed: .venv/ready ## check that committed code, params, results and pages agree; run the pages' commands
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m committed
 
-# One run instead of three, so that cores wait only once for the last test.
-ci: .venv/browser .venv/team .venv/servers check ## all of these, as CI runs them
+# One run instead of three, so that cores wait only once for the last test. The fast tests run before the team's
+# packages are installed, because most users do not have these.
+ci: .venv/browser check .venv/team .venv/servers ## all of these, as CI runs them
 	$(ACTIVATE) python -m pytest $(PARALLEL) -m 'slow or team or committed'
 
 seeds: .venv/ready ## train and evaluate with five seeds (half an hour): benchmarks/seeds.csv, the README's table

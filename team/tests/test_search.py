@@ -9,10 +9,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from crash import Started, wait_for_stage, wait_until_gone
 from fashion_cnn.project.errors import StageError
@@ -215,6 +212,10 @@ def test_pruned_search(project):
     assert "resuming" not in dvc(project, "repro", "--force", "--single-item", STAGE).stdout
     assert (project / WEIGHTS).read_bytes() == bytes_
     # What optuna-dashboard shows: both searches, with two trials each.
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     journal = JournalStorage(JournalFileBackend(str(project / "search.journal")))
     assert [one.n_trials for one in optuna.get_all_study_summaries(journal)] == [2, 2]
 
