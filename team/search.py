@@ -251,10 +251,11 @@ class Search:
             else:
                 self.others.add(one.name)
         for name, varied in found.items():
-            trial = self.trials.get(name)
-            if trial is None or trial.state == "failed":  # it failed here, not in another search
+            if name not in self.trials or self.trials[name].state == "failed":  # here, not in another search
                 self.study.enqueue_trial(varied)
-                trial = self.add(self.study.ask(self.varied))
+                self.add(self.study.ask(self.varied))
+        # In this order, the pruner ends those again that it ended in an earlier search.
+        for trial in sorted((self.trials[name] for name in found), key=self.rank):
             self.report_results(trial)
 
     def contains(self, varied: dict) -> bool:
@@ -410,9 +411,14 @@ class Search:
         return f"  {counts}; {best}; {minutes:.0f} minutes left"
 
     def ranked(self) -> list[Trial]:
-        """The trials that have a result: those that trained longest first, and of these the best."""
+        """The trials that have a result, the best first."""
         found = [trial for trial in self.trials.values() if trial.values and trial.state != "failed"]
-        return sorted(found, key=lambda trial: (-len(trial.values), self.sign * trial.values[-1], trial.last))
+        return sorted(found, key=self.rank)
+
+    def rank(self, trial: Trial) -> tuple[int, float, str]:
+        """A key that sorts trials: those that trained longest first, and of these the best."""
+        values = [self.results[name] for name in trial.names if name in self.results]
+        return -len(values), self.sign * values[-1], trial.last
 
     def report(self) -> None:
         """Print the table and the command for the best, and draw the metric against each param."""

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from crash import Started, wait_for_stage, wait_until_gone
+from fashion_cnn.commands.dvc_state import Experiment
 from fashion_cnn.project.errors import StageError
+from fashion_cnn.project.params import PARAMS_PATH
 from pipeline import dvc, ran, run_module, set_params, tracked_runs
 from project import ROOT, git
 from searching import METRICS, STAGE, WEIGHTS, rates, table_of, trained, trials_of
@@ -141,15 +143,35 @@ ACCURACY = {  # by learning rate and epochs
 }
 
 
-def search_of_a_table(monkeypatch, project: Path, *arguments: str) -> tuple[search_tool.Search, list]:
-    """A search of ACCURACY, one trial at a time, without trainings; also what it asked for, in order."""
+def search_of_a_table(
+    monkeypatch, project: Path, *arguments: str, known=()
+) -> tuple[search_tool.Search, list]:
+    """A search of ACCURACY, one trial at a time, without trainings; also what it asked for, in order.
+
+    `known` are rates and epochs of an earlier search's experiments.
+    """
     rates = ",".join(map(str, ACCURACY))
     command = ["--sampler", "grid", "-S", f"train_cnn.learning_rate={rates}", "-S", "train_cnn.epochs=4"]
     monkeypatch.setattr(sys, "argv", ["search.py", *command, *arguments])
     monkeypatch.chdir(project)
-    monkeypatch.setattr(search_tool, "experiments", list)
     monkeypatch.setattr(search_tool.random, "shuffle", lambda _: None)
     found, asked = search_tool.Search(search_tool.parse()), []
+
+    def name_of(rate: float, epochs: int) -> str:
+        return found.names_of({"train_cnn.learning_rate": rate})[[1, 2, 4].index(epochs)]
+
+    def contents(references: list[tuple[float, int]], path: object) -> list[bytes]:
+        values = [
+            {"train_cnn": {"learning_rate": rate}}
+            if path == PARAMS_PATH
+            else {"val_accuracy": ACCURACY[rate][epochs]}
+            for rate, epochs in references
+        ]
+        return [json.dumps(one).encode() for one in values]
+
+    listed = [Experiment(name_of(*one), found.commit, one, 0) for one in known]
+    monkeypatch.setattr(search_tool, "experiments", lambda: listed)
+    monkeypatch.setattr(search_tool, "files_at", contents)
 
     def submit(name: str, settings: dict, is_resumed: bool) -> Future:
         rate, epochs = float(settings["train_cnn.learning_rate"]), int(settings["train_cnn.epochs"])
@@ -190,6 +212,17 @@ def test_without_pruning(project, monkeypatch, capsys, arguments, why):
     _, asked = search_of_a_table(monkeypatch, project, *arguments)
     assert asked == [(rate, 4, False) for rate in ACCURACY]
     assert (f"pruning is off: {why}" in capsys.readouterr().out) == bool(why)
+
+
+@pytest.mark.parametrize("best_first", [False, True])
+def test_pruned_trials_stay_pruned(project, monkeypatch, best_first):
+    """The same search again runs nothing, in whichever order it reads the results."""
+    first, asked = search_of_a_table(monkeypatch, project)
+    known = [(rate, epochs) for rate, epochs, _ in asked]
+    known.sort(key=lambda one: ACCURACY[one[0]][1], reverse=best_first)
+    again, more = search_of_a_table(monkeypatch, project, known=known)
+    assert more == []
+    assert [one.names for one in again.ranked()] == [one.names for one in first.ranked()]
 
 
 def test_pruned_search(project):
