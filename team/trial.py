@@ -93,11 +93,12 @@ def run_trial(repository: str, commit: str, name: str, stage: str, settings: dic
                 steadily(clone, *DVC, "push", "--with-deps", stage)
             # Pushed last, because a trial counts as done when the repository has it. Not by `dvc exp push`,
             # which also succeeds if the repository has another experiment of this name.
+            push = ("git", "push", "--quiet", "origin", f"{reference}:{reference}")
             try:
-                steadily(clone, "git", "push", "--quiet", "origin", f"{reference}:{reference}")
+                run(clone, *push)
             except TrialError:
-                if not has(home, repository, reference):  # another machine may have sent it meanwhile
-                    raise
+                if not has(home, repository, reference):  # otherwise another machine has sent it meanwhile
+                    steadily(clone, *push)
             print(f"{name}: done")
         finally:
             shutil.rmtree(clone, ignore_errors=True)
