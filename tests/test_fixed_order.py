@@ -28,7 +28,7 @@ CPU = Path("/proc/cpuinfo").read_text()
 # A CPU of the other vendor, because libraries choose their code by vendor, too.
 OTHER = "Haswell-noTSX" if "AuthenticAMD" in CPU else "EPYC"
 CAPS = ["AVX2", *(["AVX512_CORE"] if "avx512f" in CPU else []), "ALL"]
-THREADS = "1,2,3,4,8,16"
+THREADS = "1,2,3,16"
 EMULATED = ("few:2", "lesson_step", "options_step")  # small, because an emulator is slow
 KINDS = {"toy", "convolution", "linear", "product", "lesson", "options"}  # kinds of what is compared there
 # In qemu 7.2, the AVX2 gather instructions that torch uses to move images end in a segmentation fault.

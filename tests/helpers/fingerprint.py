@@ -234,7 +234,7 @@ def training(name: str, steps: int, batch: int, model: str = "lesson", **options
             found["weights after a step"] = digest(*model.state_dict().values())
     found[f"weights after {steps} steps"] = digest(*model.state_dict().values())
     found["losses"] = digest(step.losses, step.loss_sum)
-    logits = predict(model, IMAGES[: batch + 8], CPU)
+    logits = predict(model, IMAGES[: batch + 3], CPU)
     found["logits"] = digest(logits)
     found["loss and accuracy"] = digest(loss_and_accuracy(logits, LABELS[: len(logits)]))
     found["confidences"] = digest(logits.softmax(1))
@@ -252,8 +252,8 @@ PARTS = {
     "moves": moves,
     "lesson": partial(training, "lesson", STEPS, 32),
     "options": partial(training, "options", STEPS, 32, **ALL_OPTIONS),
-    "lesson_step": partial(training, "lesson", 1, 8),
-    "options_step": partial(training, "options", 1, 8, **ALL_OPTIONS),
+    "lesson_step": partial(training, "lesson", 1, 4),
+    "options_step": partial(training, "options", 1, 4, **ALL_OPTIONS),
     "operations": partial(operations, OPERATIONS),
     "few": partial(operations, FEW),
 }
