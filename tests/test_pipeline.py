@@ -308,13 +308,12 @@ def test_sync_after_run_cache(project):
 
 
 def test_trace(project):
-    """The command trace answers for a run, a file, a digest and a commit."""
+    """The command trace answers for a digest, a commit and a file."""
     tool(project, "sync")  # gives the run its dvc.lock
     run = runs(project)["train_cnn@original"]
     weights_sha256 = run.data.tags["weights_sha256"]
-    for what in (run.info.run_id, "models/cnn_original.safetensors", weights_sha256):
-        [trace] = json.loads(tool(project, "trace", what, "--json"))
-        assert trace["run_id"] == run.info.run_id
+    [trace] = json.loads(tool(project, "trace", weights_sha256, "--json"))
+    assert trace["run_id"] == run.info.run_id
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     assert trace["dvc_lock"]["train_cnn@original"] == lock["train_cnn@original"]
     assert trace["restore"][-1].startswith("dvc exp run -S split.seed=0")
@@ -531,11 +530,15 @@ def start_both(project: Path) -> Started:
 
 
 @pytest.fixture(scope="module")
-def both(project) -> dict[str, str]:
-    """The bytes of all outputs, with more epochs than other tests use, made by only `dvc repro`."""
+def both(project) -> dict[str, bytes]:
+    """The CNNs' outputs, with more epochs than other tests use, made one after the other."""
     set_params(project, {"train_cnn": {"epochs": 5}})
-    dvc(project, "repro")
-    return contents(project)
+    dvc(project, "repro", *AT_ONCE)
+    return cnn_outputs(project)
+
+
+def cnn_outputs(project: Path) -> dict[str, bytes]:
+    return {path: (project / path).read_bytes() for path in CNN_OUTPUTS}
 
 
 def forget_both(project: Path) -> None:
@@ -545,17 +548,20 @@ def forget_both(project: Path) -> None:
     shutil.rmtree(project / ".checkpoints", ignore_errors=True)
 
 
-def test_both_at_once(project, both):
+def test_both_at_once(project):
     """Training both CNNs at once gives the same bytes and completes DVC's record and MLflow's runs."""
-    entries = lock_entries(project)
+    set_params(project, SMALL)
+    dvc(project, "repro")
+    made, entries = contents(project), lock_entries(project)
     forget_both(project)
     printed = tool(project, "repro", FASHION_CNN_THREADS="2")
-    assert contents(project) == both
+    assert contents(project) == made
     assert lock_entries(project) == entries
+    epochs = SMALL["train_cnn"]["epochs"]
     for images in ("original", "augmented"):
-        assert f"{images}: epoch 5/5: " in printed
-        query = f"tags.dvc_stage = 'train_cnn@{images}' and params.`train_cnn.epochs` = '5'"
-        assert [run.info.status for run in tracked_runs(project, query)] == ["FINISHED"]
+        assert f"{images}: epoch {epochs}/{epochs}: " in printed
+        query = f"tags.dvc_stage = 'train_cnn@{images}' and params.`train_cnn.epochs` = '{epochs}'"
+        assert {run.info.status for run in tracked_runs(project, query)} == {"FINISHED"}
 
 
 def ends(printed: str) -> dict[str, str]:
@@ -566,11 +572,10 @@ def ends(printed: str) -> dict[str, str]:
     return found
 
 
-def assert_both_resume(project: Path, both: dict[str, str]) -> None:
+def assert_both_resume(project: Path, both: dict[str, bytes]) -> None:
     """Both trainings resume and give the same bytes; the stages after them are not run."""
     assert "resuming after epoch" in dvc(project, "repro", *AT_ONCE).stdout
-    made = contents(project)
-    assert {path: made[path] for path in CNN_OUTPUTS} == {path: both[path] for path in CNN_OUTPUTS}
+    assert cnn_outputs(project) == both
 
 
 def test_one_stop_stops_both(project, both):
