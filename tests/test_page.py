@@ -1,6 +1,7 @@
 """The page: its numbers are torch's, it moves images as evaluate_cnn does, and it is accessible."""
 
 import base64
+import csv
 import json
 import os
 import re
@@ -679,6 +680,20 @@ def test_accuracy_curves(page, built):
     line, dashes = (page.evaluate(height, kind) for kind in (":not(.train)", ".train"))
     assert last["val_accuracy"][-1] > last["train_accuracy"][-1]
     assert line < dashes  # y grows downwards
+
+
+@needs_browser
+def test_values_of_curves(page, built):
+    """The curves show the values of the epoch below the pointer."""
+    with (built / "metrics/train_cnn/original.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    shown = [text.splitlines() for text in page.locator("#cnn-curves .area title").all_text_contents()]
+    assert [one[0] for one in shown] == [f"epoch {row['epoch']}" for row in rows]
+    for one, row in zip(shown, rows, strict=True):
+        for kind in ("val", "train"):
+            accuracy = 100 * float(row[f"{kind}_accuracy"])
+            [value] = [line.split(": ")[1] for line in one if line.startswith(f"original, {kind}: ")]
+            assert float(value.removesuffix(" %")) == pytest.approx(accuracy, abs=0.06)
 
 
 @needs_browser

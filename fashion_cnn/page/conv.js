@@ -76,7 +76,7 @@ function start_conv(network, place, number, mark) {
           element(
             "p",
             {class: "note"},
-            `Point at a cell, or move with the arrow keys.${channels > 1 ? " Press an input map in the table to open it; a dark frame marks it above." : ""}`,
+            `Point at a cell, or move with the arrow keys.${channels > 1 ? " Press an input map in the table to open it; a frame marks it above." : ""}`,
           ),
           pooled,
         ),

@@ -37,7 +37,7 @@ function start_end(contents) {
       [, height, width] = parts.shape,
       places = by_place(parts);
     const what = other < 0 ? `the logit of ${classes[one]}` : `${classes[one]} − ${classes[other]}`;
-    by_id("end-places-title").textContent = `What each position of the ${height}×${width} adds to ${what}`;
+    by_id("end-places-title").textContent = `What each of the ${height}×${width} positions adds to ${what}`;
     const look = (place) => {
       const cell = [Math.floor(place / width), place % width];
       draw_field(by_id("end-field"), pixels, receptive_field(layers, flatten_of(layers) - 1, cell));
@@ -73,7 +73,7 @@ function start_end(contents) {
     const sum = places.reduce((all, value) => all + value, 0);
     return (
       `${capital(what)} is ${shown(total, 2)}: the positions add ${shown(sum, 2)}, the biases ${shown(bias, 2)}. ` +
-      `The largest in absolute value, ${shown(places[first], 2)}, comes from ${where(first, width)}.` +
+      `The largest contribution in absolute value, ${shown(places[first], 2)}, comes from ${where(first, width)}.` +
       views_said
     );
   }

@@ -98,7 +98,7 @@ function start_moved(contents, networks) {
       keep[key].told.textContent = `${shown(amount(key), 0)} ${unit}`;
       draw_curves(
         keep[key].place,
-        names.map((name) => ({color: name, x: amounts, y: contents.cnns[name][table][column]})),
+        names.map((name) => ({name, color: name, x: amounts, y: contents.cnns[name][table][column]})),
         {
           label: `Test accuracy of both CNNs by ${axis}`,
           x_label: axis,
@@ -107,14 +107,15 @@ function start_moved(contents, networks) {
           marker: amount(key),
           ticks: [amounts[0], 0, last(amounts)],
           format: (value) => `${Math.round(100 * value)} %`,
+          exact: percent,
         },
       );
     }
     const unmoved = names.map((name) => contents.cnns[name].shifts.shift_x[shifts.pixels.indexOf(0)]);
     by_id("moved-note").textContent =
       `The curves are from the stage evaluate_cnn: n = ${shifts.n[0].toLocaleString("en")} test images at each point, ` +
-      "moved in one way at a time. Unmoved, the CNN trained on original images classifies " +
-      `${percent(unmoved[0])} of them correctly, the other ${percent(unmoved[1])}.`;
+      "moved in one way at a time. Of the unmoved images, the CNN trained on original images classifies " +
+      `${percent(unmoved[0])} correctly, the other ${percent(unmoved[1])}.`;
   }
 
   // Which positions favour the label and which its strongest rival, before and after the move.

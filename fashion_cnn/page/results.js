@@ -6,8 +6,8 @@ function draw_results(contents, name) {
   const curves = Object.keys(contents.cnns).flatMap((one) => {
     const {epoch, val_accuracy, train_accuracy} = contents.cnns[one].curve;
     return [
-      {color: one, x: epoch, y: val_accuracy},
-      {color: one, x: epoch, y: train_accuracy, dashed: true},
+      {name: `${one}, val`, color: one, x: epoch, y: val_accuracy},
+      {name: `${one}, train`, color: one, x: epoch, y: train_accuracy, dashed: true},
     ];
   });
   const seen = curves.flatMap((curve) => curve.y).filter((value) => value !== null);
@@ -18,6 +18,7 @@ function draw_results(contents, name) {
     lowest: Math.min(0.95, ...seen),
     highest: 1,
     format: (value) => `${Math.round(100 * value)} %`,
+    exact: percent,
     ticks: epochs > 10 ? [1, epochs] : Array.from({length: epochs}, (_, place) => place + 1),
   });
   by_id("cnn-curves").append(
@@ -48,8 +49,10 @@ function draw_confusion(contents, name) {
     );
     buttons.forEach((one) => one.setAttribute("aria-pressed", one === button));
     by_id("cnn-confusion-note").textContent =
-      `${classes[actual]} taken for ${classes[predicted]}: ${confusion[actual][predicted]} images, of which the most confident ` +
-      `${found.length > 1 ? `${found.length} are` : "is"} shown.`;
+      `${classes[actual]} taken for ${classes[predicted]}: ${confusion[actual][predicted]} ` +
+      (confusion[actual][predicted] === 1
+        ? "image, which is shown."
+        : `images, of which the most confident ${found.length > 1 ? `${found.length} are` : "is"} shown.`);
     by_id("cnn-mistakes").replaceChildren(
       ...found.map((row) => {
         const canvas = element("canvas", {

@@ -162,7 +162,7 @@ function start_step(toy, now, stepped) {
       `Gradient of ${PARAMETERS[looked_at]}, image with label ${toy.labels[turn]}`;
     const lines = [
       to_linear === 0
-        ? "The sigmoid is saturated: its slope is 0, so no gradient passes it."
+        ? "The sigmoid is saturated: its slope is 0, so no gradient passes through it."
         : `The gradient at the linear layer's output is P(label 1) minus the label: ${shown(to_linear)}.`,
     ];
     if (looked_at < 10 && input > 0) {

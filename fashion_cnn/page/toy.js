@@ -264,7 +264,7 @@ function start_toy(toy) {
       (dead ? " The ReLU gives 0 for both images, so no gradient reaches the kernel: a dead ReLU." : "") +
       thinned;
     const highest = Math.max(...toy.curve.train_loss.filter((value) => value !== null), 0.01);
-    const curve = {color: "original", x: toy.curve.epoch, y: toy.curve.train_loss},
+    const curve = {name: "loss", color: "original", x: toy.curve.epoch, y: toy.curve.train_loss},
       dot = {color: "original", x: [epoch], y: [Math.min(loss, highest)]};
     draw_curves(by_id("toy-loss"), Number.isFinite(loss) ? [curve, dot] : [curve], {
       label: "Loss of the toy CNN by epoch",
@@ -274,6 +274,7 @@ function start_toy(toy) {
       marker: epoch,
       ticks: [toy.curve.epoch[0], Math.round(total / 2), total],
       format: shown,
+      exact: shown,
     });
   }
 
