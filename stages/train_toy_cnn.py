@@ -47,7 +47,7 @@ def main() -> None:
         if metrics["dead_relu"]:
             print(
                 "dead ReLU: the convolution gives no positive value for either image, so no gradient "
-                "reaches it and both outputs stay at 0.5; try another train_toy_cnn.seed"
+                "reaches it and both outputs settle at 0.5; try another train_toy_cnn.seed"
             )
         print(f"outputs {probabilities[0]:.6f} and {probabilities[1]:.6f} for labels 0 and 1")
 

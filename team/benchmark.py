@@ -135,7 +135,7 @@ def measure_server(server: str) -> None:
 
     client = MlflowClient(server)
     experiment = client.create_experiment(f"load-{time.time_ns()}")
-    print("\n| writers at once | requests a second | median, ms | 95 of 100 within, ms | refused |")
+    print("\n| writers at once | requests a second | median, ms | 95th percentile, ms | refused |")
     print("|---|---|---|---|---|")
     for writers in WRITERS:
         runs = [client.create_run(experiment).info.run_id for _ in range(writers)]

@@ -123,7 +123,7 @@ def share(text: str) -> float:
 
 @dataclass
 class Trial:
-    """Params that were proposed, and what is known of their trainings, of which there is one a rung."""
+    """Params that were proposed, and what is known of their trainings, one per rung."""
 
     asked: "optuna.Trial"
     names: list[str]  # of the experiments, by rung
@@ -158,7 +158,7 @@ class Search:
         self.base |= self.fixed
         check(self.base)
         for name, values in self.varied.items():
-            if hasattr(values, "low"):  # also one in between, which need not be an integer
+            if hasattr(values, "low"):  # also a non-integer in between, which an integer param rejects
                 for value in (values.low, values.high, *values_between(values)):
                     check(self.base | {name: value})
         # Reject a wrong --metric before hours of training.
@@ -233,10 +233,10 @@ class Search:
         return [f"trial-{hashlib.sha256(fact.encode()).hexdigest()[:10]}" for fact in facts]
 
     def note_results(self) -> None:
-        """Read HEAD's new experiments that lie in the space, also those of another search."""
+        """Read HEAD's new experiments that lie in the space, including those of another search."""
         seen = self.results.keys() | self.others
         new = [one for one in experiments() if one.baseline == self.commit and one.name not in seen]
-        if not new:  # mostly so: the search looks every few seconds
+        if not new:  # usually: the search looks every few seconds
             return
         references = [one.reference for one in new]
         params, metrics = (files_at(references, path) for path in (PARAMS_PATH, self.training.metrics))
@@ -254,7 +254,7 @@ class Search:
             if name not in self.trials or self.trials[name].state == "failed":  # here, not in another search
                 self.study.enqueue_trial(varied)
                 self.add(self.study.ask(self.varied))
-        # In this order, the pruner ends those again that it ended in an earlier search.
+        # In this order, the pruner again ends the trials that it ended in an earlier search.
         for trial in sorted((self.trials[name] for name in found), key=self.rank):
             self.report_results(trial)
 
@@ -269,7 +269,7 @@ class Search:
         return True
 
     def add(self, asked: "optuna.Trial") -> Trial:
-        """Add what Optuna proposes to the trials."""
+        """Add a trial with the params that Optuna proposes."""
         names = self.names_of(asked.params)
         trial = self.trials[names[-1]] = Trial(asked, names)
         return trial
@@ -329,7 +329,7 @@ class Search:
         workers.fetch()
         self.note_results()
         self.began, room, told = True, -1, time.monotonic() + TELL
-        print(f"{self.target} trials; done already: {self.count('done', 'pruned')}", flush=True)
+        print(f"{self.target} trials; already done: {self.count('done', 'pruned')}", flush=True)
         while True:
             free = workers.room()  # it also reports lost nodes
             if (now := self.jobs or free) != room:

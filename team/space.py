@@ -39,7 +39,8 @@ def read_space(settings: list[str]) -> tuple[dict, dict]:
             fault = str(error).splitlines()[0]
             raise StageError(f"-S {setting}: {fault}; expected PATH=VALUES, such as {EXAMPLE}") from None
     if not varied:
-        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, expected several, such as {EXAMPLE}")
+        expected = f"expected a param with several values, such as {EXAMPLE}"
+        raise StageError(f"-S {' -S '.join(settings)}: nothing varies, {expected}")
     return varied, fixed
 
 

@@ -142,7 +142,7 @@ def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> 
     """
     settings = {name: value for name, value in os.environ.items() if name not in OTHERS}
     settings["PATH"] = own_path()
-    # The first: otherwise, DVC's files about a project would stay in /var/tmp when the clone is gone.
+    # Otherwise, DVC's files about a project would stay in /var/tmp when the clone is gone.
     settings |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "GIT_TERMINAL_PROMPT": "0", **more}
     # A transfer that stalls for a minute has failed.
     settings |= {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "60"}
@@ -157,7 +157,7 @@ def run(folder: Path, *command: str | Path, check: bool = True, **more: str) -> 
 
 
 def fault_in(output: str) -> str:
-    """The fault in an output: a stage's own line, otherwise the last one of DVC or git."""
+    """The fault in an output: a stage's or DVC's last error, git's first one, or else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for start, place in (("error: ", -1), ("ERROR: ", -1), ("fatal: ", 0), ("", -1)):
         if found := [line.removeprefix(start) for line in lines if line.startswith(start)]:

@@ -139,7 +139,7 @@ def test_lighter_and_darker_parts(tmp_path):
     picture = drawn((300, 200), (30, 20, 80, 120), back=128, garment=0)
     ImageDraw.Draw(picture).rectangle((40, 40, 70, 80), fill=255)
     [doubt] = read_picture(save(tmp_path, picture)).doubts
-    assert doubt.startswith("parts are lighter than the background, others darker")
+    assert doubt.startswith("some parts are lighter than the background, others darker")
 
 
 def test_speck(tmp_path):
@@ -281,7 +281,7 @@ def test_one_bad_file(workspace, tmp_path, weights, capsys):
     assert told.startswith(f"{good}: ")
     answer, doubt = told.splitlines()
     assert answer.endswith(" % (inverted: darker than its background)")
-    assert doubt == "  doubtful: no class is above one half"  # these weights are not trained
+    assert doubt == "  doubtful: no class has a probability above one half"  # these weights are not trained
     assert (np.asarray(Image.open(tmp_path / "seen/picture.png.28x28.png")) == BLOCK).all()
 
 

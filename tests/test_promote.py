@@ -169,7 +169,7 @@ def test_better_beyond_noise(store, trained, data, capsys):
     signature = mlflow.models.get_model_info("models:/fashion-cnn@champion").signature
     assert signature.outputs.input_names() == list(CLASSES)
 
-    assert "is the champion already" in run(capsys, better)
+    assert "is already the champion" in run(capsys, better)
     assert "not significantly better" in run(capsys, untrained)
     assert client.get_model_version("fashion-cnn", "1").tags["promoted"] == "true"  # unchanged since then
     assert registry.champion(client).run_id == ids[2]

@@ -214,7 +214,7 @@ def test_other_store(half_sent, monkeypatch):
         elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/other.db")
         [line] = send()
         assert line.startswith(
-            "MLflow: begun in another store, mlflow.db; `fashion-cnn sync` there finishes it"
+            "MLflow: begun in another store, mlflow.db; `fashion-cnn sync` there sends the records"
         )
         assert all_runs() == []
     assert_whole(sent_run())
@@ -422,7 +422,7 @@ def test_unknown_weights(unsent):
     assert run.data.metrics == {"test_accuracy": 0.9, "more": 1}
     assert connect().client.get_experiment(run.info.experiment_id).name == "fashion-cnn"
     assert run.data.tags["stand_in"] == "true"
-    assert "not trained into this store" in run.data.tags["mlflow.note.content"]
+    assert "not recorded in this store" in run.data.tags["mlflow.note.content"]
 
 
 def test_non_finite_metric(unsent):

@@ -1,8 +1,8 @@
 """Return from experiments to the committed params and results, without training again.
 
-It restores params.yaml, dvc.lock and metrics/ from the last commit, including what `dvc exp run` has staged,
-and reattaches HEAD if a killed experiment left it detached. Code is not touched. Results stay in DVC's cache,
-so going back to an experiment is just as quick: `dvc exp apply NAME`.
+It restores params.yaml, dvc.lock and metrics/ from the last commit, in the files and in git's index, where
+`dvc exp run` stages changes, and reattaches HEAD if a killed experiment left it detached. Code is not
+touched. Results stay in DVC's cache, so going back to an experiment is just as quick: `dvc exp apply NAME`.
 """
 
 import subprocess

@@ -59,7 +59,7 @@ def pairs(a: str, b: str) -> list[tuple[list[Result], list[Result]]]:
 
 
 def compare(a: list[Result], b: list[Result]) -> dict:
-    """All that is reported about the results of two sides, those of one training on each."""
+    """All that is reported about the results of one training on each side."""
     names = [name for name in a[0].metrics if all(name in result.metrics for result in a + b)]
     return {
         "training": [a[0].training, b[0].training],
@@ -128,7 +128,7 @@ def in_words(compared: dict) -> str:
         rows.append((name, spread(a), spread(b), signed(b["mean"] - a["mean"])))
     sentences = [sentence(one) for one in compared["judgements"]]
     if not sentences and names[0] != TOY.stage:
-        sentences.append("These weights are not evaluated on both sides, so test accuracy is not compared.")
+        sentences.append("The weights are not evaluated on both sides, so test accuracy is not compared.")
     elif sentences and not several:
         sentences.append(
             "This compares two trained models. To compare their settings, train each with several seeds: see "

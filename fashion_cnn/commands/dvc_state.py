@@ -47,7 +47,7 @@ def experiments() -> list[Experiment]:
 
 @contextmanager
 def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
-    """Report a damaged experiment instead of stopping; a fault of the store still stops."""
+    """Report a damaged experiment instead of stopping; a StoreError is still raised."""
     try:
         yield
     except StoreError:
@@ -59,7 +59,7 @@ def left_out_if_damaged(experiment: Experiment) -> Iterator[None]:
 
 
 def files_at(references: list[str], path: str | Path) -> Iterator[bytes | None]:
-    """A file of each of many commits, read by one process; None where it does not exist. Raises GitError."""
+    """A file's content in each of many commits, read by one process, or None. Raises GitError."""
     names = "".join(f"{one}:./{path}\n" for one in references)
     answer = BytesIO(git("cat-file", "--batch", stdin=names.encode()))
     for _ in references:
@@ -71,7 +71,7 @@ def files_at(references: list[str], path: str | Path) -> Iterator[bytes | None]:
 
 
 def weights_at(reference: str) -> dict[str, str]:
-    """The SHA-256 of the weights of each training that a commit or an experiment has results of.
+    """The SHA-256 of the weights of each training for which a commit or an experiment has results.
 
     Raises StageError if a file of metrics is damaged.
     """

@@ -92,7 +92,7 @@ def seeds(what: str, a: dict[int, float], b: dict[int, float]) -> Judgement:
         test = (
             None if max(np.ptp(left), np.ptp(right)) < 1e-9 else stats.ttest_ind(right, left, equal_var=False)
         )
-        how = "different seeds on each side, Welch's t"
+        how = "fewer than two common seeds, Welch's t"
     difference = float(difference)
     if test is None:
         how = "there is no variation between seeds, so they say nothing about chance"

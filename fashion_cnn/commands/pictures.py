@@ -68,7 +68,7 @@ def prepare(grey: np.ndarray) -> Prepared:
     if busy > BUSY:
         doubts.append(f"its border is busy: {100 * busy:.0f} % of it is far from a plain background")
     if min(lighter, darker) > MIXED * max(lighter, darker):
-        doubts.append("parts are lighter than the background, others darker; the lesser was left out")
+        doubts.append("some parts are lighter than the background, others darker; the fainter were left out")
     if strongest < FAINT:
         doubts.append(f"little contrast: the garment differs by {strongest:.0f} of 255")
     if max(garment.shape) < SIZE:

@@ -57,7 +57,7 @@ def answer(path: Path, classify: Classify, show: Path | None) -> dict:
     top = [
         {"class": CLASSES[number], "probability": round(float(probabilities[number]), 4)} for number in order
     ]
-    doubts = [] if probabilities.max() > 0.5 else ["no class is above one half"]
+    doubts = [] if probabilities.max() > 0.5 else ["no class has a probability above one half"]
     return {"file": str(path), "inverted": seen.inverted, "top": top, "doubts": seen.doubts + doubts}
 
 

@@ -39,7 +39,7 @@ def main(model: str, level: float, dry_run: bool) -> None:
         client, run = store.client, find_cnn_run(store, model)
         before = champion(client)
         if before and before.run_id == run.info.run_id:
-            print(f"{NAME} version {before.version}, of this run, is the champion already")
+            print(f"{NAME} version {before.version}, of this run, is already the champion")
             return
         print("reading the val images …", file=sys.stderr)
         decision = decide(client, run, before, level)

@@ -59,7 +59,10 @@ def of_run(client, run) -> Classify:
 
 
 def of_version(client, version) -> Classify:
-    """The classifier of a version, whose own code does not run: whoever registers one could run any code."""
+    """The classifier of a version.
+
+    Code stored with it does not run, because anyone who may register a version can put code there.
+    """
     run = client.get_run(version.run_id)
     fault = f"{NAME} version {version.version}: not the weights of its run, {version.run_id}"
     way_out = "delete the version in `fashion-cnn ui`, then promote the run again"

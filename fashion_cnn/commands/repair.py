@@ -1,4 +1,4 @@
-"""Repair DVC's and git's files, as after a kill; `make repro` and `fashion-cnn back` use it."""
+"""Repair DVC's and git's files, for example after a kill; `make repro` and `fashion-cnn back` use it."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def mend_lock() -> bool:
     """Replace a truncated dvc.lock; returns whether that was needed.
 
     DVC writes it in place, so a kill at that moment leaves a part of it, which DVC then refuses to read. The
-    committed one replaces it, as with `git restore`; if git has none, it is deleted. DVC finds stages that
-    finished since in its run cache. A merge conflict is not touched, because a person must resolve it.
+    committed one replaces it, as with `git restore`; if git has none, it is deleted. DVC's run cache has the
+    stages that finished after that commit. A merge conflict is not touched, because a person must resolve it.
     """
     if not LOCK.exists() or parse_lock(LOCK.read_bytes()) or b"\n<<<<<<< " in b"\n" + LOCK.read_bytes():
         return False
@@ -132,7 +132,7 @@ def say_where_changes_are() -> None:
 
 
 def drop_unknown_results() -> None:
-    """Remove the stages from dvc.lock whose outputs are not in DVC's cache.
+    """Remove from dvc.lock the stages whose outputs are not in DVC's cache.
 
     They were made on another machine. DVC would trust the lock, find nothing, and run the stage; without
     its entry, DVC looks for this machine's own results in its run cache.

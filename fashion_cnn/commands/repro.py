@@ -61,7 +61,7 @@ def dvc(*arguments: str) -> None:
 
 
 def both_change() -> bool:
-    """Whether both CNNs must be trained, or both evaluated."""
+    """Whether both CNNs may have to be trained or evaluated: a change before them counts for both."""
     chains = [training.evaluation for training in CNNS.values()]
     done = run_dvc("status", "--json", "--with-deps", *chains, text=True, capture_output=True)
     if done.returncode:  # `dvc repro` says why
@@ -163,7 +163,7 @@ class Chain:
 def begin() -> None:
     """Set up a chain's process: it ends with this one, and can be stopped, also in the background."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's & makes it ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process started with & ignores it
 
 
 def terminal(margin: int) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def results_of(source: str) -> list[Result]:
 
 
 def commit_of(name: str) -> str:
-    """The commit of an experiment (of HEAD's or the newest, if several have the name) or of a revision."""
+    """The commit of an experiment (HEAD's, or else the newest, if several have the name) or a revision."""
     try:
         head = git("rev-parse", "HEAD").decode().strip()
         named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]  # HEAD is git's
@@ -107,7 +107,8 @@ def results_in(source: str, read: Reader) -> list[Result]:
             raise StageError(f"{training.metrics} of {source}: names no weights, expected weights_sha256")
         params = stages.get(training.stage, {}).get("params", {}).get("params.yaml", {})
         seed = params.get(training.section, {}).get("seed", params.get(f"{training.section}.seed"))
-        # If a training ran without its evaluation, in an experiment or by hand, this is of other weights.
+        # If a training ran without its evaluation, in an experiment or by hand, dvc.lock has an evaluation of
+        # other weights.
         outs = stages.get(training.stage, {}).get("outs", [])
         evaluated = digest_of(training.weights, stages.get(training.evaluation, {}).get("deps", []))
         is_evaluated = digest_of(training.weights, outs) == evaluated and digest_of(

@@ -29,7 +29,7 @@ def committed_lock() -> dict | None:
 
 
 def compared(lock: dict, committed: dict | None) -> str:
-    """One line: the same bytes, results of different inputs, or different results of the same inputs."""
+    """In words: the same bytes, results of different inputs, or different results of the same inputs."""
     if committed is None:
         return "The pipeline is up to date."
     now, then = lock["stages"], committed["stages"]

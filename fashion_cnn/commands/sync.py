@@ -112,8 +112,8 @@ def records_of(
 ) -> list[Record]:
     """Records of a training in dvc.lock and of the later stages that read it; its files are below `root`.
 
-    `origin` is the code that made it, as code_state returns it. Raises StageError if a file is missing, or
-    differs from dvc.lock.
+    `origin` is the code that made it, as code_state returns it. Raises StageError if a file in
+    metrics/ is missing, or differs from dvc.lock.
     """
     for out in entries[training.stage]["outs"]:
         _check(root, out)

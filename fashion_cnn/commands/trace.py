@@ -41,7 +41,7 @@ def queries(what: str) -> list[str]:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{what}^{{commit}}").decode().strip()
     except GitError as error:
         raise StageError(f"{what}: expected a run id, a file, a SHA-256 or a git commit ({error})") from None
-    # Runs of its code, and runs whose results it holds: a kept experiment ran on the commit before.
+    # Runs of this commit's code, and runs whose results it holds: a kept experiment ran on its parent.
     held = set(weights_at(commit).values())
     return [
         f"tags.git_commit = '{commit}'",
@@ -115,7 +115,7 @@ def words(trace: dict) -> str:
         f"  made with   {machine}",
     ]
     if trace.get("stand_in"):
-        lines.append("  stand-in    holds results of weights that were not trained into this store")
+        lines.append("  stand-in    holds results of weights whose training was not recorded in this store")
     for name, value in sorted(trace["params"].items()):
         lines.append(f"  param       {name} = {value}")
     for stage, entry in (trace["dvc_lock"] or {}).items():

@@ -20,8 +20,8 @@ from fashion_cnn.tracking.runs import NOTE_TAG
 from fashion_cnn.tracking.store import CNN_RUNS, TOY_RUNS, as_store_error, connect, shown, store_url
 
 HOST, START = "127.0.0.1", 180  # START: seconds in which the UI must answer
-# Runs a command, and kills it and all that it has started when this process ends, however it ends, because
-# that closes the pipe that it reads from.
+# Runs a command. When this process ends, however it ends, the pipe that the shell reads from closes, and the
+# shell kills the command and all that the command has started.
 KEEPER = '{ "$@"; kill -KILL 0; } & read -r _; kill -KILL 0'
 VIEW = "trainings"
 COLUMNS = [
@@ -68,7 +68,7 @@ def main(port: int) -> None:
     if url.startswith("http"):  # a server has its own UI
         print(f"MLflow: {shown(url).rstrip('/')}{path}")
         return
-    # One worker is enough for one person. MLflow kills those of several that do not answer a ping within 5 s,
+    # One worker is enough for one person. With several, MLflow kills each that does not answer within 5 s,
     # so on a busy machine the UI would never open. Job execution would only add an idle process.
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", url, "--host", HOST, "--port", str(port),
@@ -116,5 +116,5 @@ def wait_until_ready(server: subprocess.Popen, port: int) -> None:
                 if session.get(f"http://{HOST}:{port}/health", timeout=5).ok:
                     return
             time.sleep(0.2)
-    fault = f"did not answer within {START} s" if server.poll() is None else "ended at once"
+    fault = f"did not answer within {START} s" if server.poll() is None else "ended before it answered"
     raise StageError(f"MLflow's UI {fault}; its messages are above")

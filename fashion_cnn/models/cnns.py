@@ -99,7 +99,7 @@ def build_cnn(model: str = LESSON, views: int = 1) -> Cnn:
 
 
 def fresh(build: Callable[[], Model], seed: int) -> Model:
-    """A model with torch's default random weights, reproducible by `seed`."""
+    """A model with torch's default random weights, determined by `seed`."""
     torch.manual_seed(seed)
     return build()
 

@@ -13,8 +13,8 @@ KEEP_BYTES = 1 << 30
 
 
 # ATen and MKL choose code by CPU, which changes the last bits of their sums. Restricted to AVX2, and to the
-# one mode that MKL guarantees to be equal on Intel's and other makers' CPUs, they sum alike on every x86-64
-# CPU with AVX2; fixed_order.py replaces those sums of theirs and of oneDNN's that still differ. Both read
+# one mode in which MKL guarantees equal results on the CPUs of Intel and of other makers, they sum alike on
+# every x86-64 CPU with AVX2; fixed_order.py replaces their sums, and oneDNN's, that still differ. Both read
 # these settings when they first compute; fashion_cnn.project.process removes those of the user's environment.
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 MOST_THREADS = 16  # by default: a batch of 32 images has little work for more
@@ -24,9 +24,9 @@ def prepare_torch(device: str, threads: int | None = None, fixed_order: bool = T
     """Return the torch.device for "auto", "cpu" or "cuda", with torch set up for repeatable results.
 
     On an x86-64 CPU with AVX2, float32 results have the same bytes for any number of `threads`; None takes
-    the usable cores. Without `fixed_order` this holds for one thread only; it is for models so small that
-    kernels in Python would cost more than the computation. Call this before torch computes anything. Raises
-    StageError if `device` is "cuda" and there is none.
+    the usable cores, at most MOST_THREADS. Without `fixed_order` this holds for one thread only; it is for
+    models so small that kernels in Python would cost more than the computation. Call this before torch
+    computes anything. Raises StageError if `device` is "cuda" and there is none.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for cuBLAS to be deterministic
     import torch

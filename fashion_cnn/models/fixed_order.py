@@ -95,7 +95,7 @@ def _convolution_backward(
 
 
 def _weight_gradient(gradient, images, shape: torch.Size, padding: list[int]) -> torch.Tensor:
-    """The outputs' `gradient` (N, O, H, W) times what each weight met in `images`, summed."""
+    """The outputs' `gradient` (N, O, H, W) times what each weight was multiplied by in `images`, summed."""
     outputs, channels, height, width = shape
     down, right = padding
     rows = _padded(images.permute(0, 2, 3, 1), 0, 0, right, right, down, down)  # (N, H + …, W + …, C)
@@ -160,7 +160,7 @@ def _for_float32(kernel: Callable) -> Callable:
 
 
 def _batch_norm(own, keys, *given) -> tuple[torch.Tensor | None, ...]:
-    """ATen's own, forward or backward; it splits sums over threads in channels_last, not in this layout."""
+    """ATen's own, forward or backward, on contiguous tensors; it splits channels_last ones over threads."""
     given = tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given)
     images, *others = own(keys, *given)
     return images if images is None else _channels_last(images), *others

@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, metrics: dict) -> dict:
-    """Write metrics, lists with one item per line; floats keep six significant digits.
+    """Write metrics, with lists one item per line; floats keep six significant digits.
 
     `dvc plots` draws lists of rows, and `dvc metrics show` leaves them out. Returns the numbers as written,
     without the lists, so that MLflow shows the same.
@@ -131,7 +131,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def pixels_to_text(image: np.ndarray) -> str:
-    """A (28, 28) uint8 image as hexadecimal text, for a CSV cell."""
+    """A (28, 28) uint8 image as hexadecimal text, for a file of metrics."""
     return image.astype(np.uint8).tobytes().hex()
 
 

@@ -38,9 +38,9 @@ def start(*checks: Callable[[], object]) -> None:
         die_with_parent()
     for name in [name for name in os.environ if name.startswith(LIBRARIES)]:
         del os.environ[name]
-    # A waiting thread spins for a moment, then sleeps. A training step, in ms, if another process holds a
-    # core / on a quiet machine: 33 / 14.4 with this setting, 30 / 16.3 if threads sleep at once. By default
-    # they keep spinning, and a step takes 100 if another process holds a core.
+    # A waiting thread spins for a moment, then sleeps. A training step then takes 14.4 ms on a quiet
+    # machine and 33 ms if another process keeps a core busy; it takes 16.3 and 30 ms if threads sleep
+    # immediately. By default they keep spinning, and with a busy core a step takes 100 ms.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     # Imports create some 300,000 permanent objects, which Python's collector would scan again and again.
     gc.set_threshold(50_000)

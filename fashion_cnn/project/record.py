@@ -45,7 +45,7 @@ class Record(BaseModel):
 
 
 def records_folder() -> Path:
-    """Where all stages keep records, also stages in DVC's temporary copies; names sort by time."""
+    """Where all stages keep records, including those in DVC's temporary copies; names sort by time."""
     return repository_root() / ".records"
 
 

@@ -39,7 +39,7 @@ def fetch(sources: list[str], folder: Path) -> None:
     faults = []
     missing = [file for file in FILES if not _is_verified(folder / file.name, file)]
     if not missing:
-        print(f"fetch: four verified files were in {folder}")
+        print(f"fetch: four verified files are already in {folder}")
         return
     for source in sources:
         too_slow = StageError(f"not done after {SOURCE_SECONDS} s, expected all files by then")

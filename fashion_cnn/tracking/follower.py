@@ -69,7 +69,7 @@ def has_ended(folder: Path) -> bool:
 
 
 def send_left_over(store, own: Path | None = None) -> list[str]:
-    """Send the records that earlier stages left; returns a line for each stage that failed.
+    """Send the records that earlier stages left; returns a line for each that could not be sent.
 
     Trainings come first, then the rest, each by time: a later stage's report belongs to its training's run.
     """
@@ -90,8 +90,8 @@ def send_left_over(store, own: Path | None = None) -> list[str]:
 def send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | None:
     """Bring runs in line with a stage's records that `seen` lacks; if it has ended, delete them.
 
-    Returns a record's fault as one line. Raises StoreError if another process is sending the records for more
-    than ten seconds, or they are for another store.
+    Returns a record's fault as one line. Raises StoreError if another process keeps sending the records for
+    more than ten seconds, or they are for another store.
     """
     try:
         with FileLock(folder / SENDING, timeout=10 if ended else 0):
@@ -111,7 +111,9 @@ def _send(store, folder: Path, ended: bool, seen: dict[Path, bytes]) -> str | No
     if not named.exists():
         write_text(named, here)
     elif (other := named.read_text(encoding="utf-8")) != here:
-        raise StoreError(f"MLflow: begun in another store, {other}; `fashion-cnn sync` there finishes it")
+        raise StoreError(
+            f"MLflow: begun in another store, {other}; `fashion-cnn sync` there sends the records"
+        )
     for path in sorted(folder.glob(f"*/{RECORD}")):
         content = path.read_bytes()
         if content == seen.get(path) and not ended:

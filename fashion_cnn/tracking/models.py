@@ -29,7 +29,7 @@ LOADER = "fashion_cnn.tracking.serving"  # the module that MLflow imports to loa
 
 
 def models_of(client, run) -> list:
-    """The run's models, also those whose files MLflow has not sent yet."""
+    """The run's models, including those whose files MLflow has not sent yet."""
     from mlflow.exceptions import MlflowException
 
     found = []
@@ -97,7 +97,7 @@ def save_model(path: str, mlflow_model, training: Training, weights: Path) -> No
 
 @cache
 def packed_code() -> bytes:
-    """The package as an archive from which Python can import; one file, because each would be a request.
+    """The package as an archive from which Python can import: each separate file would cost a request.
 
     Call this early: a temporary copy of the project may be deleted before its training's model is sent.
     """
@@ -109,7 +109,7 @@ def packed_code() -> bytes:
 
 
 def requirements() -> list[str]:
-    """The packages that serve a model, in these versions, without the "+cpu" of a local build."""
+    """The packages that serve a model, in the installed versions, without the "+cpu" of a local build."""
     names = ("mlflow", "numpy", "pandas", "safetensors", "torch", "torchsummary")
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 

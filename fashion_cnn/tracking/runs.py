@@ -36,7 +36,7 @@ NOTE = (
     "commands that restore it. Figures and tables are artifacts, under the stage that made them."
 )
 STAND_IN = (
-    "Made to hold results of weights that were not trained into this store: "
+    "Made to hold results of weights whose training was not recorded in this store: "
     "they came from the DVC cache, or the store is new or was unreachable."
 )
 
@@ -69,7 +69,7 @@ def runs_of(store: Store, record: Record) -> list:
 
 
 def of_experiment(found: list, name: str, baseline: str | None) -> list:
-    """The runs of an experiment, that of its commit first, then those that may become its runs."""
+    """The runs of an experiment, first the one of its commit, then those that may become its runs."""
     own = [run for run in found if run.data.tags.get("dvc_exp_name") == name]
     own.sort(key=lambda run: run.data.tags.get("git_commit") != baseline)
     return own + [run for run in found if lacks_origin(run)]

@@ -219,7 +219,7 @@ def locked(what: str = "store") -> Iterator[None]:
 
 
 def _prepare_sqlite(path: Path) -> None:
-    """Check that the file is writable, and that its artifacts are in this folder."""
+    """Check that the file is writable; in the project's own, make artifact paths those of this folder."""
     # MLflow tries for two minutes to open a file that SQLite refuses at once.
     with closing(sqlite3.connect(path.as_uri() + "?mode=rw", uri=True, timeout=10)) as database:
         database.execute("BEGIN IMMEDIATE")  # refused if nothing can be written

@@ -8,7 +8,7 @@ import torch
 if TYPE_CHECKING:
     from fashion_cnn.schema import TrainCnn
 
-# The columns of a take. COUNT: how many images it counts as.
+# The columns of a take, which is an image as one epoch uses it. COUNT: how many images it counts as.
 INDEX, VARIANT, FLIP, DOWN, RIGHT, COUNT = range(N_COLUMNS := 6)
 
 

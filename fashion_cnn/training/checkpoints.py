@@ -38,7 +38,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.get("digest") != self._digest(tensors, about.get("rows", "")):
                 raise ValueError("its content does not match its digest")
-            if len(rows := json.loads(about["rows"])) <= epochs:  # otherwise, of a longer training
+            if len(rows := json.loads(about["rows"])) <= epochs:  # otherwise, it is a longer training's
                 self.rows, self.tensors = rows, tensors
         except FileNotFoundError:
             pass

@@ -90,7 +90,7 @@ def set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
 
 
 def scheduled(params: "TrainCnn", step: int, steps: int) -> float:
-    """The learning rate of `step`, counted from 0, of `steps`.
+    """The learning rate of step number `step`, counted from 0, out of `steps`.
 
     One-cycle rises linearly to `params.learning_rate` in the first fifth, then falls linearly towards 0.
     """

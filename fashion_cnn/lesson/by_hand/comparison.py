@@ -42,7 +42,7 @@ def compare_layers(model: nn.Sequential, images: np.ndarray) -> list[dict]:
 
 
 def compare_gradients(layer: nn.Module, images: np.ndarray, rng: np.random.Generator) -> float:
-    """Largest absolute error, against autograd, of the gradients by a layer's inputs and parameters.
+    """Largest absolute error, against autograd, of a layer's gradients with respect to inputs and parameters.
 
     torch computes in the precision of `images` (N, C, H, W); the upstream gradient is drawn from `rng`. The
     layer is in train mode: batch norm uses the statistics of `images`.
@@ -100,7 +100,7 @@ def _by_hand(layer: nn.Module, values: np.ndarray) -> np.ndarray:
 
 
 def _gradients(layer: nn.Module, values: np.ndarray, upstream: np.ndarray) -> list[np.ndarray]:
-    """Gradients of sum(layer(values) * upstream) by the values, then by each parameter in torch's order."""
+    """Gradients of sum(layer(values) * upstream) with respect to values, then to torch's parameters."""
     match layer:
         case nn.Conv2d(padding=(width, _)):
             kernels, _ = _kernels(layer)
