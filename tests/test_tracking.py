@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import mlflow
@@ -160,6 +161,33 @@ def test_death_after_any_call(unsent, named_by):
         assert paths == {"params.yaml", "folder", "dvc.yaml"}
         assert runs.bring_in_line(connect(), own) == {run.info.run_id: []}
     assert calls > 10
+
+
+def test_run_of_equal_weights(unsent):
+    """A record of dvc.lock goes to the run with these entries, though a newer run has the same weights."""
+
+    def bring(**more: str) -> str:
+        [run] = runs.bring_in_line(connect(), Record(training=TOY.stage, weights_sha256=SHA, **more))
+        return run
+
+    first = bring(key="1" * 64)
+    assert bring(dvc_lock="3" * 64) == first
+    second = bring(key="2" * 64)
+    assert bring(dvc_lock="4" * 64) == second != first
+    assert [bring(dvc_lock="3" * 64), bring(dvc_lock="4" * 64)] == [first, second]
+
+
+def test_runs_of_experiment():
+    """An experiment's runs are its own, that of its commit first, then stand-ins without an origin."""
+
+    def run(**tags: str) -> SimpleNamespace:
+        return SimpleNamespace(data=SimpleNamespace(tags=tags))
+
+    elsewhere, own = (run(dvc_exp_name="mine", git_commit=commit) for commit in ("1", "2"))
+    stand_in, trained = run(stand_in="true"), run()
+    others = [run(stand_in="true", git_commit="3"), run(stand_in="true", dvc_exp_name="other")]
+    found = [elsewhere, trained, stand_in, *others, own]
+    assert runs.of_experiment(found, "mine", "2") == [own, elsewhere, stand_in]
 
 
 def test_killed_model_upload(unsent, monkeypatch):
