@@ -17,7 +17,7 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 INSTALL := @export $(ACTIVATE); install() { \
 	    { command -v uv && uv pip install --quiet "$$@"; } >/dev/null || $(PIP_INSTALL) "$$@" || { \
 	        echo "error: cannot install $$*: expected a network that reaches a package index, or a mirror" \
-	            "in UV_DEFAULT_INDEX or pip's settings; then run make again" >&2; exit 1; }; }; install
+	            "in UV_DEFAULT_INDEX or pip's settings; with one of these, run make again" >&2; exit 1; }; }; install
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 18

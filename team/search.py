@@ -185,7 +185,7 @@ class Search:
             self.points = (point for point in points if self.names_of(point)[-1] not in self.trials)
 
     def rungs_of(self, pruner: str) -> list[dict[str, int]]:
-        """The params of each rung: numbers of epochs after which a trial may end, and the last one.
+        """The params of each rung: numbers of epochs after which a trial may end, and the full number.
 
         With few epochs, the trainings of the rungs would cost more than they save.
         """

@@ -63,7 +63,7 @@ def plain(value: Any) -> str | int | float | None:
     if not isinstance(value, str | int | float | None) or "${" in str(value):
         raise ValueError(f"{value} is not a value for a param")
     if isinstance(value, str) and YAML(typ="safe").load(value) != value:
-        raise ValueError(f"'{value}' is quoted, but {PARAMS_PATH} reads it unquoted as another value")
+        raise ValueError(f"'{value}' is quoted, but without quotes, as in {PARAMS_PATH}, it is another value")
     return value
 
 

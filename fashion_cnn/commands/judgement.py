@@ -60,7 +60,7 @@ def same_images(what: str, a: np.ndarray, b: np.ndarray, names: tuple[str, str] 
 
 
 def accuracies(what: str, a: float, b: float, n: int) -> Judgement:
-    """Two accuracies on n images without results for each image: an interval that ignores the pairs."""
+    """Two accuracies on n images without results for each image: an interval that ignores the pairing."""
     difference, variance = b - a, a * (1 - a) + b * (1 - b)
     reach = float(stats.norm.isf(LEVEL / 2)) * (variance / n) ** 0.5
     how = "from the accuracies alone, as if on different images, so the interval is, if anything, too wide"

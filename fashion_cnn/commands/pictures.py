@@ -18,7 +18,7 @@ NOISE = 13  # of 255: a picture that differs less from its background is blank
 NEAR = 0.05  # of the strongest difference: pixels this near the background are background, as in the recipe
 LEAST = 3  # of 255: the same for a pale garment
 SURE = 5  # standard deviations of noise; a pixel beyond them is garment
-# Beyond these, a picture gets a line, because it hardly resembles the training images.
+# Beyond these, a picture gets a line of warning, because it hardly resembles the training images.
 FAINT = 40  # of 255: the garment differs by less from its background
 BUSY = 0.25  # share of the border that is far from a plain background
 MIXED = 0.2  # ratio of the garment's parts lighter and darker than the background, lesser to greater

@@ -32,7 +32,7 @@ def main(model: str, level: float, dry_run: bool) -> None:
     """Compare, decide, register, and print the decision."""
     prepare_torch("cpu")
     if not re.fullmatch(RUN_ID, model):
-        load_cnn(Path(model))  # a fault here is of the file, not of the store
+        load_cnn(Path(model))  # a fault here is the file's, not the store's
     # Two processes at once would each compare with a champion that the other may replace.
     with as_store_error(), FileLock(repository_root() / ".dvc/tmp/promote.lock"):
         store = connect()
@@ -128,7 +128,7 @@ def card(run, decision: Decision) -> str:
         f"{int(params['train_images']):,} {images} images" if "train_images" in params else f"{images} images"
     )
     reached = [f"{100 * metrics[name]:.1f} % {how}" for name, how in MEASURED.items() if name in metrics]
-    lines = [f"When it was compared: {decision.words}.", f"Trained on {made} of Fashion-MNIST."]
+    lines = [f"The decision: {decision.words}.", f"Trained on {made} of Fashion-MNIST."]
     lines += [f"Test accuracy: {', '.join(reached)}."] if reached else []
     return "\n\n".join([*lines, "What these CNNs can and cannot do: docs/model_card.md."])
 
@@ -136,7 +136,7 @@ def card(run, decision: Decision) -> str:
 def carry_out(client, run, decision: Decision) -> None:
     """Register the model, note the decision on its version, and move the alias if that was decided.
 
-    A version that was promoted once keeps the numbers of its promotion.
+    A version that was promoted earlier keeps the numbers of that promotion.
     """
     version = register(client, run)
     if decision.promote or version.tags.get("promoted") != "true":

@@ -1,8 +1,8 @@
 """Run the pipeline, both CNNs at once.
 
 A single `dvc repro` gives the same results, one stage after the other. Both CNNs at once, with half the cores
-each, take two thirds of that time. So this starts a `dvc repro` for each of them, as DVC's documentation
-proposes, and then one for the rest. If it is stopped halfway, run either again.
+each, take two thirds of the time. So this starts a `dvc repro` for each of them, as DVC's documentation
+proposes, and then one for the rest. If it is stopped halfway, run this or `dvc repro` again.
 """
 
 import ctypes
@@ -161,7 +161,7 @@ class Chain:
 
 
 def begin() -> None:
-    """Set up a chain's process: it ends with this one, and can be stopped, also in the background."""
+    """Set up a chain's process: it ends with this one, and can be stopped even in the background."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process started with & ignores it
 

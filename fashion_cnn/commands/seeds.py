@@ -1,8 +1,8 @@
 """Train and evaluate both CNNs with several seeds, and write every run to benchmarks/seeds.csv.
 
 Usage: make seeds, or python -m fashion_cnn.commands.seeds [--seeds 5]. Each seed is a DVC experiment of its
-own, seed-0, seed-1, …, in a copy of the repository; what DVC has cached does not run again. It prints the
-README's table: mean ± standard deviation.
+own, seed-0, seed-1, …, in a copy of the repository; what DVC has cached does not run again. The command
+prints the README's table: mean ± standard deviation.
 """
 
 import argparse

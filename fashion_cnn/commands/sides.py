@@ -84,7 +84,8 @@ def commit_of(name: str) -> str:
     """The commit of an experiment (HEAD's, or else the newest, if several have the name) or a revision."""
     try:
         head = git("rev-parse", "HEAD").decode().strip()
-        named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]  # HEAD is git's
+        # The name HEAD always means git's.
+        named = [one for one in reversed(experiments()) if one.name == name != "HEAD"]
         named.sort(key=lambda one: one.baseline != head)  # HEAD's first, then the newest
         if named:
             return named[0].reference
@@ -133,7 +134,7 @@ def digest_of(path: Path, entries: list[dict]) -> str | None:
 
 
 def result_of_run(run_id: str) -> Result:
-    """The result of an MLflow run, which sync completes. Raises StageError if there is none."""
+    """The result of an MLflow run, to which sync adds what it lacks. Raises StageError if there is none."""
     from fashion_cnn.tracking import runs
     from fashion_cnn.tracking.store import as_store_error, connect
 

@@ -222,7 +222,7 @@ def _origin_of(experiment: Experiment) -> tuple[dict, bytes]:
     try:  # diff-tree, because the user's settings may colour what `git diff` prints, or change its paths
         options = ("-p", "--binary", "--no-ext-diff")
         diff = git("diff-tree", *options, baseline, experiment.reference, "--", ".", *NOT_CODE)
-    except GitError:  # again, a shallow clone
+    except GitError:  # a shallow clone lacks the baseline
         return name, b""
     return name | {"git_commit": baseline, "git_dirty": str(bool(diff)).lower()}, diff
 

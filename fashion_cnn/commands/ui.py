@@ -1,6 +1,6 @@
 """Serve MLflow's UI on this machine, and open it at the table of trainings.
 
-MLflow's own start page shows other things first: an experiment's traces, or its runs without a metric.
+MLflow's own start page shows other things first: an experiment's traces, or its runs but no metrics.
 """
 
 import json
