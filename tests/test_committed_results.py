@@ -103,7 +103,7 @@ def test_model_card():
         "unmodified": [],
         "shifted by ±3 px": [],
         "rotated by ±15°": [],
-        "recall of Shirt, the lowest": [],
+        "lowest recall of any class (Shirt)": [],
     }
     for images in ("original", "augmented"):
         test = json.loads((ROOT / f"metrics/evaluate_cnn/{images}.json").read_text())
