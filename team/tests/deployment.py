@@ -63,7 +63,6 @@ class Deployment:
             "--port 5000": f"--port {self.mlflow_port}",
             "mlflow:5000": f"127.0.0.1:{self.mlflow_port}",
             "127.0.0.1:5000": f"127.0.0.1:{self.mlflow_port}",
-            " /data": f" {folder / 'storage'}",
             "/etc/mlflow/": f"{ROOT / 'team/deploy'}/",
             "/etc/caddy/": f"{folder}/",
         }
