@@ -62,7 +62,7 @@ soak: .venv/ready ## kill processes and damage files for half an hour or more, a
 
 # The constraint keeps mutmut's requirements from changing locked packages. MUTANTS="'fashion_cnn.lesson.toy*'"
 # selects the mutants of one module, and `mutmut show NAME` prints one.
-mutate: .venv/ready ## mutation testing: list small faults in fashion_cnn that no fast test notices (hours)
+mutate: .venv/ready ## mutation testing: list small faults in fashion_cnn that no fast test notices (an hour)
 	$(INSTALL) --constraint requirements.lock mutmut==3.8.1
 	$(ACTIVATE) mutmut run --max-children 2 $(MUTANTS)
 	$(ACTIVATE) mutmut results | grep -v 'not checked'
