@@ -1,7 +1,6 @@
 """The page: its numbers are torch's, it moves images as evaluate_cnn does, and it is accessible."""
 
 import base64
-import csv
 import json
 import os
 import re
@@ -39,6 +38,7 @@ from fashion_cnn.project.errors import StageError
 from fashion_cnn.project.files import write_csv, write_json, write_tensors
 from fashion_cnn.project.params import load_params
 from project import PACKAGE, ROOT
+from small_stages import table
 from stages import build_page
 
 pytestmark = pytest.mark.slow
@@ -685,8 +685,8 @@ def test_accuracy_curves(page, built):
 @needs_browser
 def test_values_of_curves(page, built):
     """The curves show the values of the epoch below the pointer."""
-    with (built / "metrics/train_cnn/original.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = table(built / "metrics/train_cnn/original.csv")
+    page.locator("#cnn-curves svg").hover()
     shown = [text.splitlines() for text in page.locator("#cnn-curves .area title").all_text_contents()]
     assert [one[0] for one in shown] == [f"epoch {row['epoch']}" for row in rows]
     for one, row in zip(shown, rows, strict=True):

@@ -203,7 +203,7 @@ function round_steps(low, high) {
 }
 
 // Curves over a shared axis. Each of `curves` is {name, color, x, y, dashed}; points whose y is null are left
-// out. `format` writes the axis, `exact` the values that the pointer shows.
+// out. `format` writes the axis, `exact` the values that the pointer shows of the curves with a name.
 function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ticks, format, exact}) {
   const width = 360,
     height = 200,
@@ -253,22 +253,27 @@ function draw_curves(place, curves, {label, x_label, lowest, highest, marker, ti
     const x = to_x(Math.min(Math.max(marker, first), last));
     picture.append(svg("line", {class: `marker ${x_label}`, x1: x, x2: x, y1: top, y2: height - bottom}));
   }
-  const places = [...new Set(xs)].sort((one, other) => one - other);
-  places.forEach((x, at) => {
-    const near = (other) => to_x((x + (places[other] ?? x)) / 2);
-    const values = curves
-      .filter((curve) => curve.name && (curve.y[curve.x.indexOf(x)] ?? null) !== null)
-      .map((curve) => `${curve.name}: ${exact(curve.y[curve.x.indexOf(x)])}`);
-    const area = svg("rect", {
-      class: "area",
-      x: near(at - 1),
-      width: near(at + 1) - near(at - 1),
-      y: top,
-      height: height - top - bottom,
+  // Made only when the pointer comes: a long curve has hundreds, and each change of a slider draws it again.
+  const add_areas = () => {
+    const places = [...new Set(xs)].sort((one, other) => one - other);
+    places.forEach((x, at) => {
+      const near = (other) => to_x((x + (places[other] ?? x)) / 2);
+      const values = curves.flatMap((curve) => {
+        const value = curve.y[curve.x.indexOf(x)] ?? null;
+        return curve.name && value !== null ? [`${curve.name}: ${exact(value)}`] : [];
+      });
+      const area = svg("rect", {
+        class: "area",
+        x: near(at - 1),
+        width: near(at + 1) - near(at - 1),
+        y: top,
+        height: height - top - bottom,
+      });
+      area.append(svg("title", {}, [`${x_label} ${shown(x)}`, ...values].join("\n")));
+      picture.append(area);
     });
-    area.append(svg("title", {}, [`${x_label} ${shown(x)}`, ...values].join("\n")));
-    picture.append(area);
-  });
+  };
+  picture.addEventListener("pointerenter", add_areas, {once: true});
   place.replaceChildren(picture);
 }
 
