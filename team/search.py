@@ -255,7 +255,7 @@ class Search:
                 self.study.enqueue_trial(varied)
                 self.add(self.study.ask(self.varied))
         # In this order, the pruner again ends the trials that it ended in an earlier search.
-        for trial in sorted((self.trials[name] for name in found), key=self.rank):
+        for trial in sorted((self.trials[name] for name in found), key=self.known_rank):
             self.report_results(trial)
 
     def contains(self, varied: dict) -> bool:
@@ -413,12 +413,16 @@ class Search:
     def ranked(self) -> list[Trial]:
         """The trials that have a result, the best first."""
         found = [trial for trial in self.trials.values() if trial.values and trial.state != "failed"]
-        return sorted(found, key=self.rank)
+        return sorted(found, key=lambda trial: self.rank(trial, trial.values))
 
-    def rank(self, trial: Trial) -> tuple[int, float, str]:
+    def known_rank(self, trial: Trial) -> tuple:
+        """The rank by all results that are known, also those that Optuna has not been told yet."""
+        values = [self.results.get(name, math.nan) for name in trial.names]
+        return self.rank(trial, [value for value in values if not math.isnan(value)])
+
+    def rank(self, trial: Trial, values: list[float]) -> tuple:
         """A key that sorts trials: those that trained longest first, and of these the best."""
-        values = [self.results[name] for name in trial.names if name in self.results]
-        return -len(values), self.sign * values[-1], trial.last
+        return -len(values), [self.sign * value for value in values[-1:]], trial.last
 
     def report(self) -> None:
         """Print the table and the command for the best, and draw the metric against each param."""
