@@ -469,8 +469,8 @@ def test_lost_mlflow_server(project):
     assert lose_server(project, epoch=1) == ""
 
 
-def original_runs(project: Path, epochs: int) -> list:
-    query = f"tags.dvc_stage = 'train_cnn@original' and params.`train_cnn.epochs` = '{epochs}'"
+def runs_with(project: Path, epochs: int, stage: str = "train_cnn@original") -> list:
+    query = f"tags.dvc_stage = '{stage}' and params.`train_cnn.epochs` = '{epochs}'"
     return tracked_runs(project, query)
 
 
@@ -499,13 +499,13 @@ def test_stopped_training_resumes(project):
     for epoch, sent in ((2, signal.SIGINT), (4, signal.SIGKILL)):
         stop_training(project, epoch, sent)
         deadline = time.monotonic() + 10  # for the follower
-        while original_runs(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
+        while runs_with(project, epochs)[0].info.status != "KILLED" and time.monotonic() < deadline:
             time.sleep(0.1)
-        [run] = original_runs(project, epochs)
+        [run] = runs_with(project, epochs)
         assert run.info.status == "KILLED"
     again = dvc(project, "repro", "train_cnn@original")
     assert "resuming after epoch" in again.stdout
-    [run] = original_runs(project, epochs)
+    [run] = runs_with(project, epochs)
     assert run.info.status == "FINISHED"
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     history = client.get_metric_history(run.info.run_id, "train_loss")
@@ -553,15 +553,20 @@ def test_both_at_once(project):
     set_params(project, SMALL)
     dvc(project, "repro")
     made, entries = contents(project), lock_entries(project)
+    epochs = SMALL["train_cnn"]["epochs"]
+
+    def statuses() -> dict[str, str]:
+        found = [run for stage in AT_ONCE for run in runs_with(project, epochs, stage)]
+        return {run.info.run_id: run.info.status for run in found}
+
+    before = statuses()
     forget_both(project)
     printed = tool(project, "repro", FASHION_CNN_THREADS="2")
     assert contents(project) == made
     assert lock_entries(project) == entries
-    epochs = SMALL["train_cnn"]["epochs"]
+    assert statuses() == before == dict.fromkeys(before, "FINISHED")  # each in its own run
     for images in ("original", "augmented"):
         assert f"{images}: epoch {epochs}/{epochs}: " in printed
-        query = f"tags.dvc_stage = 'train_cnn@{images}' and params.`train_cnn.epochs` = '{epochs}'"
-        assert {run.info.status for run in tracked_runs(project, query)} == {"FINISHED"}
 
 
 def ends(printed: str) -> dict[str, str]:
